@@ -1,0 +1,1 @@
+"""Corpora to Arrow shards, and shards to training batches."""

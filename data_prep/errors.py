@@ -1,0 +1,5 @@
+"""The error for input data and shard sets; each message names the value, the rule, the way out."""
+
+
+class DataError(Exception):
+    """Input that cannot be read, or a shard set that cannot be trained on."""

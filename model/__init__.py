@@ -1,0 +1,1 @@
+"""The multi-token prediction model: trunk, heads, losses, decoding."""

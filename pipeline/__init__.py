@@ -1,0 +1,1 @@
+"""Training runs: configuration, engine, loop, checkpoints, export."""
