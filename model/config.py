@@ -1,0 +1,237 @@
+"""The sizes of a model, what must hold between them, and what follows from them."""
+
+from collections.abc import Callable, Iterable
+from math import gcd
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+_FFN_MULTIPLE = 256
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class ParameterCount(NamedTuple):
+    """Parameters by part; the total does not depend on the number of heads."""
+
+    embedding: int
+    trunk_layers: int
+    head_layers: int
+    final_norm: int
+    unembedding: int
+
+    @property
+    def total(self) -> int:
+        """All parameters of the model."""
+        return sum(self)
+
+
+def _default_kv_heads(fields: dict[str, Any]) -> int:
+    return int(fields["attention_heads"])
+
+
+def _default_ffn_hidden_size(fields: dict[str, Any]) -> int:
+    exact = fields["hidden_size"] * 8
+    return int(-(-exact // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE)
+
+
+class ModelConfig(BaseModel):
+    """A Llama-style model with several future-token heads.
+
+    An L-layer model has L - n trunk layers and n heads of one layer each, so its size does not
+    depend on n. Embedding and unembedding are not tied.
+
+    Attributes:
+        layers: L, trunk and heads together.
+        hidden_size: H, width of the residual stream.
+        attention_heads: query heads.
+        vocab_size: V, rows of the embedding and of the unembedding.
+        future_tokens: n, the number of heads; head k at position t predicts token t+k.
+        kv_heads: key/value heads; as many as query heads unless given.
+        ffn_hidden_size: width of the feed-forward layer; 8/3 of the hidden size, rounded up to a
+            multiple of 256, unless given.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of every RMSNorm.
+        init_std: standard deviation of the initial weights.
+        head_weights: weight of each head's loss, head 1 first; all 1 unless given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    layers: PositiveInt
+    hidden_size: PositiveInt
+    attention_heads: PositiveInt
+    vocab_size: PositiveInt
+    future_tokens: PositiveInt
+    kv_heads: PositiveInt = Field(default_factory=_default_kv_heads)
+    ffn_hidden_size: PositiveInt = Field(default_factory=_default_ffn_hidden_size)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
+    head_weights: Annotated[tuple[float, ...], Strict(False)] | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.attention_heads
+
+    @property
+    def trunk_layers(self) -> int:
+        """Layers below the heads."""
+        return self.layers - self.future_tokens
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Weight of each head's loss, head 1 first."""
+        if self.head_weights is None:
+            return (1.0,) * self.future_tokens
+        return self.head_weights
+
+    @model_validator(mode="after")
+    def _sizes_fit_together(self) -> Self:
+        if problems := [*self._layer_problems(), *self._head_problems()]:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _layer_problems(self) -> list[str]:
+        problems = []
+        if self.future_tokens >= self.layers:
+            problems.append(
+                f"future_tokens={self.future_tokens} must be smaller than model.layers="
+                f"{self.layers}, since each head is one of the layers and the trunk needs one; "
+                f"raise model.layers to at least {self.future_tokens + 1}"
+                + (f" or use 1 to {self.layers - 1} heads" if self.layers > 1 else "")
+            )
+        weights = self.head_weights
+        if weights is not None and len(weights) != self.future_tokens:
+            problems.append(
+                f"head_weights has {len(weights)} values, but model.future_tokens="
+                f"{self.future_tokens}; give one weight per head, or null for all 1"
+            )
+        if weights is not None and any(weight < 0 for weight in weights):
+            problems.append(
+                f"head_weights={list(weights)} has a negative weight; use 0 to leave a head out"
+            )
+        elif weights is not None and not any(weights):
+            problems.append(
+                f"head_weights={list(weights)} has no weight above 0, so nothing would be "
+                "learned; give at least one head a positive weight"
+            )
+        return problems
+
+    def _head_problems(self) -> list[str]:
+        hidden, heads, kv_heads = self.hidden_size, self.attention_heads, self.kv_heads
+        problems = []
+        if hidden % heads:
+            problems.append(
+                f"hidden_size={hidden} is not a multiple of model.attention_heads={heads}; "
+                + _nearest(hidden, range(2 * heads, 2 * hidden + 2 * heads, 2 * heads))
+            )
+        elif self.head_dim % 2:
+            problems.append(
+                f"hidden_size={hidden} with model.attention_heads={heads} gives heads of odd width "
+                f"{self.head_dim}, and rotary positions need pairs; "
+                + _nearest(hidden, range(2 * heads, 2 * hidden + 2 * heads, 2 * heads))
+            )
+        if heads % kv_heads:
+            problems.append(
+                f"kv_heads={kv_heads} does not divide model.attention_heads={heads}; "
+                + _nearest(kv_heads, _divisors(heads))
+            )
+        return problems
+
+    def parameter_count(self) -> ParameterCount:
+        """Parameters by part, from the formulas.
+
+        A layer of width H, feed-forward width F and K = kv_heads * head_dim holds
+        (H + 2K) * H for queries, keys and values, H * H for the projection, 2 * F * H for gate and
+        up, F * H for down, and 2 * H for its two norms.
+        """
+        layer = self._matrix_parameters_per_layer() + 2 * self.hidden_size
+        return ParameterCount(
+            embedding=self.vocab_size * self.hidden_size,
+            trunk_layers=self.trunk_layers * layer,
+            head_layers=self.future_tokens * layer,
+            final_norm=self.hidden_size,
+            unembedding=self.vocab_size * self.hidden_size,
+        )
+
+    def num_parameters(self) -> int:
+        """All parameters: 2VH + L * (layer) + H, whatever the number of heads."""
+        return self.parameter_count().total
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating point operations of one training step per input token.
+
+        A product with a matrix of P parameters costs 2P per token forward and 4P backward:
+
+            6 * (L * layer_matrices + n * V * H)     every layer once, the unembedding once per head
+            + 6 * L * H * S                          attention
+
+        Attention forms queries x keys and weights x values, 2 * S * H each per layer and token,
+        three times over for forward and backward: 12 * L * H * S, halved because a position sees
+        on average half of the sequence. The embedding is a look-up. Recomputation under
+        activation checkpointing is not counted: utilisation from this figure is of useful work.
+
+        Args:
+            sequence_length: S, tokens of one sample.
+        """
+        matrices = self.layers * self._matrix_parameters_per_layer()
+        readouts = self.future_tokens * self.vocab_size * self.hidden_size
+        attention = 12 * self.layers * self.hidden_size * sequence_length / 2
+        return 6 * (matrices + readouts) + attention
+
+    def check_tensor_parallel(self, size: int) -> list[str]:
+        """What keeps this model from being split over `size` tensor-parallel ranks.
+
+        Returns:
+            One line per size that cannot be divided, each starting with its key and ending with
+            the nearest values that can; empty when the model splits.
+        """
+        limit = 2 * max(self.attention_heads, self.ffn_hidden_size, self.vocab_size) + 2 * size
+        multiples = range(size, limit, size)
+
+        def heads_work(value: int) -> bool:
+            whole = self.hidden_size % value == 0 and value % self.kv_heads == 0
+            return whole and (self.hidden_size // value) % 2 == 0
+
+        candidates: dict[str, Callable[[int], bool]] = {
+            "attention_heads": heads_work,
+            "kv_heads": lambda value: self.attention_heads % value == 0,
+            "ffn_hidden_size": lambda value: True,
+            "vocab_size": lambda value: value > self.vocab_size,
+        }
+        problems = []
+        for key, works in candidates.items():
+            value: int = getattr(self, key)
+            if value % size:
+                way_out = _nearest(value, (m for m in multiples if works(m)))
+                problems.append(
+                    f"{key}={value} is not divisible by the tensor-parallel size {size}; {way_out}"
+                )
+        return problems
+
+    @property
+    def tensor_parallel_sizes(self) -> list[int]:
+        """The tensor-parallel sizes that this model can be split over, smallest first."""
+        sizes = (self.attention_heads, self.kv_heads, self.ffn_hidden_size, self.vocab_size)
+        return _divisors(gcd(*sizes))
+
+    def _matrix_parameters_per_layer(self) -> int:
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        qkv = (hidden + 2 * self.kv_heads * self.head_dim) * hidden
+        return qkv + hidden * hidden + 3 * ffn * hidden
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _nearest(value: int, workable: Iterable[int]) -> str:
+    """The workable values next below and next above `value`, in words."""
+    values = sorted(set(workable))
+    below = [v for v in values if v < value][-1:]
+    above = [v for v in values if v > value][:1]
+    if not below + above:
+        return "no other value of it works here"
+    return "nearest: " + " or ".join(str(v) for v in below + above)

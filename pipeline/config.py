@@ -1,0 +1,262 @@
+"""The configuration of a run: typed sections, the rules between them, and the file they come from.
+
+One YAML file is one run. Values are never changed after they were read; what depends on the machine
+(device, precision, data-parallel size) is a function of the configuration and of that machine.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+from pipeline.config_problems import plain_problems, shown, unknown_key
+from pipeline.config_sections import (
+    BatchSection,
+    CheckpointSection,
+    DataSection,
+    EvalSection,
+    LogSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    ScheduleSection,
+    Section,
+    TrainSection,
+)
+from pipeline.yaml_text import dump_yaml, parse_yaml, yaml_fault
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+
+
+class RunConfig(Section):
+    """One run."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataSection
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    batch: BatchSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    eval: EvalSection = Field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Self:
+        if problems := _problems_between({name: getattr(self, name) for name in _sections()}):
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run stops: train.stop_at_step, else train.steps."""
+        return self.train.stop_at_step or self.train.steps
+
+    def global_batch_size(self, data_parallel_size: int) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.batch.micro_size * self.batch.accumulation * data_parallel_size
+
+    def tokens_per_step(self, data_parallel_size: int) -> int:
+        """Input tokens of one optimizer step over all ranks."""
+        return self.global_batch_size(data_parallel_size) * self.data.sequence_length
+
+
+def _tensor_parallel_problems(model: ModelConfig, parallel: ParallelSection) -> list[str]:
+    smaller = [size for size in model.tensor_parallel_sizes if size < parallel.tensor]
+    listed = " or ".join(str(size) for size in smaller[-3:])
+    return [
+        f"model.{problem}; or set parallel.tensor to {listed}"
+        for problem in model.check_tensor_parallel(parallel.tensor)
+    ]
+
+
+def _window_problems(model: ModelConfig, data: DataSection) -> list[str]:
+    if model.future_tokens < data.sequence_length:
+        return []
+    return [
+        f"data.sequence_length={data.sequence_length} must be greater than model.future_tokens="
+        f"{model.future_tokens}; raise it to at least {model.future_tokens + 1}"
+    ]
+
+
+def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[str]:
+    if schedule.warmup_steps >= train.steps:
+        return [
+            f"schedule.warmup_steps={schedule.warmup_steps} must be smaller than train.steps="
+            f"{train.steps}; lower it to at most {train.steps - 1} or raise train.steps"
+        ]
+    if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > train.steps:
+        return [
+            f"schedule.decay_steps={schedule.decay_steps} and schedule.warmup_steps="
+            f"{schedule.warmup_steps} take more than train.steps={train.steps}; lower decay_steps "
+            f"to at most {train.steps - schedule.warmup_steps} or raise train.steps"
+        ]
+    return []
+
+
+def _problems_between(sections: Mapping[str, Any]) -> list[str]:
+    """Broken rules between sections; a rule waits until the sections it needs are sound."""
+    rules: tuple[tuple[Callable[..., list[str]], tuple[str, str]], ...] = (
+        (_tensor_parallel_problems, ("model", "parallel")),
+        (_window_problems, ("model", "data")),
+        (_schedule_problems, ("train", "schedule")),
+    )
+    problems = []
+    for rule, needed in rules:
+        if all(name in sections for name in needed):
+            problems += rule(*(sections[name] for name in needed))
+    return problems
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    """The class of each section, in the order of the file."""
+    kinds = {}
+    for name, field in RunConfig.model_fields.items():
+        assert isinstance(field.annotation, type), f"section {name} is {field.annotation}"
+        assert issubclass(field.annotation, BaseModel), f"section {name} is {field.annotation}"
+        kinds[name] = field.annotation
+    return kinds
+
+
+def known_keys() -> list[str]:
+    """Every key of a run configuration, as `section.key`."""
+    return [f"{name}.{key}" for name, kind in _sections().items() for key in kind.model_fields]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run configuration.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` each, the value in YAML; a later one wins.
+
+    Raises:
+        ConfigError: With every problem of file and overrides, one line each.
+    """
+    raw = _read_mapping(Path(path))
+    problems = [problem for text in overrides if (problem := _apply_override(raw, text))]
+    keys = known_keys()
+    problems += [unknown_key(str(name), keys) for name in raw if name not in _sections()]
+    sections: dict[str, BaseModel] = {}
+    for name, kind in _sections().items():
+        values = raw.get(name)
+        try:
+            sections[name] = kind.model_validate({} if values is None else values)
+        except ValidationError as error:
+            problems += plain_problems(name, error, keys)
+    problems += _problems_between(sections)
+    if len(problems) == 1:
+        raise ConfigError(f"{path}: {problems[0]}")
+    if problems:
+        raise ConfigError("\n  - ".join([f"{path}: {len(problems)} problems", *problems]))
+    return RunConfig.model_validate(sections)
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the path of a run's YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text ({error}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not valid YAML: {yaml_fault(error)}; mend that line"
+        ) from None
+    names = ", ".join(_sections())
+    if content is None:
+        raise ConfigError(f"{path} is empty; a run needs the sections {names}")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a mapping of sections; a run needs the sections {names}")
+    return content
+
+
+def _apply_override(raw: dict[Any, Any], text: str) -> str | None:
+    """Set one value in the mapping that was read; what is wrong with the override, if anything."""
+    key, equals, value_text = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        return f"--set {shown(text)} must look like section.key=value, e.g. train.steps=100"
+    if key not in known_keys():
+        return f"--set {unknown_key(key, known_keys())}"
+    try:
+        value = parse_yaml(value_text)
+    except yaml.YAMLError as error:
+        return f"--set {text}: the value is not valid YAML ({yaml_fault(error)}); quote it as text"
+    if isinstance(value, dict):
+        return f"--set {text}: the value must be one value or a list; set the keys one by one"
+    section, _, name = key.partition(".")
+    current = raw.get(section)
+    if current is None or isinstance(current, dict):
+        raw[section] = {**(current or {}), name: value}
+    return None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every key written out; loads back to an equal one."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def world_problems(config: RunConfig, world_size: int) -> list[str]:
+    """What keeps this run from using `world_size` ranks; empty when it can."""
+    tensor = config.parallel.tensor
+    if world_size % tensor == 0:
+        return []
+    below, above = world_size // tensor * tensor, -(-world_size // tensor) * tensor
+    counts = " or ".join(str(count) for count in (below, above) if count)
+    return [
+        f"parallel.tensor={tensor} does not divide the world size of {world_size} ranks; "
+        f"start {counts} ranks, or set parallel.tensor to a divisor of {world_size}"
+    ]
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that each take their own samples: world size / parallel.tensor.
+
+    Raises:
+        ConfigError: The world size cannot be divided.
+    """
+    if problems := world_problems(config, world_size):
+        raise ConfigError("; ".join(problems))
+    return world_size // config.parallel.tensor
+
+
+def resolve_device(config: RunConfig, cuda_available: bool) -> Device:
+    """The kind of device this run uses on this machine.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
+    """
+    wanted = config.train.device
+    if wanted == "cuda" and not cuda_available:
+        raise ConfigError(
+            "train.device=cuda, but this process sees no CUDA device; run it on a GPU machine "
+            "(check nvidia-smi and CUDA_VISIBLE_DEVICES) or set train.device=cpu"
+        )
+    if wanted == "auto":
+        return "cuda" if cuda_available else "cpu"
+    return wanted
+
+
+def resolve_precision(config: RunConfig, device: Device, bf16_supported: bool = True) -> Precision:
+    """The arithmetic of this run: auto is bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
+    wanted = config.train.precision
+    if wanted == "auto":
+        return "bf16" if device == "cuda" and bf16_supported else "fp32"
+    if wanted == "bf16" and device == "cuda" and not bf16_supported:
+        raise ConfigError(
+            "train.precision=bf16, but this GPU has no bf16 arithmetic; set train.precision=fp32 "
+            "or use a GPU of the Ampere generation or later"
+        )
+    return wanted

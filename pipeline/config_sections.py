@@ -1,0 +1,179 @@
+"""The sections of a run configuration: their keys, defaults, and the rules within each."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+from pipeline.config_problems import shown
+
+Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+def _path_from_text(value: object) -> object:
+    return Path(value) if isinstance(value, str) and value.strip() else value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path_from_text)]
+
+
+def _run_dir(fields: dict[str, Any]) -> Path:
+    return Path("runs") / str(fields["name"])
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Name, folder and seed of a run."""
+
+    name: str
+    dir: FilePath = Field(default_factory=_run_dir)
+    seed: int = Field(default=1234, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _name_is_a_folder_name(self) -> Self:
+        if not self.name.strip() or "/" in self.name or self.name.startswith("."):
+            raise ValueError(
+                f"name={shown(self.name)} cannot be a folder name; use letters, digits, - and _"
+            )
+        return self
+
+
+class DataSection(Section):
+    """Where tokens come from and how they are cut into samples."""
+
+    shards: FilePath
+    sequence_length: PositiveInt
+    tokenizer: FilePath | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    prefetch_steps: PositiveInt = 2
+
+
+class ParallelSection(Section):
+    """How the model is spread over ranks; data parallelism takes the ranks that are left."""
+
+    tensor: PositiveInt = 1
+    zero: int = Field(default=3, ge=0, le=3)
+    stages: PositiveInt = 1
+    reduce_bucket_size: PositiveInt = 500_000_000
+
+    @model_validator(mode="after")
+    def _one_stage(self) -> Self:
+        if self.stages != 1:
+            raise ValueError(
+                f"stages={self.stages} cannot be run: only 1 is built so far, trunk and heads are "
+                "not yet split into pipeline stages; set parallel.stages=1"
+            )
+        return self
+
+
+class BatchSection(Section):
+    """Samples of a step: micro_size * accumulation on each data-parallel rank."""
+
+    micro_size: PositiveInt
+    accumulation: PositiveInt = 1
+
+
+class TrainSection(Section):
+    """Length, arithmetic and limits of the training loop."""
+
+    steps: PositiveInt
+    stop_at_step: PositiveInt | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    head_backward: Literal["sequential", "joint"] = "sequential"
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    loss_chunk_tokens: PositiveInt = 1024
+    timeout_s: PositiveFloat = 600.0
+    heartbeat_timeout_s: PositiveFloat = 40.0
+    max_skipped_steps: Count = 5
+
+    @model_validator(mode="after")
+    def _stops_within_the_run(self) -> Self:
+        if self.stop_at_step is not None and self.stop_at_step > self.steps:
+            raise ValueError(
+                f"stop_at_step={self.stop_at_step} is past train.steps={self.steps}; "
+                f"lower it to at most {self.steps} or raise train.steps"
+            )
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW and gradient clipping (gradient_clipping 0 switches it off)."""
+
+    learning_rate: PositiveFloat
+    betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(default=0.1, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"betas={list(self.betas)} must each be at least 0 and below 1; "
+                "the paper uses [0.9, 0.95]"
+            )
+        return self
+
+
+class ScheduleSection(Section):
+    """Learning rate over the run, as a share of optimizer.learning_rate."""
+
+    kind: Literal["cosine", "linear", "wsd"] = "cosine"
+    warmup_steps: Count
+    final_ratio: float = Field(default=0.03, ge=0, le=1)
+    decay_steps: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _decay_belongs_to_wsd(self) -> Self:
+        if self.kind == "wsd" and self.decay_steps is None:
+            raise ValueError(
+                "decay_steps is missing: schedule.kind=wsd holds the rate and then lets it fall "
+                "over decay_steps; set schedule.decay_steps, often a tenth of train.steps"
+            )
+        if self.kind != "wsd" and self.decay_steps is not None:
+            raise ValueError(
+                f"decay_steps={self.decay_steps} has no effect with schedule.kind={self.kind}; "
+                "set schedule.decay_steps=null or schedule.kind=wsd"
+            )
+        return self
+
+
+class EvalSection(Section):
+    """Validation in the loop (every_steps 0 switches it off)."""
+
+    every_steps: Count = 0
+    samples: PositiveInt = 64
+
+
+class CheckpointSection(Section):
+    """Checkpoints to resume from (every_steps 0: only at the end)."""
+
+    every_steps: Count = 0
+    keep: int = 2
+
+    @model_validator(mode="after")
+    def _keeps_a_verified_one(self) -> Self:
+        if self.keep < 2:
+            raise ValueError(
+                f"keep={self.keep} must be at least 2: the previous checkpoint is deleted only "
+                "after a new one has been verified, so one is never enough; set checkpoint.keep=2"
+            )
+        return self
+
+
+class LogSection(Section):
+    """What is written while the run goes on; metrics.jsonl always is."""
+
+    interval: PositiveInt = 1
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    progress: bool = True
