@@ -29,6 +29,8 @@ from pipeline.config_sections import (
 )
 from pipeline.yaml_text import dump_yaml, parse_yaml, yaml_fault
 
+RESOLVED_CONFIG_NAME = "config.yaml"
+
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 

@@ -1,0 +1,136 @@
+"""metrics.jsonl: one line per reported step, the truth that every other writer reads from."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from model.errors import ConfigError
+
+METRICS_NAME = "metrics.jsonl"
+
+Value = float | bool | None
+Record = dict[str, Value]
+
+
+class MetricsWriter(Protocol):
+    """Something that shows records elsewhere: TensorBoard, Weights & Biases, the progress line."""
+
+    def write(self, record: Mapping[str, Value]) -> None:
+        """Show one record."""
+
+    def close(self) -> None:
+        """Write out what is pending."""
+
+
+class MetricsLog:
+    """Appends records to a run's metrics.jsonl and hands each to the other writers.
+
+    On resume, lines past the resumed step and torn lines are taken out first, so the file reads as
+    if the run had never stopped. Only rank 0 has a file; on other ranks everything is a no-op.
+
+    Args:
+        run_dir: Folder of the run; None on ranks that write nothing.
+        resumed_step: Last step that counts as done; 0 for a new run, which starts an empty file.
+        writers: Where else records go, in this order.
+    """
+
+    def __init__(
+        self, run_dir: Path | None, *, resumed_step: int, writers: Sequence[MetricsWriter] = ()
+    ) -> None:
+        self._writers = list(writers)
+        self._file: TextIO | None = None
+        if run_dir is not None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            path = run_dir / METRICS_NAME
+            cut_after(path, resumed_step)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Value]) -> None:
+        """Append one record and flush it; a number that is not finite is written as null."""
+        if self._file is None:
+            return
+        assert "step" in record, f"a record needs its step, got {sorted(record)}"
+        finite = {key: _finite(value) for key, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        for writer in self._writers:
+            writer.write(finite)
+
+    def close(self) -> None:
+        """Close the file and all writers; later records are ignored."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            for writer in self._writers:
+                writer.close()
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """All records of a metrics file, or of the run folder it lies in, oldest first.
+
+    A last line without its end, as a killed or still writing run leaves it, is not a record yet.
+
+    Raises:
+        ConfigError: There is no such file, or a line in it is not a record.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / METRICS_NAME
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; give the folder of a run that has started")
+    records = []
+    for number, line in enumerate(_whole_lines(path), start=1):
+        record = _parse(line)
+        if record is None:
+            raise ConfigError(f"{path}: line {number} is not a record; delete that line")
+        records.append(record)
+    return records
+
+
+def cut_after(path: Path, step: int) -> int:
+    """Take out of a metrics file what lies past `step` and what is torn, in one rename.
+
+    Returns:
+        The number of lines taken out.
+    """
+    if not path.exists():
+        return 0
+    text = path.read_bytes()
+    lines = _whole_lines(path)
+    kept = []
+    for line in lines:
+        record = _parse(line)
+        if record is not None and record["step"] <= step:
+            kept.append(line + b"\n")
+    content = b"".join(kept)
+    if content == text:
+        return 0
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    return len(text.splitlines()) - len(kept)
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Lines that were written to their end."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if isinstance(record, dict) and isinstance(record.get("step"), int):
+        return record
+    return None
+
+
+def _finite(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
