@@ -1,0 +1,75 @@
+"""The progress line of a build on standard error: bars in a terminal, plain lines in a log."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressLine:
+    """Shows MB/s, tokens/s, the time left and the rejects of a build.
+
+    Args:
+        console: Where to write; a terminal gets a live bar, anything else a line now and then.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("encoding"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._total_bytes = self._bytes = self._tokens = self._rejects = 0
+        self._started_s = self._printed_s = 0.0
+
+    def say(self, message: str) -> None:
+        """Print a step of the build."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, total_bytes: int, units: int) -> None:
+        """Encoding starts."""
+        self._total_bytes = total_bytes
+        self._started_s = self._printed_s = time.monotonic()
+        self.say(f"encoding {total_bytes / 1e6:,.1f} MB in {units:,} units")
+        if self._console.is_terminal:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=max(total_bytes, 1), rates="")
+
+    def finish_unit(self, input_bytes: int, tokens: int, rejects: int) -> None:
+        """A unit is on disk."""
+        self._bytes += input_bytes
+        self._tokens += tokens
+        self._rejects += rejects
+        if self._task is not None:
+            self._bar.update(self._task, completed=self._bytes, rates=self._rates())
+        elif time.monotonic() - self._printed_s >= SECONDS_BETWEEN_LINES:
+            self._printed_s = time.monotonic()
+            self.say(
+                f"encoding {100 * self._bytes / max(self._total_bytes, 1):3.0f} % {self._rates()}"
+            )
+
+    def close(self) -> None:
+        """Leave the terminal clean and print the rates of what was done."""
+        if self._task is not None:
+            self._bar.stop()
+        if self._bytes:
+            self.say(f"encoded {self._rates()} in {self._elapsed_s():.1f} s")
+
+    def _elapsed_s(self) -> float:
+        return max(time.monotonic() - self._started_s, 1e-9)
+
+    def _rates(self) -> str:
+        elapsed_s = self._elapsed_s()
+        return (
+            f"{self._bytes / 1e6:,.1f} MB at {self._bytes / 1e6 / elapsed_s:,.1f} MB/s, "
+            f"{self._tokens:,} tokens at {self._tokens / elapsed_s:,.0f} tokens/s, "
+            f"{self._rejects:,} rejects"
+        )

@@ -1,0 +1,199 @@
+"""Text to token ids and back: a tokenizer.json from a file, trained on the input, or bytes."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from data_prep.errors import DataError
+
+TokenArray = NDArray[Any]  # uint16 or uint32
+
+END_OF_TEXT = "<|endoftext|>"
+USUAL_EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
+NUM_BYTES = 256
+SMALLEST_TRAINED_VOCABULARY = NUM_BYTES + 1
+
+# Words with one leading sign or space, numbers of up to three digits, runs of signs, line ends.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """A tokenizer.json with what a shard set needs to know about it.
+
+    Text that spells a special token is encoded as ordinary text; nothing is added but EOS, once
+    at the end of each document.
+
+    Args:
+        content: The bytes of a tokenizer.json.
+        eos_token: Name of the end-of-document token; None = the first usual name it has.
+        origin: Where the content came from, for messages.
+
+    Raises:
+        DataError: Not a tokenizer.json, or no end-of-document token.
+    """
+
+    def __init__(self, content: bytes, eos_token: str | None, origin: str) -> None:
+        try:
+            self._backend = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(
+                f"--tokenizer {origin} is not a Hugging Face tokenizer.json ({error})"
+            ) from error
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.content = content
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        self.max_token_id: int = max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.eos_token, self.eos_id = self._find_eos(eos_token, origin)
+        self.dtype: np.dtype[Any] = token_dtype(self.max_token_id)
+        self.is_bytes = content == bytes_tokenizer()
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
+        """Encode documents and append EOS to each.
+
+        Args:
+            texts: The documents.
+
+        Returns:
+            All ids one after the other, `[sum(lengths)]`, and the length of each document
+            including its EOS, `[len(texts)]`. Example with bytes: ["ab", ""] gives
+            [97, 98, 256, 256] and [3, 1].
+        """
+        if self.is_bytes:
+            pieces = [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+        else:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            pieces = [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        lengths = np.array([len(piece) + 1 for piece in pieces], dtype=np.int64)
+        flat: TokenArray = np.empty(int(lengths.sum()), dtype=self.dtype)
+        start = 0
+        for piece in pieces:
+            flat[start : start + len(piece)] = piece
+            start += len(piece) + 1
+            flat[start - 1] = self.eos_id
+        return flat, lengths
+
+    def decode(self, ids: Sequence[int] | TokenArray) -> str:
+        """Text of `ids`; special tokens appear by name."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    @property
+    def is_lossless(self) -> bool:
+        """True when decode(encode(text)) is text: byte-level pieces and no normalizer."""
+        layout = json.loads(self.content)
+        return layout.get("normalizer") is None and '"ByteLevel"' in json.dumps(
+            layout.get("pre_tokenizer")
+        )
+
+    def _find_eos(self, wanted: str | None, origin: str) -> tuple[str, int]:
+        for name in (wanted,) if wanted else USUAL_EOS_NAMES:
+            number = self._backend.token_to_id(name)
+            if number is not None:
+                return name, number
+        if wanted:
+            raise DataError(f"--eos-token {wanted!r} is not in the vocabulary of {origin}")
+        raise DataError(
+            f"{origin} has none of the usual end-of-document tokens {', '.join(USUAL_EOS_NAMES)}; "
+            "name it with --eos-token"
+        )
+
+
+def token_dtype(max_token_id: int) -> np.dtype[Any]:
+    """uint16 when every id fits, else uint32."""
+    return np.dtype(np.uint16) if max_token_id < 1 << 16 else np.dtype(np.uint32)
+
+
+def read_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
+    """Load a tokenizer.json, or the one in a directory (with its tokenizer_config.json).
+
+    Raises:
+        DataError: There is none, or it cannot be used.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"--tokenizer {file}: {error.strerror}; give a tokenizer.json, a directory that holds "
+            "one, train:VOCABULARY or bytes"
+        ) from error
+    return Tokenizer(content, eos_token or _configured_eos(file.parent), str(file))
+
+
+def bytes_tokenizer() -> bytes:
+    """The tokenizer.json whose ids 0..255 are the UTF-8 bytes and 256 is the end of text."""
+    symbols = _byte_symbols()
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={symbols[value]: value for value in range(NUM_BYTES)}, merges=[])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return backend.to_str(pretty=True).encode()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train byte-level BPE; the result depends on the texts and the size alone.
+
+    Args:
+        texts: Training documents.
+        vocab_size: Size with the end-of-text token; a tiny corpus gives fewer.
+
+    Returns:
+        The bytes of the tokenizer.json.
+
+    Raises:
+        DataError: `vocab_size` leaves no room for the 256 bytes and the end of text.
+    """
+    if vocab_size < SMALLEST_TRAINED_VOCABULARY:
+        raise DataError(
+            f"--tokenizer train:{vocab_size} is below {SMALLEST_TRAINED_VOCABULARY} (256 bytes and "
+            f"the end of text); ask for more, or use --tokenizer bytes"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(END_OF_TEXT, special=True)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    return backend.to_str(pretty=True).encode()
+
+
+def _configured_eos(directory: Path) -> str | None:
+    """The eos_token of a tokenizer_config.json beside the tokenizer, if it names one."""
+    try:
+        value = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))["eos_token"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    name = value.get("content") if isinstance(value, dict) else value
+    return name if isinstance(name, str) else None
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that byte-level tokenizers use for each byte value."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(NUM_BYTES) if value not in printable]
+    symbols = {value: chr(value) for value in printable}
+    symbols.update({value: chr(NUM_BYTES + rank) for rank, value in enumerate(others)})
+    return [symbols[value] for value in range(NUM_BYTES)]

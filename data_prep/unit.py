@@ -1,0 +1,275 @@
+"""One unit of work: read its records, encode them, write its shards, then its journal entry."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import orjson
+import xxhash
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_prep.atomic import whole_file, write_whole
+from data_prep.errors import DataError
+from data_prep.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    TOKENIZER,
+    TRAIN,
+    VALIDATION,
+    Ledger,
+    ShardEntry,
+)
+from data_prep.shards import ShardRows, write_shard
+from data_prep.sources import Record, Segment, Unit, read_unit
+from data_prep.tokenizer import TokenArray, Tokenizer
+
+JOURNAL = "journal"
+BATCH_CHARACTERS = 1 << 20
+HASH_VALUES = 1 << 64
+
+BadRecordPolicy = Literal["skip", "fail"]
+
+
+@dataclass(frozen=True)
+class UnitJob:
+    """What every unit of a job shares; small, so that it travels to each worker with the task."""
+
+    output: Path
+    job_id: str
+    eos_token: str
+    text_key: str
+    validation_fraction: float
+    shard_tokens: int
+    source: str
+    on_bad: BadRecordPolicy
+
+
+class UnitRecord(BaseModel):
+    """The journal entry of a finished unit: its shards, and a ledger per input file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unit: int
+    job_id: str
+    shards: list[ShardEntry]
+    ledgers: dict[int, Ledger]
+
+
+def process_unit(job: UnitJob, unit: Unit) -> UnitRecord:
+    """Do one unit; when this returns, its shards and its journal entry are on disk.
+
+    Raises:
+        DataError: A record was rejected under `on_bad="fail"`, an input changed, or the output
+            cannot be written.
+    """
+    tokenizer = _load_tokenizer(job.output / TOKENIZER, job.eos_token)
+    columns = {split: _Columns(tokenizer) for split in (TRAIN, VALIDATION)}
+    counts = {segment.file: _Counts() for segment in unit.segments}
+    rejects: list[tuple[Segment, Record]] = []
+    sources = {segment.file: segment for segment in unit.segments}
+    for record in read_unit(unit, job.text_key):
+        count = counts[record.file]
+        if record.text is None:
+            count.rejects[record.reason] = count.rejects.get(record.reason, 0) + 1
+            rejects.append((sources[record.file], record))
+            if job.on_bad == "fail":
+                raise rejection(sources[record.file].source.path, record)
+        elif not record.text:
+            count.empty += 1
+        else:
+            content = record.text.encode("utf-8")
+            count.documents += 1
+            count.text_bytes += len(content)
+            columns[_choose_split(content, job.validation_fraction)].add(record)
+    shards = [
+        entry
+        for split, documents in columns.items()
+        for entry in _write_split(job, unit.number, tokenizer, split, documents.finish())
+    ]
+    _write_rejects(job.output, unit.number, rejects)
+    done = UnitRecord(
+        unit=unit.number,
+        job_id=job.job_id,
+        shards=shards,
+        ledgers={file: count.ledger() for file, count in counts.items()},
+    )
+    write_whole(_journal_path(job.output, unit.number), done.model_dump_json().encode())
+    return done
+
+
+def find_finished(output: Path, job_id: str, unit: int) -> UnitRecord | None:
+    """The journal entry of a unit, if it is of this job and its files are there in full size."""
+    try:
+        done = UnitRecord.model_validate_json(_journal_path(output, unit).read_bytes())
+        whole = all((output / entry.path).stat().st_size == entry.bytes for entry in done.shards)
+    except (OSError, ValidationError):
+        return None
+    rejected = sum(ledger.rejects for ledger in done.ledgers.values())
+    if rejected and not rejects_path(output, unit).is_file():
+        return None
+    return done if whole and done.unit == unit and done.job_id == job_id else None
+
+
+def rejects_path(output: Path, unit: int) -> Path:
+    """Where a unit lists its rejected records, until they are gathered into one file."""
+    return output / JOURNAL / f"{unit:05d}.rejects.jsonl"
+
+
+def rejection(path: str, record: Record) -> DataError:
+    """The error for a bad record when bad records end the job."""
+    return DataError(
+        f"{path}: record at byte {record.offset} is bad: {record.reason}; mend it, or use "
+        "--on-bad skip to count it and go on"
+    )
+
+
+def is_held_out(content: bytes, fraction: float) -> bool:
+    """True when a document belongs to the held-out split: decided by its text, not its place."""
+    return xxhash.xxh3_64_intdigest(content) < int(fraction * HASH_VALUES)
+
+
+def _choose_split(content: bytes, fraction: float) -> str:
+    return VALIDATION if is_held_out(content, fraction) else TRAIN
+
+
+def _journal_path(output: Path, unit: int) -> Path:
+    return output / JOURNAL / f"{unit:05d}.json"
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(path: Path, eos_token: str) -> Tokenizer:
+    """One tokenizer per process, whatever the number of units it works on."""
+    return Tokenizer(path.read_bytes(), eos_token, os.fspath(path))
+
+
+@dataclass
+class _Counts:
+    documents: int = 0
+    empty: int = 0
+    text_bytes: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+
+    def ledger(self) -> Ledger:
+        rejected = sum(self.rejects.values())
+        return Ledger(
+            records=self.documents + self.empty + rejected,
+            documents=self.documents,
+            empty=self.empty,
+            rejects=rejected,
+            rejects_by_reason=dict(sorted(self.rejects.items())),
+            text_bytes=self.text_bytes,
+        )
+
+
+class _Columns:
+    """The documents of one split of one unit: texts are encoded about a megabyte at a time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: list[str] = []
+        self._characters = 0
+        self._tokens: list[TokenArray] = []
+        self._lengths: list[NDArray[np.int64]] = []
+        self._src: list[int] = []
+        self._row: list[int] = []
+
+    def add(self, record: Record) -> None:
+        """Append a document."""
+        assert record.text, record
+        self._texts.append(record.text)
+        self._src.append(record.file)
+        self._row.append(record.offset)
+        self._characters += len(record.text)
+        if self._characters >= BATCH_CHARACTERS:
+            self._encode()
+
+    def finish(self) -> ShardRows | None:
+        """All documents as columns; None when there are none."""
+        self._encode()
+        if not self._src:
+            return None
+        lengths = np.concatenate(self._lengths)
+        return ShardRows(
+            tokens=np.concatenate(self._tokens),
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            src=np.array(self._src, dtype=np.uint32),
+            row=np.array(self._row, dtype=np.uint64),
+        )
+
+    def _encode(self) -> None:
+        if self._texts:
+            tokens, lengths = self._tokenizer.encode_documents(self._texts)
+            self._tokens.append(tokens)
+            self._lengths.append(lengths)
+            self._texts.clear()
+            self._characters = 0
+
+
+def _write_split(
+    job: UnitJob, unit: int, tokenizer: Tokenizer, split: str, rows: ShardRows | None
+) -> Iterator[ShardEntry]:
+    """Write the shards of one split of a unit: one, or more when over the cap."""
+    if rows is None:
+        return
+    metadata = {
+        "format": FORMAT,
+        "version": str(FORMAT_VERSION),
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": str(tokenizer.vocab_size),
+        "dtype": str(rows.tokens.dtype),
+        "eos_id": str(tokenizer.eos_id),
+        "eos": "one after each document",
+        "source": job.source,
+        "split": split,
+    }
+    for part, piece in enumerate(_cut(rows, job.shard_tokens)):
+        suffix = f"-{part:03d}" if part else ""
+        path = f"shards/{split}/{job.source}/{unit:05d}{suffix}.arrow"
+        written = write_shard(job.output / path, piece, metadata)
+        yield ShardEntry.of(path, split, job.source, unit, written)
+
+
+def _cut(rows: ShardRows, limit_tokens: int) -> Iterator[ShardRows]:
+    """Cut columns between documents into pieces of at most `limit_tokens`, one document at least.
+
+    Example: lengths 3, 3, 9, 1 with a limit of 6 give rows [0:2], [2:3], [3:4].
+    """
+    first, num_rows = 0, len(rows.src)
+    while first < num_rows:
+        base = rows.offsets[first]
+        last = int(np.searchsorted(rows.offsets, base + limit_tokens, side="right")) - 1
+        last = min(max(last, first + 1), num_rows)
+        yield ShardRows(
+            tokens=rows.tokens[base : rows.offsets[last]],
+            offsets=rows.offsets[first : last + 1] - base,
+            src=rows.src[first:last],
+            row=rows.row[first:last],
+        )
+        first = last
+
+
+def _write_rejects(output: Path, unit: int, rejects: Iterable[tuple[Segment, Record]]) -> None:
+    """List the rejected records of a unit; no file when there are none."""
+    path = rejects_path(output, unit)
+    lines = [
+        orjson.dumps(
+            {
+                "file": segment.source.path,
+                "offset": record.offset,
+                "reason": record.reason,
+                "sample": record.sample,
+            },
+            option=orjson.OPT_APPEND_NEWLINE,
+        )
+        for segment, record in rejects
+    ]
+    if not lines:
+        path.unlink(missing_ok=True)
+        return
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"".join(lines))
