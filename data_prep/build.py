@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -246,7 +247,8 @@ def _spread(
 
 
 def _start_worker() -> None:
-    """Set up a worker: one thread of encoding, and an end when the parent is gone."""
+    """Set up a worker: one thread of encoding, and an end when (and only when) the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

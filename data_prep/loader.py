@@ -199,5 +199,6 @@ class TokenLoader:
             raise DataError(
                 f"{name} has {self.num_samples:,} windows of {self.sequence_length:,} tokens, "
                 f"fewer than one global batch of {self.global_batch_size:,} (micro_size * "
-                "accumulation * data-parallel ranks); use a smaller batch, shorter sequences or more data"
+                "accumulation * data-parallel ranks); use a smaller batch, shorter sequences or "
+                "more data"
             )

@@ -1,9 +1,12 @@
 """Command line: corpora to Arrow shards, `python data_prep/shard.py --input PATH --output DIR`."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 if __name__ == "__main__" and not __package__:
     # Run by path, Python puts this folder first; the packages are found from its parent.
@@ -15,7 +18,7 @@ from data_prep.build import REJECTS, build
 from data_prep.errors import DataError
 from data_prep.file_names import IGNORED_DIRECTORIES
 from data_prep.job import BuildOptions
-from data_prep.manifest import Manifest
+from data_prep.manifest import VALIDATION, Manifest
 from data_prep.progress import ProgressLine
 
 EXIT_DATA_ERROR = 1
@@ -25,6 +28,7 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit status."""
     options = parse_options(arguments)
+    signal.signal(signal.SIGINT, _stop_at_once)
     progress = ProgressLine(Console(stderr=True))
     try:
         try:
@@ -34,11 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_DATA_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
     print(summarize(manifest, options.output))
     return 0
+
+
+def _stop_at_once(_signal: int, _frame: FrameType | None) -> None:
+    """End on Ctrl-C without waiting for units in work: a killed build loses only those."""
+    print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def parse_options(arguments: Sequence[str] | None) -> BuildOptions:
@@ -130,6 +138,11 @@ def summarize(manifest: Manifest, output: Path) -> str:
             f"{name}: {split.rows:,} documents, {split.tokens:,} tokens, {split.shards:,} shards, "
             f"{split.bytes / 1e6:,.1f} MB"
         )
+        if not split.rows and name == VALIDATION and manifest.validation_fraction:
+            lines.append(
+                f"note: no document fell into the held-out {manifest.validation_fraction:g}; "
+                "raise --validation-fraction to evaluate on this corpus"
+            )
     num_tokens = sum(split.tokens for split in manifest.splits.values())
     lines.append(
         f"tokenizer: {manifest.tokenizer.vocab_size:,} tokens, {manifest.dtype}, "

@@ -185,7 +185,8 @@ def _walk(directory: Path, globs: Sequence[str], exclude: Sequence[str]) -> Iter
 def _matches(path: Path, patterns: Sequence[str]) -> bool:
     whole = path.as_posix()
     return any(
-        fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(whole, pattern)
+        fnmatch.fnmatchcase(path.name, pattern.removeprefix("**/"))
+        or fnmatch.fnmatchcase(whole, pattern)
         for pattern in patterns
     )
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ TokenArray = NDArray[Any]  # uint16 or uint32
 END_OF_TEXT = "<|endoftext|>"
 USUAL_EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
 NUM_BYTES = 256
+PART_CHARACTERS = 1 << 20
+LINE_BEFORE_LETTER = re.compile(r"\n(?=[A-Za-z])")
 SMALLEST_TRAINED_VOCABULARY = NUM_BYTES + 1
 
 # Words with one leading sign or space, numbers of up to three digits, runs of signs, line ends.
@@ -32,6 +35,17 @@ class Tokenizer:
 
     Text that spells a special token is encoded as ordinary text; nothing is added but EOS, once
     at the end of each document.
+
+    Attributes:
+        content: The bytes of its tokenizer.json, as given.
+        sha256: Of the content.
+        vocab_size: Number of tokens, added ones included.
+        max_token_id: The largest id it can give.
+        eos_token: Name of the end-of-document token.
+        eos_id: Its id.
+        dtype: How ids are stored: uint16 when all fit, else uint32.
+        is_bytes: True for the tokenizer of plain bytes.
+        is_lossless: True when decode(encode(text)) is text.
 
     Args:
         content: The bytes of a tokenizer.json.
@@ -59,6 +73,7 @@ class Tokenizer:
         self.eos_token, self.eos_id = self._find_eos(eos_token, origin)
         self.dtype: np.dtype[Any] = token_dtype(self.max_token_id)
         self.is_bytes = content == bytes_tokenizer()
+        self.is_lossless, self._can_cut = _promises(content)
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
         """Encode documents and append EOS to each.
@@ -74,8 +89,7 @@ class Tokenizer:
         if self.is_bytes:
             pieces = [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
         else:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            pieces = [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+            pieces = self._encode_plain(texts)
         lengths = np.array([len(piece) + 1 for piece in pieces], dtype=np.int64)
         flat: TokenArray = np.empty(int(lengths.sum()), dtype=self.dtype)
         start = 0
@@ -89,13 +103,23 @@ class Tokenizer:
         """Text of `ids`; special tokens appear by name."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    @property
-    def is_lossless(self) -> bool:
-        """True when decode(encode(text)) is text: byte-level pieces and no normalizer."""
-        layout = json.loads(self.content)
-        return layout.get("normalizer") is None and '"ByteLevel"' in json.dumps(
-            layout.get("pre_tokenizer")
-        )
+    def _encode_plain(self, texts: Sequence[str]) -> list[TokenArray]:
+        """Ids of each text without EOS; a giant text goes through in parts, to bound memory."""
+        if not self._can_cut or max(map(len, texts), default=0) <= PART_CHARACTERS:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        return [
+            np.concatenate(
+                [
+                    np.array(encoding.ids, dtype=self.dtype)
+                    for part in cut_text(text, PART_CHARACTERS)
+                    for encoding in self._backend.encode_batch_fast(
+                        [part], add_special_tokens=False
+                    )
+                ]
+            )
+            for text in texts
+        ]
 
     def _find_eos(self, wanted: str | None, origin: str) -> tuple[str, int]:
         for name in (wanted,) if wanted else USUAL_EOS_NAMES:
@@ -108,6 +132,22 @@ class Tokenizer:
             f"{origin} has none of the usual end-of-document tokens {', '.join(USUAL_EOS_NAMES)}; "
             "name it with --eos-token"
         )
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """Cut a text into parts of about `size` characters, each ending in a line end before a letter.
+
+    SPLIT_PATTERN has no piece that reaches over such a place and none looks back over it, so
+    encoding the parts one by one gives the ids of the whole.
+    """
+    start = 0
+    while len(text) - start > size:
+        place = LINE_BEFORE_LETTER.search(text, start + size)
+        if place is None:
+            break
+        yield text[start : place.start() + 1]
+        start = place.start() + 1
+    yield text[start:]
 
 
 def token_dtype(max_token_id: int) -> np.dtype[Any]:
@@ -178,6 +218,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     )
     backend.train_from_iterator(texts, trainer=trainer)
     return backend.to_str(pretty=True).encode()
+
+
+def _promises(content: bytes) -> tuple[bool, bool]:
+    """What the layout of a tokenizer.json promises.
+
+    Returns:
+        Whether decoding gives the text back (byte-level pieces, no normalizer), and whether a
+        text may be cut as `cut_text` does (the one split pattern for which that is known).
+    """
+    layout = json.loads(content)
+    pieces = layout.get("pre_tokenizer") or {}
+    is_lossless = layout.get("normalizer") is None and '"ByteLevel"' in json.dumps(pieces)
+    steps = pieces.get("pretokenizers") or [{}]
+    return is_lossless, is_lossless and steps[0].get("pattern") == {"Regex": SPLIT_PATTERN}
 
 
 def _configured_eos(directory: Path) -> str | None:
