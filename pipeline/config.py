@@ -262,3 +262,26 @@ def resolve_precision(config: RunConfig, device: Device, bf16_supported: bool = 
             "or use a GPU of the Ampere generation or later"
         )
     return wanted
+
+
+def settings_without_effect(
+    config: RunConfig, *, data_parallel_size: int, device: Device
+) -> list[str]:
+    """Settings that change nothing in this run, one line each, to be said at its start."""
+    lines = []
+    zero, last_step = config.parallel.zero, config.last_step
+    if zero and data_parallel_size == 1:
+        lines.append(f"parallel.zero={zero}: there is 1 data-parallel rank, nothing to divide")
+    for key, every in (
+        ("eval.every_steps", config.eval.every_steps),
+        ("checkpoint.every_steps", config.checkpoint.every_steps),
+    ):
+        if every > last_step:
+            lines.append(f"{key}={every}: the run stops at step {last_step}")
+    if config.eval.every_steps == 0 and "samples" in config.eval.model_fields_set:
+        lines.append(f"eval.samples={config.eval.samples}: eval.every_steps=0, no validation")
+    if config.model.future_tokens == 1 and config.train.head_backward == "joint":
+        lines.append("train.head_backward=joint: with 1 head it is the same as sequential")
+    if device == "cpu" and config.train.precision == "bf16":
+        lines.append("train.precision=bf16: on a CPU it saves memory, but no time")
+    return lines
