@@ -1,0 +1,95 @@
+"""The heads: one transformer layer each on the trunk's output, and the readout they share.
+
+Head k at position t predicts token t+k; heads count from 1 (Gloeckle et al. 2024, section 2).
+
+Legend: B batch, S sequence, H hidden, V vocabulary, V' this rank's share of it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from model.layers import Checkpointing, Layer
+
+
+class ReadoutWeights(NamedTuple):
+    """The two parameters that all heads share.
+
+    Attributes:
+        norm: `[H]`, final RMSNorm.
+        unembedding: `[V', H]`.
+    """
+
+    norm: Tensor
+    unembedding: Tensor
+
+
+class Readout(ColumnParallelLinear):
+    """Final norm and unembedding, shared by all heads.
+
+    Both are parameters of this one module, and calling it hands them out, so that under ZeRO-3
+    they are gathered once for all heads and their gradients leave once.
+    """
+
+    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
+        super().__init__(
+            config.hidden_size,
+            vocab_size,
+            config=config,
+            init_method=lambda tensor: tensor,
+            bias=False,
+            gather_output=False,
+        )
+        self.norm_weight = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
+        self.eps = config.layernorm_epsilon
+
+    def forward(self) -> ReadoutWeights:
+        """The shared weights as graph tensors, usable after ZeRO-3 has released the parameters."""
+        return ReadoutWeights(
+            self.norm_weight.view_as(self.norm_weight), self.weight.view_as(self.weight)
+        )
+
+    def normalize(self, hidden: Tensor, norm: Tensor) -> Tensor:
+        """RMSNorm of `[..., H]` with the shared weight."""
+        return F.rms_norm(hidden, (hidden.shape[-1],), norm, self.eps)
+
+
+class Heads(nn.Module):
+    """The head layers and their readout.
+
+    Args:
+        config: megatron's configuration.
+        vocab_size: V.
+        numbers: which heads to hold, from 1.
+        first_layer: layer number of head 1 (the trunk's layers come before it).
+        checkpointing: which activations are recomputed in backward.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        numbers: Sequence[int],
+        *,
+        first_layer: int,
+        checkpointing: Checkpointing,
+    ) -> None:
+        super().__init__()
+        self.numbers = tuple(numbers)
+        self.layers = nn.ModuleDict(
+            {
+                str(head): Layer(config, first_layer + head - 1, checkpointing=checkpointing)
+                for head in numbers
+            }
+        )
+        self.readout = Readout(config, vocab_size)
+
+    def hidden(self, head: int, trunk_output: Tensor, rotary: Tensor) -> Tensor:
+        """Head layer `head` on the trunk's output, before the norm: `[S, B, H]` to `[S, B, H]`."""
+        output: Tensor = self.layers[str(head)](trunk_output, rotary)
+        return output

@@ -1,0 +1,124 @@
+"""The whole model: trunk, heads and the rotary table they share.
+
+Legend: B batch, S sequence, H hidden, V vocabulary, V' this rank's share of it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from model.attention import CoreAttention
+from model.config import ModelConfig
+from model.heads import Heads
+from model.initialization import initial_weight
+from model.kv_cache import KVCache
+from model.layers import Checkpointing, transformer_config
+from model.loss import VocabularyShard
+from model.rotary import RotaryTable
+from model.sharding import mark_split_parameters
+from model.trunk import Trunk
+
+
+class MultiTokenModel(nn.Module):
+    """A Llama-style model that predicts n future tokens (Gloeckle et al. 2024).
+
+    L layers in all: L - n in the trunk, one in each of the n heads. Each tensor-parallel rank
+    builds its own part; megatron's process groups must exist.
+
+    Args:
+        config: sizes.
+        dtype: of the weights.
+        activation_checkpointing: `none`; `full` keeps only each layer's input; `selective`
+            recomputes the core attention alone.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        activation_checkpointing: Checkpointing = "none",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        layer_config = transformer_config(config, dtype=dtype)
+        self.trunk = Trunk(
+            layer_config,
+            config.vocab_size,
+            range(config.trunk_layers),
+            checkpointing=activation_checkpointing,
+        )
+        self.heads = Heads(
+            layer_config,
+            config.vocab_size,
+            range(1, config.future_tokens + 1),
+            first_layer=config.trunk_layers + 1,
+            checkpointing=activation_checkpointing,
+        )
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        mark_split_parameters(self)
+
+    @property
+    def shard(self) -> VocabularyShard:
+        """The rows of the unembedding that this rank holds."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        return VocabularyShard.of_rank(self.config.vocab_size // size, group)
+
+    def forward(self, tokens: Tensor, then: Callable[[Tensor], Any] | None = None) -> Any:
+        """Run the trunk, and with `then` what follows it, inside one forward of this module.
+
+        Args:
+            tokens: `[B, S]` int64 ids.
+            then: computes from z what the caller wants of it.
+
+        Returns:
+            z `[S, B, H]`, or what `then(z)` returned.
+        """
+        rotary = self.rotary.sequence(tokens.shape[1], tokens.device)
+        trunk_output = self.trunk(tokens, rotary)
+        return trunk_output if then is None else then(trunk_output)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: KVCache, heads: Sequence[int]) -> Tensor:
+        """Logits of some heads at new positions, reading and extending the cache.
+
+        Args:
+            tokens: `[B, S]` tokens that follow the cached ones.
+            cache: holds each row's earlier positions; the caller commits new lengths.
+            heads: numbers of the heads to run, from 1.
+
+        Returns:
+            `[len(heads), B, S, V']`, in the weights' dtype.
+        """
+        self.use_cache(cache)
+        try:
+            rotary = self.rotary.angles(cache.begin(tokens.shape[1]))
+            trunk_output = self.trunk(tokens, rotary)
+            norm, unembedding = self.heads.readout()
+            latents = torch.stack([self.heads.hidden(k, trunk_output, rotary) for k in heads])
+            normed = self.heads.readout.normalize(latents, norm)
+            return (normed @ unembedding.t()).transpose(1, 2)
+        finally:
+            self.use_cache(None)
+
+    def use_cache(self, cache: KVCache | None) -> None:
+        """Let every attention layer read and write this cache (None: no cache)."""
+        for module in self.modules():
+            if isinstance(module, CoreAttention):
+                module.cache = cache
+
+    def initial_weight(self, name: str, local_shape: torch.Size, seed: int) -> Tensor:
+        """This rank's part of a parameter's initial value, see `model.initialization`."""
+        return initial_weight(
+            name,
+            local_shape,
+            seed=seed,
+            std=self.config.init_std,
+            num_layers=self.config.layers,
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        )

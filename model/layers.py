@@ -1,0 +1,120 @@
+"""Transformer layers: megatron-core's, by layer spec, with our core attention.
+
+Legend: S sequence, B batch, H hidden.
+"""
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import CoreAttention
+from model.config import ModelConfig
+
+Checkpointing = Literal["none", "full", "selective"]
+
+
+def transformer_config(
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32
+) -> TransformerConfig:
+    """Megatron's configuration for a Llama-style layer on CPU or GPU.
+
+    Weights are made on the CPU and left uninitialised (`model.initialization` fills them). The
+    fused kernels of megatron need apex or CUDA and are off.
+    """
+    return TransformerConfig(
+        num_layers=config.layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.attention_heads,
+        num_query_groups=config.kv_heads,
+        ffn_hidden_size=config.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_spec() -> Any:
+    """The layer's spec: Transformer Engine's modules on a GPU that has them, else megatron's own.
+
+    Both give parameters of the same names and shapes, so checkpoints move between them.
+    """
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention.core_attention = ModuleSpec(module=CoreAttention)
+    if transformer_engine_available():
+        from megatron.core.extensions import transformer_engine as te
+
+        spec.submodules.input_layernorm = te.TENorm
+        spec.submodules.pre_mlp_layernorm = te.TENorm
+        attention.linear_qkv = te.TEColumnParallelLinear
+        attention.linear_proj = te.TERowParallelLinear
+        mlp.linear_fc1 = te.TEColumnParallelLinear
+        mlp.linear_fc2 = te.TERowParallelLinear
+    return spec
+
+
+def transformer_engine_available() -> bool:
+    """Whether layers are built from Transformer Engine: it is installed and there is a GPU."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+class Layer(nn.Module):
+    """One transformer layer, with or without recomputation of its activations in backward.
+
+    Args:
+        config: megatron's configuration.
+        number: the layer's number, from 1.
+        checkpointing: `full` keeps only the layer's input and runs the layer again in backward;
+            `selective` runs only its core attention again.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, number: int, *, checkpointing: Checkpointing
+    ) -> None:
+        super().__init__()
+        self.recompute = checkpointing == "full"
+        self.block = build_module(layer_spec(), config=config, layer_number=number)
+        self.block.self_attention.core_attention.recompute = checkpointing == "selective"
+
+    def forward(self, hidden: Tensor, rotary: Tensor) -> Tensor:
+        """Run the layer.
+
+        Args:
+            hidden: `[S, B, H]`.
+            rotary: angles `[S, 1 or B, 1, D]`.
+
+        Returns:
+            `[S, B, H]`.
+        """
+        if self.recompute and self.training and torch.is_grad_enabled():
+            # Reentrant: under ZeRO-3 the weights kept for backward are freed in between, and
+            # only a whole second forward, with its fetches, brings them back.
+            return checkpoint(self._run, hidden, rotary, use_reentrant=True)
+        return self._run(hidden, rotary)
+
+    def _run(self, hidden: Tensor, rotary: Tensor) -> Tensor:
+        output, _ = self.block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        return output

@@ -1,0 +1,86 @@
+"""How each parameter is split over tensor-parallel ranks: the one table, and its arithmetic.
+
+Megatron's column-parallel weights are split by rows (dimension 0), row-parallel ones by columns.
+The gated MLP's first weight holds gate and up one below the other, and each rank holds its part
+of both, so it is split block by block.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Placement(NamedTuple):
+    """Where a parameter lives.
+
+    Attributes:
+        dim: dimension split over tensor-parallel ranks; None = a full copy on every rank.
+        blocks: equal blocks along `dim` that are each split (2 for gate and up).
+    """
+
+    dim: int | None
+    blocks: int = 1
+
+
+REPLICATED = Placement(None)
+PLACEMENTS = {
+    "embedding.weight": Placement(0),
+    "self_attention.linear_qkv.weight": Placement(0),  # groups of [queries, key, value] stay whole
+    "self_attention.linear_proj.weight": Placement(1),
+    "mlp.linear_fc1.weight": Placement(0, blocks=2),
+    "mlp.linear_fc2.weight": Placement(1),
+    "input_layernorm.weight": REPLICATED,
+    "pre_mlp_layernorm.weight": REPLICATED,
+    "readout.norm_weight": REPLICATED,
+    "readout.weight": Placement(0),
+}
+
+
+def placement_of(name: str) -> Placement:
+    """The placement of the parameter with this full name.
+
+    Raises:
+        KeyError: no rule covers the name; a new kind of parameter needs a line in the table.
+    """
+    for suffix, placement in PLACEMENTS.items():
+        if name == suffix or name.endswith("." + suffix):
+            return placement
+    raise KeyError(f"no placement rule for parameter {name!r}; add one to model/sharding.py")
+
+
+def global_shape(local_shape: torch.Size, placement: Placement, size: int) -> torch.Size:
+    """Shape of the whole parameter, given one rank's shape and the tensor-parallel size."""
+    shape = list(local_shape)
+    if placement.dim is not None:
+        shape[placement.dim] *= size
+    return torch.Size(shape)
+
+
+def take_slice(whole: Tensor, placement: Placement, rank: int, size: int) -> Tensor:
+    """Rank `rank`'s part of a whole parameter.
+
+    Example: gate|up of 4+4 rows over 2 ranks: rank 0 gets rows 0,1 and 4,5.
+    """
+    if placement.dim is None or size == 1:
+        return whole
+    blocks = whole.chunk(placement.blocks, dim=placement.dim)
+    parts = [block.chunk(size, dim=placement.dim)[rank] for block in blocks]
+    return torch.cat(parts, dim=placement.dim) if len(parts) > 1 else parts[0]
+
+
+def merge_slices(slices: list[Tensor], placement: Placement) -> Tensor:
+    """The whole parameter from all ranks' parts, in rank order; inverse of `take_slice`."""
+    if placement.dim is None or len(slices) == 1:
+        return slices[0]
+    parts = [part.chunk(placement.blocks, dim=placement.dim) for part in slices]
+    blocks = [torch.cat(block, dim=placement.dim) for block in zip(*parts, strict=True)]
+    return torch.cat(blocks, dim=placement.dim)
+
+
+def mark_split_parameters(module: nn.Module) -> None:
+    """Tell DeepSpeed which parameters are split, so that norms count copies once."""
+    for name, parameter in module.named_parameters():
+        dim = placement_of(name).dim
+        parameter.tensor_model_parallel = dim is not None  # type: ignore[attr-defined]
+        parameter.partition_dim = -1 if dim is None else dim  # type: ignore[attr-defined]

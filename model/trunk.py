@@ -1,0 +1,58 @@
+"""The trunk: embedding and the first L - n transformer layers, read by every head.
+
+Legend: B batch, S sequence, H hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from model.layers import Checkpointing, Layer
+
+
+class Trunk(nn.Module):
+    """Tokens to the shared representation z (Gloeckle et al. 2024, section 2).
+
+    Args:
+        config: megatron's configuration.
+        vocab_size: V; the embedding's rows are split over tensor-parallel ranks.
+        layers: numbers of the layers to hold, from 0.
+        checkpointing: which activations are recomputed in backward.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        layers: Sequence[int],
+        *,
+        checkpointing: Checkpointing,
+    ) -> None:
+        super().__init__()
+        self.embedding = VocabParallelEmbedding(
+            vocab_size,
+            config.hidden_size,
+            init_method=lambda tensor: tensor,
+            reduce_scatter_embeddings=False,
+            config=config,
+        )
+        self.layers = nn.ModuleDict(
+            {str(index): Layer(config, index + 1, checkpointing=checkpointing) for index in layers}
+        )
+
+    def forward(self, tokens: Tensor, rotary: Tensor) -> Tensor:
+        """Embed and transform.
+
+        Args:
+            tokens: `[B, S]` int64 ids.
+            rotary: angles `[S, 1 or B, 1, D]`.
+
+        Returns:
+            z `[S, B, H]`, the same on all tensor-parallel ranks.
+        """
+        hidden = self.embedding(tokens).transpose(0, 1).contiguous()
+        for layer in self.layers.values():
+            hidden = layer(hidden, rotary)
+        return hidden

@@ -1,0 +1,251 @@
+"""One training engine on DeepSpeed for CPU and GPU; the only importer of deepspeed.
+
+What DeepSpeed does: partitions parameters, gradients and optimizer states (ZeRO), reduces
+gradients, clips and steps. What is decided here: when each gradient arrives (once per
+micro-batch, see `model.backward`), what the losses are divided by, and that a step with
+non-finite gradients does not reach the weights.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import clip_grad_norm_
+from torch import Tensor, nn
+
+from data_prep.loader import Batch
+from model.backward import joint_backward, sequential_backward
+from model.language_model import MultiTokenModel
+from model.loss import IGNORED
+from pipeline.config import Precision, RunConfig
+from pipeline.deepspeed_config import deepspeed_config
+from pipeline.topology import Topology
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did; the same on all ranks.
+
+    Attributes:
+        head_losses: `[n]` mean loss of each head over its valid targets, on the device.
+        grad_norm: global gradient norm before clipping.
+        applied: False when gradients were not finite and the weights were left alone.
+    """
+
+    head_losses: Tensor
+    grad_norm: float
+    applied: bool
+
+
+class Engine:
+    """The model on this rank, wrapped by DeepSpeed.
+
+    Args:
+        config: the run.
+        topology: the grid of ranks.
+        precision: arithmetic of weights and activations.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology, precision: Precision) -> None:
+        self.config = config
+        self.topology = topology
+        self.dtype = _DTYPES[precision]
+        settings = deepspeed_config(
+            config,
+            data_parallel_size=topology.data_size,
+            precision=precision,
+            device=topology.device.type,
+        )
+        _prepare_communication(topology)
+        model = self._build_model(settings)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self._build_optimizer(model),
+            mpu=topology,
+            config=settings,
+            dist_init_required=False,
+        )
+        self.model: MultiTokenModel = self._engine.module
+        self._zero = config.parallel.zero
+        self._weights = torch.tensor(config.model.loss_weights, device=topology.device)
+
+    def _build_model(self, settings: dict[str, Any]) -> MultiTokenModel:
+        partitioned = self.config.parallel.zero == 3
+        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if partitioned:
+            context = deepspeed.zero.Init(
+                data_parallel_group=self.topology.get_data_parallel_group(),
+                config_dict_or_path=settings,
+                dtype=None,  # from the settings; given here, a CPU without fp16 turns it into bf16
+                mpu=self.topology,
+            )
+        with context:
+            model = MultiTokenModel(
+                self.config.model,
+                dtype=self.dtype,
+                activation_checkpointing=self.config.train.activation_checkpointing,
+            )
+        if not partitioned:
+            model.to(self.topology.device)
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters(
+                [parameter], modifier_rank=0, enabled=partitioned
+            ):
+                if not partitioned or self.topology.data_rank == 0:
+                    weight = model.initial_weight(name, parameter.shape, self.config.run.seed)
+                    parameter.data.copy_(weight)
+        return model
+
+    def _build_optimizer(self, model: nn.Module) -> torch.optim.AdamW:
+        """AdamW; matrices decay, norm weights do not."""
+        options = self.config.optimizer
+        parameters = dict(model.named_parameters())
+        decayed = [p for name, p in parameters.items() if not name.endswith(_UNDECAYED)]
+        undecayed = [p for name, p in parameters.items() if name.endswith(_UNDECAYED)]
+        return torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": options.weight_decay},
+                {"params": undecayed, "weight_decay": 0.0},
+            ],
+            lr=options.learning_rate,
+            betas=options.betas,
+            eps=options.eps,
+            fused=self.topology.device.type == "cuda",
+        )
+
+    def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches.
+
+        Args:
+            batches: the rank's micro-batches of the step, `batch.accumulation` of them.
+            learning_rate: for this step.
+        """
+        batches = [self._to_device(batch) for batch in batches]
+        counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
+        # DeepSpeed averages over data-parallel ranks; the loss is a mean over global targets.
+        scales = self._weights * self.topology.data_size / counts.clamp(min=1)
+        sums = torch.zeros_like(self._weights)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            sums += self._micro_step(batch, scales)
+        head_losses = self._global_sum(sums) / counts.clamp(min=1)
+        if not self._gradients_finite(head_losses):
+            self._discard_gradients()
+            return StepResult(head_losses, float("nan"), applied=False)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        grad_norm = self._apply()
+        return StepResult(head_losses, grad_norm, applied=True)
+
+    def _micro_step(self, batch: Batch, scales: Tensor) -> Tensor:
+        """Forward and backward of one micro-batch; each head's local loss sum `[n]`."""
+        chunk = self.config.train.loss_chunk_tokens
+        if self.config.train.head_backward == "joint":
+
+            def joint(trunk_output: Tensor) -> tuple[Tensor, Tensor]:
+                return joint_backward(
+                    self.model, trunk_output, batch.labels, scales, chunk_tokens=chunk
+                )
+
+            sums, remainder = self._engine(batch.tokens, joint)
+        else:
+            trunk_output = self._engine(batch.tokens)
+            sums, remainder = sequential_backward(
+                self.model, trunk_output, batch.labels, scales, chunk_tokens=chunk
+            )
+        self._engine.backward(remainder, scale_wrt_gas=False)
+        return sums.float()
+
+    def _apply(self) -> float:
+        """Clip and step; returns the global gradient norm before clipping."""
+        if self._zero == 0 and self.dtype == torch.float32:
+            # DeepSpeed keeps no norm without ZeRO, so this one case is clipped here.
+            limit = self.config.optimizer.gradient_clipping or float("inf")
+            norm = clip_grad_norm_(self.model.parameters(), max_norm=limit, mpu=self.topology)
+            self._engine.step()
+            return float(norm)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def _gradients_finite(self, head_losses: Tensor) -> bool:
+        """Whether losses and gradients are finite on all ranks, agreed by all ranks."""
+        finite = head_losses.isfinite().all()
+        if self._zero == 0:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    finite &= parameter.grad.isfinite().all()
+        else:
+            finite &= not self._engine.optimizer.has_overflow()
+        flag = finite.to(torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def _discard_gradients(self) -> None:
+        """Forget the gradients of a step that will not be taken."""
+        optimizer = self._engine.optimizer
+        if self._zero == 0:
+            self._engine.zero_grad()
+            optimizer.zero_grad()
+        else:
+            optimizer.zero_grad()
+            for index in list(optimizer.averaged_gradients):
+                optimizer.averaged_gradients[index] = None
+        if self._zero in (1, 2):
+            for index in list(optimizer.all_grad_tensors):
+                optimizer.all_grad_tensors[index] = None
+            optimizer.micro_step_id = -1
+        if self._zero == 3:
+            optimizer.averaged_gradients = {}
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return Batch(*(tensor.to(self.topology.device, non_blocking=True) for tensor in batch))
+
+    def _global_sum(self, tensor: Any) -> Tensor:
+        """Sum over the ranks that hold different data."""
+        dist.all_reduce(tensor, group=self.topology.get_data_parallel_group())
+        return tensor
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of this tensor-parallel rank, gathered over ZeRO, one at a time.
+
+        A collective: all ranks iterate together.
+        """
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero == 3):
+                yield name, parameter.detach()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Every gradient of this tensor-parallel rank, reduced and whole, before `_apply`."""
+        for name, parameter in self.model.named_parameters():
+            if self._zero == 0:
+                assert parameter.grad is not None, name
+                yield name, parameter.grad
+            else:
+                yield name, deepspeed.utils.safe_get_full_grad(parameter)
+
+    def save(self, directory: Path) -> None:
+        """Write weights and optimizer states below `directory`, each rank its own files."""
+        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, in the same layout."""
+        self._engine.load_checkpoint(str(directory), tag=_TAG)
+
+
+_TAG = "zero"
+_UNDECAYED = ("layernorm.weight", "norm_weight")
+
+
+def _prepare_communication(topology: Topology) -> None:
+    """Let DeepSpeed use the process group that exists."""
+    os.environ.setdefault("LOCAL_RANK", str(topology.info.local_rank))
+    # On a CPU each rank would compile this op at start; a rank killed meanwhile leaves a lock
+    # file behind that makes every later start on the machine wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
