@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from math import gcd
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
 _FFN_MULTIPLE = 256
 
@@ -87,58 +87,73 @@ class ModelConfig(BaseModel):
             return (1.0,) * self.future_tokens
         return self.head_weights
 
-    @model_validator(mode="after")
-    def _sizes_fit_together(self) -> Self:
-        if problems := [*self._layer_problems(), *self._head_problems()]:
-            raise ValueError("\n".join(problems))
-        return self
+    # A rule stands with the later of its keys; it waits while the earlier one is itself at fault.
+    @field_validator("future_tokens")
+    @classmethod
+    def _leaves_a_trunk(cls, future_tokens: int, info: ValidationInfo) -> int:
+        layers = info.data.get("layers")
+        if layers is not None and future_tokens >= layers:
+            raise ValueError(
+                f"future_tokens={future_tokens} must be smaller than model.layers={layers}, since "
+                "each head is one of the layers and the trunk needs one; raise model.layers to at "
+                f"least {future_tokens + 1}"
+                + (f" or use 1 to {layers - 1} heads" if layers > 1 else "")
+            )
+        return future_tokens
 
-    def _layer_problems(self) -> list[str]:
+    @field_validator("attention_heads")
+    @classmethod
+    def _heads_have_even_width(cls, heads: int, info: ValidationInfo) -> int:
+        hidden = info.data.get("hidden_size")
+        if hidden is None or hidden % (2 * heads) == 0:
+            return heads
+        nearest = _nearest(hidden, range(2 * heads, 2 * hidden + 2 * heads, 2 * heads))
+        if hidden % heads:
+            rule = f"is not a multiple of model.attention_heads={heads}"
+        else:
+            rule = (
+                f"with model.attention_heads={heads} gives heads of odd width {hidden // heads}, "
+                "and rotary positions need pairs"
+            )
+        raise ValueError(f"hidden_size={hidden} {rule}; {nearest}")
+
+    @field_validator("kv_heads")
+    @classmethod
+    def _divides_attention_heads(cls, kv_heads: int, info: ValidationInfo) -> int:
+        heads = info.data.get("attention_heads")
+        if heads is not None and heads % kv_heads:
+            raise ValueError(
+                f"kv_heads={kv_heads} does not divide model.attention_heads={heads}; "
+                + _nearest(kv_heads, _divisors(heads))
+            )
+        return kv_heads
+
+    @field_validator("head_weights")
+    @classmethod
+    def _one_weight_per_head(
+        cls, weights: tuple[float, ...] | None, info: ValidationInfo
+    ) -> tuple[float, ...] | None:
+        if weights is None:
+            return None
         problems = []
-        if self.future_tokens >= self.layers:
+        future_tokens = info.data.get("future_tokens", len(weights))
+        if len(weights) != future_tokens:
             problems.append(
-                f"future_tokens={self.future_tokens} must be smaller than model.layers="
-                f"{self.layers}, since each head is one of the layers and the trunk needs one; "
-                f"raise model.layers to at least {self.future_tokens + 1}"
-                + (f" or use 1 to {self.layers - 1} heads" if self.layers > 1 else "")
+                f"head_weights has {len(weights)} values, but model.future_tokens={future_tokens}; "
+                "give one weight per head, or null for all 1"
             )
-        weights = self.head_weights
-        if weights is not None and len(weights) != self.future_tokens:
-            problems.append(
-                f"head_weights has {len(weights)} values, but model.future_tokens="
-                f"{self.future_tokens}; give one weight per head, or null for all 1"
-            )
-        if weights is not None and any(weight < 0 for weight in weights):
+        if any(weight < 0 for weight in weights):
             problems.append(
                 f"head_weights={list(weights)} has a negative weight; use 0 to leave a head out"
             )
-        elif weights is not None and not any(weights):
+        elif not any(weights):
             problems.append(
                 f"head_weights={list(weights)} has no weight above 0, so nothing would be "
                 "learned; give at least one head a positive weight"
             )
-        return problems
-
-    def _head_problems(self) -> list[str]:
-        hidden, heads, kv_heads = self.hidden_size, self.attention_heads, self.kv_heads
-        problems = []
-        if hidden % heads:
-            problems.append(
-                f"hidden_size={hidden} is not a multiple of model.attention_heads={heads}; "
-                + _nearest(hidden, range(2 * heads, 2 * hidden + 2 * heads, 2 * heads))
-            )
-        elif self.head_dim % 2:
-            problems.append(
-                f"hidden_size={hidden} with model.attention_heads={heads} gives heads of odd width "
-                f"{self.head_dim}, and rotary positions need pairs; "
-                + _nearest(hidden, range(2 * heads, 2 * hidden + 2 * heads, 2 * heads))
-            )
-        if heads % kv_heads:
-            problems.append(
-                f"kv_heads={kv_heads} does not divide model.attention_heads={heads}; "
-                + _nearest(kv_heads, _divisors(heads))
-            )
-        return problems
+        if problems:
+            raise ValueError("\n".join(problems))
+        return weights
 
     def parameter_count(self) -> ParameterCount:
         """Parameters by part, from the formulas.

@@ -44,8 +44,8 @@ def plain_problems(section: str, error: ValidationError, known_keys: Collection[
         if fault["type"] == "value_error":
             text = str(fault["ctx"]["error"])
             problems += [f"{section}.{line}" for line in text.splitlines()]
-        elif fault["type"] == "extra_forbidden":
-            problems.append(unknown_key(key, known_keys))
+        elif fault["type"] in {"extra_forbidden", "invalid_key"}:
+            problems.append(unknown_key(f"{section}.{fault['loc'][-1]}", known_keys))
         else:
             problems.append(_one_value(key, fault["type"], fault["input"], fault.get("ctx", {})))
     return problems

@@ -1,9 +1,17 @@
 """The sections of a run configuration: their keys, defaults, and the rules within each."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    field_validator,
+)
 
 from pipeline.config_problems import shown
 
@@ -36,13 +44,14 @@ class RunSection(Section):
     dir: FilePath = Field(default_factory=_run_dir)
     seed: int = Field(default=1234, ge=0, lt=2**32)
 
-    @model_validator(mode="after")
-    def _name_is_a_folder_name(self) -> Self:
-        if not self.name.strip() or "/" in self.name or self.name.startswith("."):
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not name.strip() or "/" in name or name.startswith("."):
             raise ValueError(
-                f"name={shown(self.name)} cannot be a folder name; use letters, digits, - and _"
+                f"name={shown(name)} cannot be a folder name; use letters, digits, - and _"
             )
-        return self
+        return name
 
 
 class DataSection(Section):
@@ -64,14 +73,15 @@ class ParallelSection(Section):
     stages: PositiveInt = 1
     reduce_bucket_size: PositiveInt = 500_000_000
 
-    @model_validator(mode="after")
-    def _one_stage(self) -> Self:
-        if self.stages != 1:
+    @field_validator("stages")
+    @classmethod
+    def _one_stage(cls, stages: int) -> int:
+        if stages != 1:
             raise ValueError(
-                f"stages={self.stages} cannot be run: only 1 is built so far, trunk and heads are "
+                f"stages={stages} cannot be run: only 1 is built so far, trunk and heads are "
                 "not yet split into pipeline stages; set parallel.stages=1"
             )
-        return self
+        return stages
 
 
 class BatchSection(Section):
@@ -95,14 +105,16 @@ class TrainSection(Section):
     heartbeat_timeout_s: PositiveFloat = 40.0
     max_skipped_steps: Count = 5
 
-    @model_validator(mode="after")
-    def _stops_within_the_run(self) -> Self:
-        if self.stop_at_step is not None and self.stop_at_step > self.steps:
+    @field_validator("stop_at_step")
+    @classmethod
+    def _stops_within_the_run(cls, stop_at_step: int | None, info: ValidationInfo) -> int | None:
+        steps = info.data.get("steps")
+        if stop_at_step is not None and steps is not None and stop_at_step > steps:
             raise ValueError(
-                f"stop_at_step={self.stop_at_step} is past train.steps={self.steps}; "
-                f"lower it to at most {self.steps} or raise train.steps"
+                f"stop_at_step={stop_at_step} is past train.steps={steps}; "
+                f"lower it to at most {steps} or raise train.steps"
             )
-        return self
+        return stop_at_step
 
 
 class OptimizerSection(Section):
@@ -114,14 +126,15 @@ class OptimizerSection(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     gradient_clipping: float = Field(default=1.0, ge=0)
 
-    @model_validator(mode="after")
-    def _betas_below_one(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(
-                f"betas={list(self.betas)} must each be at least 0 and below 1; "
+                f"betas={list(betas)} must each be at least 0 and below 1; "
                 "the paper uses [0.9, 0.95]"
             )
-        return self
+        return betas
 
 
 class ScheduleSection(Section):
@@ -130,21 +143,23 @@ class ScheduleSection(Section):
     kind: Literal["cosine", "linear", "wsd"] = "cosine"
     warmup_steps: Count
     final_ratio: float = Field(default=0.03, ge=0, le=1)
-    decay_steps: PositiveInt | None = None
+    decay_steps: PositiveInt | None = Field(default=None, validate_default=True)
 
-    @model_validator(mode="after")
-    def _decay_belongs_to_wsd(self) -> Self:
-        if self.kind == "wsd" and self.decay_steps is None:
+    @field_validator("decay_steps")
+    @classmethod
+    def _belongs_to_wsd(cls, decay_steps: int | None, info: ValidationInfo) -> int | None:
+        kind = info.data.get("kind")
+        if kind == "wsd" and decay_steps is None:
             raise ValueError(
                 "decay_steps is missing: schedule.kind=wsd holds the rate and then lets it fall "
                 "over decay_steps; set schedule.decay_steps, often a tenth of train.steps"
             )
-        if self.kind != "wsd" and self.decay_steps is not None:
+        if kind in ("cosine", "linear") and decay_steps is not None:
             raise ValueError(
-                f"decay_steps={self.decay_steps} has no effect with schedule.kind={self.kind}; "
+                f"decay_steps={decay_steps} has no effect with schedule.kind={kind}; "
                 "set schedule.decay_steps=null or schedule.kind=wsd"
             )
-        return self
+        return decay_steps
 
 
 class EvalSection(Section):
@@ -160,14 +175,15 @@ class CheckpointSection(Section):
     every_steps: Count = 0
     keep: int = 2
 
-    @model_validator(mode="after")
-    def _keeps_a_verified_one(self) -> Self:
-        if self.keep < 2:
+    @field_validator("keep")
+    @classmethod
+    def _keeps_a_verified_one(cls, keep: int) -> int:
+        if keep < 2:
             raise ValueError(
-                f"keep={self.keep} must be at least 2: the previous checkpoint is deleted only "
+                f"keep={keep} must be at least 2: the previous checkpoint is deleted only "
                 "after a new one has been verified, so one is never enough; set checkpoint.keep=2"
             )
-        return self
+        return keep
 
 
 class LogSection(Section):

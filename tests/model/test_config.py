@@ -23,7 +23,8 @@ def problems(**changes: Any) -> list[str]:
     return [
         line
         for fault in caught.value.errors()
-        for line in str(fault["ctx"].get("error", fault)).splitlines()
+        if fault["type"] == "value_error"
+        for line in str(fault["ctx"]["error"]).splitlines()
     ]
 
 

@@ -210,6 +210,37 @@ def test_all_problems_of_file_and_overrides_come_at_once(small: Path) -> None:
     assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
 
 
+def test_a_wrong_value_does_not_hide_the_other_problems_of_its_section(small: Path) -> None:
+    """Rules of a section are checked also when another key of it is at fault."""
+    lines = refusal(
+        small,
+        "run.seed=-1",
+        "run.name=.hidden",
+        "train.precision=half",
+        "train.stop_at_step=101",
+        "model.norm_eps=x",
+        "model.attention_heads=5",
+        "model.future_tokens=6",
+    )
+    assert [line.split("=")[0] for line in lines] == [
+        "run.name",
+        "run.seed",
+        "model.hidden_size",
+        "model.future_tokens",
+        "model.norm_eps",
+        "train.stop_at_step",
+        "train.precision",
+    ]
+
+
+def test_keys_that_are_not_text_are_unknown_keys(small: Path) -> None:
+    """A number as a key is refused like any unknown key."""
+    small.write_text(SMALL.replace("{micro_size: 2}", "{micro_size: 2, 3: 4}") + "5: 6\n")
+    first, second = refusal(small)
+    assert first.startswith("5 is not a known key")
+    assert second.startswith("batch.3 is not a known key")
+
+
 def test_missing_section_lists_the_keys_it_needs(small: Path) -> None:
     """A section that is absent is reported by its required keys."""
     small.write_text(SMALL.replace("train: {steps: 100}\n", ""))
