@@ -10,7 +10,6 @@ from typing import Any
 from pipeline.config import Device, Precision, RunConfig
 
 _PREFETCH_BUCKET_SIZE = 50_000_000
-_PERSISTENCE_THRESHOLD = 100_000
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 _SUB_GROUP_SIZE = 1_000_000_000
 
@@ -85,7 +84,9 @@ def _zero_optimization(config: RunConfig, device: Device) -> dict[str, Any]:
         "round_robin_gradients": False,
         "sub_group_size": _SUB_GROUP_SIZE,
         "stage3_prefetch_bucket_size": min(bucket, _PREFETCH_BUCKET_SIZE),
-        "stage3_param_persistence_threshold": _PERSISTENCE_THRESHOLD,
+        # Norm weights stay whole on every rank, matrices never do: at any model size the same
+        # parameters are partitioned, and a layer gathers its four matrices only.
+        "stage3_param_persistence_threshold": config.model.hidden_size,
         "stage3_max_live_parameters": _MAX_LIVE_PARAMETERS,
         "stage3_max_reuse_distance": _MAX_LIVE_PARAMETERS,
         "stage3_gather_16bit_weights_on_model_save": False,

@@ -60,7 +60,7 @@ class Engine:
             config,
             data_parallel_size=topology.data_size,
             precision=precision,
-            device=topology.device.type,
+            device="cuda" if topology.device.type == "cuda" else "cpu",
         )
         _prepare_communication(topology)
         model = self._build_model(settings)
