@@ -87,7 +87,7 @@ def build(options: BuildOptions, observer: Observer) -> Manifest:
         DataError: Inputs, options or output cannot be used; or more records are bad than allowed.
     """
     options.check()
-    files = find_inputs(options.inputs, options.globs, options.exclude)
+    files = find_inputs(options.inputs, options.globs, options.exclude, options.output)
     total_bytes = sum(file.bytes for file in files)
     observer.say(f"{len(files):,} input files, {total_bytes / 1e6:,.1f} MB")
     unit_bytes = options.unit_bytes or choose_unit_bytes(total_bytes)
@@ -106,6 +106,7 @@ def build(options: BuildOptions, observer: Observer) -> Manifest:
         job = UnitJob(
             output=options.output.absolute(),
             job_id=hashlib.sha256((job_id(description) + tokenizer.sha256).encode()).hexdigest(),
+            tokenizer_sha256=tokenizer.sha256,
             eos_token=tokenizer.eos_token,
             text_key=options.text_key,
             validation_fraction=options.validation_fraction,
@@ -237,6 +238,11 @@ def _spread(
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 collect(future.result())
+    except KeyboardInterrupt:
+        # Units in work would take long to finish, and a killed build loses only those.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process was killed, most likely for lack of memory; run the same command "

@@ -5,7 +5,7 @@ Legend: B rows of a micro-batch, S sequence length, n heads (future tokens).
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -113,7 +113,9 @@ class TokenLoader:
             for micro_step in range(self.accumulation)
         ]
 
-    def prefetch(self, next_sample: int, steps_ahead: int = 2) -> Iterator[list[Batch]]:
+    def prefetch(
+        self, next_sample: int, steps_ahead: int = 2
+    ) -> Generator[list[Batch], None, None]:
         """Yield `step_batches` for this step and all that follow, read by a background thread.
 
         The position is the consumer's: it counts what it took, not what was read ahead. Close the

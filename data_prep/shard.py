@@ -1,12 +1,9 @@
 """Command line: corpora to Arrow shards, `python data_prep/shard.py --input PATH --output DIR`."""
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 if __name__ == "__main__" and not __package__:
     # Run by path, Python puts this folder first; the packages are found from its parent.
@@ -28,7 +25,6 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit status."""
     options = parse_options(arguments)
-    signal.signal(signal.SIGINT, _stop_at_once)
     progress = ProgressLine(Console(stderr=True))
     try:
         try:
@@ -38,15 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_DATA_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(summarize(manifest, options.output))
     return 0
-
-
-def _stop_at_once(_signal: int, _frame: FrameType | None) -> None:
-    """End on Ctrl-C without waiting for units in work: a killed build loses only those."""
-    print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(EXIT_INTERRUPTED)
 
 
 def parse_options(arguments: Sequence[str] | None) -> BuildOptions:

@@ -9,7 +9,7 @@ import fnmatch
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,10 @@ class Record(NamedTuple):
 
 
 def find_inputs(
-    paths: Iterable[Path], globs: Sequence[str] = (), exclude: Sequence[str] = ()
+    paths: Sequence[Path],
+    globs: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    output: Path | None = None,
 ) -> list[InputFile]:
     """List the input files in the order in which their records are stored.
 
@@ -88,6 +91,7 @@ def find_inputs(
         globs: Patterns for files in directories, matched against the name and the path below the
             directory; none = names that look like text or source.
         exclude: Patterns of files and folders to leave out, matched in the same way.
+        output: The folder that the job writes; left out when it lies in an input directory.
 
     Returns:
         Every file once, with size and modification time.
@@ -97,7 +101,7 @@ def find_inputs(
     """
     found: dict[str, InputFile] = {}
     for path in paths:
-        names = _walk(path, globs, exclude) if path.is_dir() else [_explicit(path)]
+        names = _walk(path, globs, exclude, output) if path.is_dir() else [_explicit(path)]
         for name in names:
             entry = _describe(name)
             if entry is None:
@@ -166,14 +170,19 @@ def read_unit(unit: Unit, text_key: str) -> Iterator[Record]:
             yield _read_document(segment)
 
 
-def _walk(directory: Path, globs: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
+def _walk(
+    directory: Path, globs: Sequence[str], exclude: Sequence[str], output: Path | None
+) -> Iterator[Path]:
     """Files below a directory, sorted by path; directory links are not followed."""
+    skipped = os.path.abspath(output) if output else None
     for folder, names, files in os.walk(directory):
         relative = Path(folder).relative_to(directory)
         names[:] = sorted(
             name
             for name in names
-            if name not in IGNORED_DIRECTORIES and not _matches(relative / name, exclude)
+            if name not in IGNORED_DIRECTORIES
+            and not _matches(relative / name, exclude)
+            and os.path.abspath(os.path.join(folder, name)) != skipped
         )
         for name in sorted(files):
             below = relative / name

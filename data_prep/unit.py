@@ -41,6 +41,7 @@ class UnitJob:
 
     output: Path
     job_id: str
+    tokenizer_sha256: str
     eos_token: str
     text_key: str
     validation_fraction: float
@@ -67,7 +68,7 @@ def process_unit(job: UnitJob, unit: Unit) -> UnitRecord:
         DataError: A record was rejected under `on_bad="fail"`, an input changed, or the output
             cannot be written.
     """
-    tokenizer = _load_tokenizer(job.output / TOKENIZER, job.eos_token)
+    tokenizer = _load_tokenizer(job.output / TOKENIZER, job.eos_token, job.tokenizer_sha256)
     columns = {split: _Columns(tokenizer) for split in (TRAIN, VALIDATION)}
     counts = {segment.file: _Counts() for segment in unit.segments}
     rejects: list[tuple[Segment, Record]] = []
@@ -142,9 +143,12 @@ def _journal_path(output: Path, unit: int) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(path: Path, eos_token: str) -> Tokenizer:
+def _load_tokenizer(path: Path, eos_token: str, sha256: str) -> Tokenizer:
     """One tokenizer per process, whatever the number of units it works on."""
-    return Tokenizer(path.read_bytes(), eos_token, os.fspath(path))
+    tokenizer = Tokenizer(path.read_bytes(), eos_token, os.fspath(path))
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"{path} changed while the job was running; name a new --output")
+    return tokenizer
 
 
 @dataclass

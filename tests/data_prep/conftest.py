@@ -1,0 +1,97 @@
+"""Small corpora and a silent observer for the data_prep tests."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import orjson
+import pytest
+
+from data_prep.build import build
+from data_prep.job import BuildOptions
+from data_prep.manifest import Manifest
+
+LINE = "def return self the of loss naïve été 数据 token 🎉 while import None 12345 == \n\t"
+WORDS = LINE.split(" ")
+
+
+class Silence:
+    """An observer that says nothing."""
+
+    def say(self, message: str) -> None:
+        """Ignore a step."""
+
+    def start(self, total_bytes: int, units: int) -> None:
+        """Ignore the start."""
+
+    def finish_unit(self, input_bytes: int, tokens: int, rejects: int) -> None:
+        """Ignore a unit."""
+
+
+def make_texts(count: int, seed: int) -> list[str]:
+    """Deterministic documents of 1 to 60 words, all different."""
+    source = random.Random(seed)
+    return [
+        f"{number} " + " ".join(source.choices(WORDS, k=source.randint(1, 60)))
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Three hundred documents."""
+    return make_texts(300, seed=7)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """Write texts as a .jsonl file below the test's folder."""
+
+    def write(texts: Sequence[str], name: str = "corpus.jsonl") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def build_set(tmp_path: Path) -> Callable[..., Manifest]:
+    """Build a shard set in this process: bytes tokenizer, one worker, unless told otherwise."""
+
+    def run(
+        *inputs: Path, output: str = "out", tokenizer: str = "bytes", **options: object
+    ) -> Manifest:
+        settings: dict[str, object] = {"workers": 1, **options}
+        return build(
+            BuildOptions(
+                inputs=inputs,
+                output=tmp_path / output,
+                tokenizer=tokenizer,
+                **settings,  # type: ignore[arg-type]
+            ),
+            Silence(),
+        )
+
+    return run
+
+
+@pytest.fixture
+def large_texts() -> list[str]:
+    """Enough documents for a build to be killed in the middle."""
+    return make_texts(9000, seed=11)
+
+
+@pytest.fixture
+def read_tree() -> Callable[[Path], dict[str, bytes]]:
+    """Give every file below a folder with its bytes, but for the lock."""
+
+    def read(directory: Path) -> dict[str, bytes]:
+        return {
+            path.relative_to(directory).as_posix(): path.read_bytes()
+            for path in sorted(directory.rglob("*"))
+            if path.is_file() and path.name != "lock"
+        }
+
+    return read

@@ -1,0 +1,184 @@
+"""Batches: label alignment, order, splits of the global batch, prefetching."""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.errors import DataError
+from data_prep.loader import Batch, ShardSet, TokenLoader
+from data_prep.manifest import Manifest
+
+S, N = 16, 4
+
+
+@pytest.fixture
+def shards(
+    tmp_path: Path,
+    texts: list[str],
+    write_jsonl: Callable[..., Path],
+    build_set: Callable[..., Manifest],
+) -> ShardSet:
+    """A train split of many small shards."""
+    build_set(write_jsonl(texts[:60]), unit_bytes=2000)
+    return ShardSet.open(tmp_path / "out", "train")
+
+
+def make_loader(
+    shards: ShardSet,
+    *,
+    micro: int = 2,
+    accumulation: int = 1,
+    rank: int = 0,
+    ranks: int = 1,
+    seed: int = 5,
+    shuffle: bool = True,
+    heads: int = N,
+) -> TokenLoader:
+    """A loader of short windows."""
+    return TokenLoader(
+        shards,
+        sequence_length=S,
+        future_tokens=heads,
+        seed=seed,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+        shuffle=shuffle,
+    )
+
+
+def test_labels_are_the_tokens_ahead(shards: ShardSet) -> None:
+    """T1: labels[k-1, b, t] is token t + k of the row's window, border included, never -100."""
+    loader = make_loader(shards, shuffle=False)
+    stream = torch.from_numpy(shards.read(0, shards.num_tokens).astype("int64"))
+    (batch,) = loader.step_batches(6)
+    assert batch.tokens.shape == (2, S)
+    assert batch.labels.shape == (N, 2, S)
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    for row, head, position in itertools.product(range(2), range(1, N + 1), range(S)):
+        start = (6 + row) * S
+        assert batch.tokens[row, position] == stream[start + position]
+        assert batch.labels[head - 1, row, position] == stream[start + position + head]
+
+
+def test_windows_overlap_so_that_no_target_is_missing(shards: ShardSet) -> None:
+    """T13: an epoch has n targets for each input position, and its inputs tile the stream."""
+    loader = make_loader(shards, micro=1)
+    stream = shards.read(0, shards.num_tokens).tolist()
+    assert loader.num_samples == (len(stream) - N) // S
+    batches = [loader.step_batches(sample)[0] for sample in range(loader.num_samples)]
+    num_targets = sum(int((batch.labels != -100).sum()) for batch in batches)
+    assert num_targets == N * loader.num_samples * S
+    ordered = make_loader(shards, micro=1, shuffle=False)
+    tokens = [
+        token
+        for sample in range(loader.num_samples)
+        for token in ordered.step_batches(sample)[0].tokens[0].tolist()
+    ]
+    assert tokens == stream[: loader.num_samples * S]
+    assert sorted(batch.tokens[0].tolist() for batch in batches) == sorted(
+        tokens[start : start + S] for start in range(0, len(tokens), S)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "accumulation"),
+    [(1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1)],
+)
+def test_the_global_batch_does_not_depend_on_its_split(
+    shards: ShardSet, ranks: int, micro: int, accumulation: int
+) -> None:
+    """Every split of 8 rows holds the same rows in the same order, across an epoch border too."""
+    whole = make_loader(shards, micro=8)
+    for next_sample in (0, 8, whole.num_samples - 3, 5 * whole.num_samples):
+        loaders = [
+            make_loader(shards, micro=micro, accumulation=accumulation, rank=rank, ranks=ranks)
+            for rank in range(ranks)
+        ]
+        assert {loader.global_batch_size for loader in loaders} == {8}
+        per_rank = [loader.step_batches(next_sample) for loader in loaders]
+        rows = [per_rank[rank][step] for step in range(accumulation) for rank in range(ranks)]
+        (expected,) = whole.step_batches(next_sample)
+        assert torch.equal(torch.cat([batch.tokens for batch in rows]), expected.tokens)
+        assert torch.equal(torch.cat([batch.labels for batch in rows], dim=1), expected.labels)
+
+
+def test_the_order_is_a_pure_function(shards: ShardSet) -> None:
+    """Fresh loaders asked in any order agree; seed and epoch change the order."""
+    loader = make_loader(shards)
+    forward = [loader.step_batches(sample)[0].tokens for sample in range(0, 20, 2)]
+    fresh = make_loader(shards)
+    backward = [fresh.step_batches(sample)[0].tokens for sample in reversed(range(0, 20, 2))]
+    assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+    other_seed = make_loader(shards, seed=6).step_batches(0)[0].tokens
+    next_epoch = loader.step_batches(loader.num_samples)[0].tokens
+    assert not torch.equal(other_seed, forward[0])
+    assert not torch.equal(next_epoch, forward[0])
+
+
+def test_heads_share_their_labels(shards: ShardSet) -> None:
+    """More heads add targets and change none: head k sees the same labels for any n above k."""
+    one, four = (make_loader(shards, heads=n, shuffle=False).step_batches(0)[0] for n in (1, 4))
+    assert torch.equal(one.tokens, four.tokens)
+    assert torch.equal(one.labels[0], four.labels[0])
+
+
+def equal(first: list[Batch], second: list[Batch]) -> bool:
+    """True when two steps hold the same micro-batches."""
+    return len(first) == len(second) and all(
+        torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def prefetch_threads() -> int:
+    """Number of prefetch threads alive."""
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_prefetching_changes_nothing(shards: ShardSet) -> None:
+    """From any position the iterator gives the direct batches, and closing it ends its thread."""
+    loader = make_loader(shards, micro=2, accumulation=2, rank=1, ranks=2)
+    for first in (0, 24):
+        ahead = loader.prefetch(first, steps_ahead=3)
+        for step, batches in enumerate(itertools.islice(ahead, 30)):
+            assert equal(batches, loader.step_batches(first + step * loader.global_batch_size))
+        assert prefetch_threads() == 1
+        ahead.close()
+        assert prefetch_threads() == 0
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(shards: ShardSet) -> None:
+    """A shard that is cut during the run ends the iteration with its own error."""
+    ahead = make_loader(shards).prefetch(0)
+    next(ahead)
+    for shard in shards.manifest.shards:
+        os.truncate(shards.directory / shard.path, 10)
+    with pytest.raises(DataError, match="was cut while in use"):
+        list(itertools.islice(ahead, 1000))
+    assert prefetch_threads() == 0
+
+
+def test_too_small_a_split_is_refused(
+    tmp_path: Path,
+    shards: ShardSet,
+    write_jsonl: Callable[..., Path],
+    build_set: Callable[..., Manifest],
+) -> None:
+    """Less than one window, or less than one global batch, says both numbers."""
+    build_set(write_jsonl(["a" * 18], "b.jsonl"), output="tiny", validation_fraction=0)
+    tiny = ShardSet.open(tmp_path / "tiny", "train")
+    with pytest.raises(DataError, match=r"has 19 tokens, fewer than one window of .* = 20"):
+        make_loader(tiny)
+    with pytest.raises(DataError, match="has 0 tokens"):
+        make_loader(ShardSet.open(tmp_path / "tiny", "validation"))
+    rows = make_loader(shards).num_samples
+    assert make_loader(shards, micro=rows).num_samples == rows
+    with pytest.raises(DataError, match=f"fewer than one global batch of {rows + 1}"):
+        make_loader(shards, micro=rows + 1)

@@ -1,0 +1,135 @@
+"""Opening and reading a shard set; refusing one that is not whole."""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import shard_set
+from data_prep.errors import DataError
+from data_prep.manifest import Manifest
+from data_prep.shard_set import ShardSet
+
+
+@pytest.fixture
+def directory(
+    tmp_path: Path,
+    texts: list[str],
+    write_jsonl: Callable[..., Path],
+    build_set: Callable[..., Manifest],
+) -> Path:
+    """A set of many small shards."""
+    build_set(write_jsonl(texts), unit_bytes=2000, shard_tokens=700, validation_fraction=0.1)
+    return tmp_path / "out"
+
+
+def first_shard(directory: Path) -> Path:
+    """The first file of the train split."""
+    return directory / ShardSet.open(directory, "train").manifest.shards[0].path
+
+
+def test_reads_cross_shard_borders(directory: Path) -> None:
+    """Any range of the stream equals the same range of all shards read one after the other."""
+    shards = ShardSet.open(directory, "train")
+    stream = shards.read(0, shards.num_tokens)
+    assert len(shards.manifest.shards) > 20
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        start, end = sorted(generator.integers(0, shards.num_tokens + 1, size=2).tolist())
+        assert np.array_equal(shards.read(start, end - start), stream[start:end])
+    assert shards.read(shards.num_tokens, 0).tolist() == []
+
+
+def test_open_files_stay_bounded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more shards than descriptors the oldest are closed, from several threads at once."""
+    monkeypatch.setattr(shard_set, "MAX_OPEN_FILES", 3)
+    before = len(os.listdir("/proc/self/fd"))
+    shards = ShardSet.open(directory, "train")
+    stream = shards.read(0, shards.num_tokens)
+    results: list[bool] = []
+
+    def read_all() -> None:
+        parts = [shards.read(start, 50) for start in range(0, shards.num_tokens - 50, 50)]
+        results.append(np.array_equal(np.concatenate(parts), stream[: 50 * len(parts)]))
+
+    threads = [threading.Thread(target=read_all) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True, True, True]
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    shards.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_missing_sets_are_refused(tmp_path: Path, directory: Path) -> None:
+    """No folder, no manifest and no such split each say how to get one."""
+    with pytest.raises(DataError, match=r"not a directory; make the shards with .*shard\.py"):
+        ShardSet.open(tmp_path / "nowhere", "train")
+    with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
+        ShardSet.open(directory, "test")
+    (directory / "manifest.json").unlink()
+    with pytest.raises(DataError, match="incomplete"):
+        ShardSet.open(directory, "train")
+
+
+def test_broken_manifests_are_refused(directory: Path) -> None:
+    """A manifest cut short, with an unknown key, or edited by hand is not believed."""
+    path = directory / "manifest.json"
+    content = path.read_text()
+    path.write_text(content[: len(content) // 2])
+    with pytest.raises(DataError, match="not a valid manifest"):
+        ShardSet.open(directory, "train")
+    layout = json.loads(content)
+    path.write_text(json.dumps({**layout, "surprise": 1}))
+    with pytest.raises(DataError, match=r"not a valid manifest \(surprise"):
+        ShardSet.open(directory, "train")
+    layout["shards"].reverse()
+    path.write_text(json.dumps(layout))
+    with pytest.raises(DataError, match="changed by hand"):
+        ShardSet.open(directory, "train")
+
+
+def test_missing_and_truncated_shards_are_refused(directory: Path) -> None:
+    """A file that is shorter, longer or gone is refused at open, by name."""
+    path = first_shard(directory)
+    content = path.read_bytes()
+    for wrong in (content[:-1], content + b"\0", b""):
+        path.write_bytes(wrong)
+        with pytest.raises(DataError, match=r"00000\.arrow has .* bytes, the manifest says"):
+            ShardSet.open(directory, "train")
+    path.unlink()
+    with pytest.raises(DataError, match=r"00000\.arrow is missing"):
+        ShardSet.open(directory, "train")
+
+
+def test_a_flipped_bit_is_found(directory: Path) -> None:
+    """One flipped bit passes the size check and is refused by the checksum."""
+    path = first_shard(directory)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    ShardSet.open(directory, "train")
+    with pytest.raises(DataError, match=r"00000\.arrow is damaged: its checksum"):
+        ShardSet.open(directory, "train", verify=True)
+
+
+def test_another_tokenizer_is_refused(directory: Path) -> None:
+    """A tokenizer.json that is not the one the shards were made with is noticed at open."""
+    path = directory / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(DataError, match="not the tokenizer"):
+        ShardSet.open(directory, "train")
+
+
+def test_a_shard_cut_while_in_use_is_an_error(directory: Path) -> None:
+    """A file that shrinks after the check gives an error, never wrong tokens."""
+    shards = ShardSet.open(directory, "train")
+    os.truncate(first_shard(directory), 100)
+    with pytest.raises(DataError, match="was cut while in use"):
+        shards.read(0, 10)
