@@ -83,27 +83,45 @@ class MultiTokenModel(nn.Module):
         return trunk_output if then is None else then(trunk_output)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, cache: KVCache, heads: Sequence[int]) -> Tensor:
-        """Logits of some heads at new positions, reading and extending the cache.
+    def decode(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        heads: Sequence[int],
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs of some head layers at new positions, reading and extending the cache.
+
+        Logits are a second call, so that the caller forms only those it needs.
 
         Args:
             tokens: `[B, S]` tokens that follow the cached ones.
             cache: holds each row's earlier positions; the caller commits new lengths.
             heads: numbers of the heads to run, from 1.
+            positions: `[B, P]` which of the S positions are wanted; None = all of them.
 
         Returns:
-            `[len(heads), B, S, V']`, in the weights' dtype.
+            `[len(heads), B, P or S, H]`, before the shared norm.
         """
         self.use_cache(cache)
         try:
             rotary = self.rotary.angles(cache.begin(tokens.shape[1]))
             trunk_output = self.trunk(tokens, rotary)
-            norm, unembedding = self.heads.readout()
-            latents = torch.stack([self.heads.hidden(k, trunk_output, rotary) for k in heads])
-            normed = self.heads.readout.normalize(latents, norm)
-            return (normed @ unembedding.t()).transpose(1, 2)
+            outputs = [self.heads.hidden(k, trunk_output, rotary) for k in heads]
         finally:
             self.use_cache(None)
+        outputs = [output.transpose(0, 1) for output in outputs]
+        if positions is not None:
+            rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+            outputs = [output[rows, positions] for output in outputs]
+        return torch.stack(outputs)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V']` of head outputs `[..., H]`, in the weights' dtype."""
+        norm, unembedding = self.heads.readout()
+        normed: Tensor = self.heads.readout.normalize(hidden, norm)
+        return normed @ unembedding.t()
 
     def use_cache(self, cache: KVCache | None) -> None:
         """Let every attention layer read and write this cache (None: no cache)."""

@@ -1,0 +1,81 @@
+"""Our parameters as tensors of a Hugging Face Llama, and back: names and layouts, no files.
+
+Trunk layers and head 1 are the layers of a plain Llama, head 1 being the last one; heads 2 .. n
+keep Llama's names within a layer, below `extra_heads.{k}`.
+
+    trunk.layers.3.block.mlp.linear_fc1.weight  <->  model.layers.3.mlp.{gate,up}_proj.weight
+    heads.layers.1.block...                     <->  model.layers.{L-n}...
+    heads.layers.2.block...                     <->  extra_heads.2...
+
+Legend: A attention heads, G key-value heads, D head dimension, F feed-forward, H hidden.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+EXTRA_HEADS = "extra_heads"
+
+_OUTSIDE_LAYERS = {
+    "trunk.embedding.weight": "model.embed_tokens.weight",
+    "heads.readout.norm_weight": "model.norm.weight",
+    "heads.readout.weight": "lm_head.weight",
+}
+_QKV = "self_attention.linear_qkv.weight"
+_GATE_UP = "mlp.linear_fc1.weight"
+_WITHIN_LAYER = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    _QKV: tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    _GATE_UP: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+
+
+def hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:
+    """The Hugging Face tensors that one of our parameters becomes, in the order of `split`."""
+    if name in _OUTSIDE_LAYERS:
+        return (_OUTSIDE_LAYERS[name],)
+    layer, _, rest = name.partition(".block.")
+    part, _, number = layer.partition(".layers.")
+    if part == "trunk":
+        prefix = f"model.layers.{number}"
+    elif number == "1":
+        prefix = f"model.layers.{config.trunk_layers}"
+    else:
+        prefix = f"{EXTRA_HEADS}.{number}"
+    return tuple(f"{prefix}.{suffix}" for suffix in _WITHIN_LAYER[rest])
+
+
+def split(name: str, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+    """The tensors of `hf_names(name)` from our parameter.
+
+    Example: 4 queries in 2 groups, `linear_qkv` rows (each D wide) q0 q1 k0 v0 q2 q3 k1 v1 become
+    q_proj = q0 q1 q2 q3, k_proj = k0 k1, v_proj = v0 v1.
+    """
+    if name.endswith(_GATE_UP):
+        return tuple(tensor.chunk(2))
+    if not name.endswith(_QKV):
+        return (tensor,)
+    hidden = tensor.shape[1]
+    groups = tensor.view(config.kv_heads, -1, config.head_dim, hidden)
+    parts = groups.split([groups.shape[1] - 2, 1, 1], dim=1)
+    return tuple(part.reshape(-1, hidden) for part in parts)
+
+
+def join(name: str, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
+    """Our parameter from the tensors of `hf_names(name)`; inverse of `split`."""
+    if not name.endswith(_QKV):
+        return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    hidden = parts[0].shape[1]
+    groups = [part.view(config.kv_heads, -1, config.head_dim, hidden) for part in parts]
+    return torch.cat(groups, dim=1).reshape(-1, hidden)
+
+
+def hf_shapes(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of `hf_names(name)`, given our parameter's shape."""
+    return [tuple(part.shape) for part in split(name, torch.empty(shape, device="meta"), config)]

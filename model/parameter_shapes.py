@@ -1,0 +1,50 @@
+"""Names and whole shapes of a model's parameters, from its sizes alone.
+
+Legend: V vocabulary, H hidden, F feed-forward, A attention heads, G key-value heads, D head
+dimension.
+"""
+
+from collections.abc import Iterator
+
+from model.config import ModelConfig
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the whole model, in the model's own order.
+
+    What a checkpoint or an export must hold, each name once; tensor-parallel ranks hold slices of
+    these (`model.sharding`).
+    """
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"trunk.embedding.weight": (vocabulary, hidden)}
+    for layer in layer_names(config):
+        shapes |= {f"{layer}.{name}": shape for name, shape in layer_shapes(config).items()}
+    shapes["heads.readout.weight"] = (vocabulary, hidden)
+    shapes["heads.readout.norm_weight"] = (hidden,)
+    return shapes
+
+
+def layer_names(config: ModelConfig) -> Iterator[str]:
+    """The transformer layers: those of the trunk from 0, then the heads from 1."""
+    for index in range(config.trunk_layers):
+        yield f"trunk.layers.{index}.block"
+    for head in range(1, config.future_tokens + 1):
+        yield f"heads.layers.{head}.block"
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters within one layer.
+
+    `linear_qkv` holds for each of the G groups its A/G queries, then its key, then its value, D
+    rows each; `linear_fc1` holds gate above up.
+    """
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    qkv = (config.attention_heads + 2 * config.kv_heads) * config.head_dim
+    return {
+        "input_layernorm.weight": (hidden,),
+        "self_attention.linear_proj.weight": (hidden, config.attention_heads * config.head_dim),
+        "self_attention.linear_qkv.weight": (qkv, hidden),
+        "pre_mlp_layernorm.weight": (hidden,),
+        "mlp.linear_fc1.weight": (2 * ffn, hidden),
+        "mlp.linear_fc2.weight": (hidden, ffn),
+    }
