@@ -53,8 +53,8 @@ from data_prep.unit import (
 
 REJECTS = "rejects.jsonl"
 TRAIN_PREFIX = "train:"
-TRAINING_SAMPLE_BYTES = 1 << 26
-TRAINING_SAMPLE_PIECES = 64
+TRAINING_SAMPLE_CHARACTERS = 1 << 26
+TRAINING_SAMPLE_UNITS = 64
 
 
 class Observer(Protocol):
@@ -102,7 +102,7 @@ def build(options: BuildOptions, observer: Observer) -> Manifest:
     claim_output(options.output, description)
     with _sole_writer(options.output):
         remove_leftovers(options.output)
-        tokenizer = _place_tokenizer(options, given, files, observer)
+        tokenizer = _place_tokenizer(options, given, units, observer)
         job = UnitJob(
             output=options.output.absolute(),
             job_id=hashlib.sha256((job_id(description) + tokenizer.sha256).encode()).hexdigest(),
@@ -136,7 +136,7 @@ def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
 
 
 def _place_tokenizer(
-    options: BuildOptions, given: Tokenizer | None, files: Sequence[InputFile], observer: Observer
+    options: BuildOptions, given: Tokenizer | None, units: Sequence[Unit], observer: Observer
 ) -> Tokenizer:
     """Put tokenizer.json into the output; one that an earlier run trained there is kept."""
     path = options.output / TOKENIZER
@@ -144,25 +144,26 @@ def _place_tokenizer(
         if not path.is_file():
             vocabulary = int(options.tokenizer.removeprefix(TRAIN_PREFIX))
             observer.say(f"training a tokenizer of {vocabulary:,} tokens on a sample of the input")
-            write_whole(path, train_tokenizer(_training_texts(options, files), vocabulary))
+            write_whole(path, train_tokenizer(_training_texts(options, units), vocabulary))
         return read_tokenizer(path, options.eos_token)
     if not path.is_file() or path.read_bytes() != given.content:
         write_whole(path, given.content)
     return given
 
 
-def _training_texts(options: BuildOptions, files: Sequence[InputFile]) -> Iterator[str]:
-    """Documents of an even, bounded sample of the input, without those that are held out."""
-    pieces = plan_units(files, TRAINING_SAMPLE_BYTES // TRAINING_SAMPLE_PIECES)
-    wanted = min(len(pieces), TRAINING_SAMPLE_PIECES)
-    budget = TRAINING_SAMPLE_BYTES
-    for number in range(wanted):
-        for record in read_unit(pieces[number * len(pieces) // wanted], options.text_key):
-            if not record.text or budget <= 0:
+def _training_texts(options: BuildOptions, units: Sequence[Unit]) -> Iterator[str]:
+    """Documents from the starts of evenly spread units, without those that are held out."""
+    sampled = min(len(units), TRAINING_SAMPLE_UNITS)
+    for number in range(sampled):
+        budget = TRAINING_SAMPLE_CHARACTERS // sampled
+        for record in read_unit(units[number * len(units) // sampled], options.text_key):
+            if not record.text:
                 continue
             if not is_held_out(record.text.encode("utf-8"), options.validation_fraction):
                 yield record.text[:budget]
                 budget -= len(record.text)
+            if budget <= 0:
+                break
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """A keyed permutation of 0..size-1 without a table: index i costs the same at any size.
 
-A balanced Feistel network over the next power of four that holds `size`; results outside 0..size-1
-are fed in again until they fall inside (cycle walking, under four rounds on average), which keeps
-the mapping a bijection.
+A Feistel network over pairs of digits in base ceil(sqrt(size)). Its domain is the next square, so
+nearly every result lies in 0..size-1; the few outside are fed in again until they do (cycle
+walking), which keeps the mapping a bijection.
 """
 
 import hashlib
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,7 @@ class Permutation:
     def __init__(self, size: int, fingerprint: str, seed: int, epoch: int) -> None:
         assert 0 < size < 1 << 62, size
         self.size = size
-        half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-        self._half_bits = np.uint64(half_bits)
-        self._mask = np.uint64((1 << half_bits) - 1)
+        self._base = np.uint64(math.isqrt(size - 1) + 1)
         material = hashlib.sha512(f"{fingerprint}:{seed}:{epoch}".encode()).digest()
         self._keys = np.frombuffer(material, dtype="<u8")[:NUM_ROUNDS].astype(np.uint64)
 
@@ -48,11 +47,17 @@ class Permutation:
         return result.astype(np.int64)
 
     def _encrypt(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = values >> self._half_bits, values & self._mask
+        """One pass through the network; a round maps (left, right) to (right, left + mix(right)).
+
+        The sum is taken modulo the base, so that a round can be undone whatever the mix is.
+        """
+        left, right = np.divmod(values, self._base)
         for key in self._keys:
-            mixed = right ^ key
-            mixed = (mixed ^ (mixed >> MIX_SHIFT)) * MIX_A
-            mixed = (mixed ^ (mixed >> MIX_SHIFT)) * MIX_B
+            mixed = (right ^ key) * MIX_A
             mixed ^= mixed >> MIX_SHIFT
-            left, right = right, left ^ (mixed & self._mask)
-        return (left << self._half_bits) | right
+            mixed *= MIX_B
+            mixed ^= mixed >> MIX_SHIFT
+            # Halved, the sum with a digit (below 2^31) cannot overflow 64 bits.
+            mixed >>= np.uint64(1)
+            left, right = right, (left + mixed) % self._base
+        return left * self._base + right

@@ -220,10 +220,12 @@ def _describe(path: Path) -> InputFile | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    if not os.fspath(path).isprintable():
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError as error:
         raise DataError(
-            f"the file name {os.fspath(path)!r} is not printable; rename or --exclude it"
-        )
+            f"the file name {os.fsencode(path)!r} is not UTF-8; rename the file or --exclude it"
+        ) from error
     kind: Kind = "jsonl" if path.suffix.lower() in JSONL_SUFFIXES else "text"
     return InputFile(os.path.abspath(path), kind, status.st_size, status.st_mtime_ns)
 

@@ -1,6 +1,7 @@
 """Inputs to units to records."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +154,15 @@ def test_unusable_inputs_are_refused(tmp_path: Path, name: str, message: str) ->
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=message):
         find_inputs([tmp_path / name])
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """A file whose name cannot be recorded is named in bytes; --exclude leaves it out."""
+    for name in (b"a.py", b"caf\xe9.py", "b\xa0ü.py".encode()):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"pass")
+    with pytest.raises(DataError, match=r"caf\\xe9\.py.*is not UTF-8"):
+        find_inputs([tmp_path])
+    assert len(find_inputs([tmp_path], exclude=["caf*"])) == 2
 
 
 def test_a_file_given_twice_is_refused(write_jsonl: Callable[..., Path]) -> None:
