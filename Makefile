@@ -1,0 +1,53 @@
+# The contributor's whole interface; `make help` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test check bench clean
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+# The Python that makes the virtual environment; by default the first of these that can.
+BASE_PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	$$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$name; break; }; done)
+# Given to pip install as it is, for example an index of CPU builds of torch.
+PIP_ARGS ?=
+# Given to pytest as it is, for example ARGS="-k resume".
+ARGS ?=
+
+python := $(VENV)/bin/python
+installed := $(VENV)/.installed
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+venv: $(installed) ## make .venv and install everything into it, in the versions of constraints.txt
+
+$(installed): setup.py constraints.txt
+	@test -n "$(BASE_PYTHON)" || { echo "error: no Python 3.11 or later with venv and ensurepip; on Debian" \
+		"or Ubuntu: apt-get install python3 python3-venv; or name one: make BASE_PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "== $(VENV): a virtual environment of $(BASE_PYTHON)"
+	$(BASE_PYTHON) -m venv $(VENV)
+	@echo "== installing (one to some minutes, by the network)"
+	$(python) -m pip install --prefer-binary $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(installed) ## shards, training, kill, resume, export, generation, report: everything, in minutes
+	$(python) -m pipeline.quickstart
+
+test: $(installed) ## run all tests
+	$(python) -m pytest $(ARGS)
+
+check: $(installed) ## ruff, mypy --strict, the layering of imports
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	$(python) -m pytest -q tests/test_layering.py
+
+bench: $(installed) ## run every benchmark
+	@for file in benchmarks/*.py; do echo "== $$file"; $(python) "$$file"; done
+
+clean: ## remove caches, build outputs and the quickstart's run; .venv and other runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs/quickstart runs/quickstart-data
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,41 @@
+"""Metadata of the distribution; what was tested together stands in constraints.txt."""
+
+from setuptools import setup
+
+setup(
+    name="headway",
+    version="0.1.0",
+    description="Pretraining of language models that predict several future tokens at once.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["data_prep", "model", "pipeline"],
+    install_requires=[
+        "datasets>=3.0",
+        "deepspeed>=0.18",
+        "matplotlib>=3.8",
+        "megatron-core>=0.15",
+        "mpi4py>=4.0",
+        "numpy>=1.26",
+        "orjson>=3.9",
+        "pyarrow>=17.0",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+        "tokenizers>=0.20",
+        "torch>=2.8",
+        "transformers>=4.56",
+        "xxhash>=3.4",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8.3",
+            "ruff>=0.9",
+            "types-PyYAML>=6.0",
+        ],
+        "wandb": ["wandb>=0.19"],
+    },
+)
