@@ -43,6 +43,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> BuildOptions:
     """Turn the command line into options."""
+    given = _make_parser().parse_args(arguments)
+    return BuildOptions(
+        inputs=tuple(given.input),
+        output=given.output,
+        tokenizer=given.tokenizer,
+        workers=given.workers,
+        validation_fraction=given.validation_fraction,
+        globs=tuple(given.glob),
+        exclude=tuple(given.exclude),
+        text_key=given.text_key,
+        on_bad=given.on_bad,
+        max_bad_fraction=given.max_bad_fraction,
+        shard_tokens=given.shard_tokens,
+        unit_bytes=given.unit_bytes,
+        eos_token=given.eos_token,
+        source=given.source,
+    )
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python data_prep/shard.py",
         description=(
@@ -96,23 +116,7 @@ def parse_options(arguments: Sequence[str] | None) -> BuildOptions:
     add("--unit-bytes", type=int, metavar="N", help="input bytes per unit of work (by input size)")
     add("--eos-token", metavar="TOKEN", help="end of document (the usual names)")
     add("--source", default="corpus", metavar="NAME", help="folder name in shards/SPLIT (corpus)")
-    given = parser.parse_args(arguments)
-    return BuildOptions(
-        inputs=tuple(given.input),
-        output=given.output,
-        tokenizer=given.tokenizer,
-        workers=given.workers,
-        validation_fraction=given.validation_fraction,
-        globs=tuple(given.glob),
-        exclude=tuple(given.exclude),
-        text_key=given.text_key,
-        on_bad=given.on_bad,
-        max_bad_fraction=given.max_bad_fraction,
-        shard_tokens=given.shard_tokens,
-        unit_bytes=given.unit_bytes,
-        eos_token=given.eos_token,
-        source=given.source,
-    )
+    return parser
 
 
 def summarize(manifest: Manifest, output: Path) -> str:
