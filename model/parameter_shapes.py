@@ -4,9 +4,13 @@ Legend: V vocabulary, H hidden, F feed-forward, A attention heads, G key-value h
 dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
 
 from model.config import ModelConfig
+from model.errors import CheckpointError
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -48,3 +52,41 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.linear_fc1.weight": (2 * ffn, hidden),
         "mlp.linear_fc2.weight": (hidden, ffn),
     }
+
+
+def checked_parameters(
+    weights: Iterable[tuple[str, Tensor]], config: ModelConfig, origin: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Hand on whole parameters, seeing to it that the model's come, each once, and no others.
+
+    Args:
+        weights: names and whole tensors, in any order.
+        config: sizes of the model they must be of.
+        origin: where they come from, for messages.
+
+    Raises:
+        CheckpointError: a name is unknown, comes twice or is missing, or a shape is not the
+            model's; the last of these when `weights` is exhausted.
+    """
+    missing = parameter_shapes(config)
+    for name, tensor in weights:
+        shape = missing.pop(name, None)
+        if shape is None:
+            known = name in parameter_shapes(config)
+            raise CheckpointError(
+                f"{origin}: parameter {name} "
+                + ("comes twice" if known else "is not one of this model's")
+                + "; use a checkpoint of this model"
+            )
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{origin}: parameter {name} has shape {tuple(tensor.shape)}, the model's sizes "
+                f"give {shape}; use a checkpoint of this model"
+            )
+        yield name, tensor
+    if missing:
+        raise CheckpointError(
+            f"{origin}: parameter {next(iter(missing))} is missing"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + "; use a complete checkpoint of this model"
+        )

@@ -1,0 +1,246 @@
+"""Command line: text from an export, `python -m model.generate DIR --prompt TEXT`.
+
+The heads draft, head 1 verifies: at temperature 0 the text is the one head 1 gives alone.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from model.errors import CheckpointError, ConfigError
+from model.export_folder import read_record
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.decoding import Generation
+    from model.hf_format import LoadedExport
+
+EXIT_USER_ERROR = 1
+EXIT_DIFFERENT = 3
+EXIT_INTERRUPTED = 130
+
+_COMPARE_ROUNDS = 2
+
+
+class Run(NamedTuple):
+    """One timed generation."""
+
+    generation: "Generation"
+    heads: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens of all prompts per second, reading the prompts included."""
+        return self.generation.num_tokens / self.seconds
+
+    def summary(self) -> str:
+        """One line of counts."""
+        result = self.generation
+        return (
+            f"{self.heads} {'head' if self.heads == 1 else 'heads'}: "
+            f"{result.num_tokens} tokens, {result.forwards} forwards, "
+            f"{result.tokens_per_forward:.2f} tokens per forward, {self.tokens_per_s:.1f} tokens/s"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit status."""
+    options = _parse(arguments)
+    # megatron-core warns of parts that are not installed and that nothing here uses.
+    warnings.filterwarnings("ignore", category=UserWarning)
+    try:
+        return _generate(options)
+    except (CheckpointError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.generate",
+        description="Continue prompts with an exported model; its own heads speed it up.",
+    )
+    add = parser.add_argument
+    add("directory", type=Path, metavar="DIR", help="what python -m pipeline.export has written")
+    add("--prompt", action="append", required=True, metavar="TEXT", help="may be given many times")
+    add("--heads", type=int, metavar="K", help="heads to use, 1 = plain decoding (all)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
+    add("--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (0)")
+    add("--dtype", choices=("fp32", "bf16"), help="arithmetic (as exported)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    add("--ids", action="store_true", help="print the ids of the new tokens, too")
+    add(
+        "--compare",
+        action="store_true",
+        help=f"run with 1 head and with K; exit status {EXIT_DIFFERENT} when the outputs differ",
+    )
+    return parser.parse_args(arguments)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    _check_numbers(options)
+    heads = _heads(options.heads, read_record(options.directory).future_tokens)
+    # Imported here so that --help and mistakes do not wait for torch and megatron-core.
+    from model.hf_format import DTYPES, load_export
+
+    device = _device(options.device)
+    loaded = load_export(options.directory, DTYPES[options.dtype] if options.dtype else None)
+    prompts = _encode(options.prompt, options.max_new_tokens, loaded)
+    loaded.model.to(device)
+    counts = [1, heads] if options.compare else [heads]
+    # The first run on a machine pays for what is set up once; the faster of two is reported.
+    rounds = [
+        [_run(loaded, prompts, count, options, device) for count in counts]
+        for _ in range(_COMPARE_ROUNDS if options.compare else 1)
+    ]
+    runs = [min(times, key=lambda run: run.seconds) for times in zip(*rounds, strict=True)]
+    _print_texts(options, loaded, prompts, runs[-1])
+    for run in runs:
+        print(run.summary())
+    return _print_comparison(*runs) if options.compare else 0
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    if options.heads is not None and options.heads < 1:
+        raise ConfigError(f"--heads {options.heads} must be at least 1; 1 is plain decoding")
+    if options.max_new_tokens < 1:
+        raise ConfigError(
+            f"--max-new-tokens {options.max_new_tokens} must be at least 1; the default is 64"
+        )
+    if not 0 <= options.temperature < float("inf"):
+        raise ConfigError(
+            f"--temperature {options.temperature:g} must be 0 or a positive number; "
+            "0 takes the likeliest token, 1 samples from the model as it is"
+        )
+    if options.compare and options.temperature > 0:
+        raise ConfigError(
+            f"--compare needs --temperature 0, not {options.temperature:g}: sampled outputs agree "
+            "in law, not token by token; leave one of the two out"
+        )
+
+
+def _device(wanted: str) -> "torch.device":
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda, but this process sees no CUDA device; check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES or use --device cpu"
+        )
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _heads(wanted: int | None, available: int) -> int:
+    if wanted is None:
+        return available
+    if wanted > available:
+        raise ConfigError(
+            f"--heads {wanted}, but this export has {available}; use 1 to {available}"
+        )
+    return wanted
+
+
+def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport") -> list[list[int]]:
+    """Ids of each prompt; an empty one becomes the end-of-text token, which begins a text."""
+    description = loaded.record.description
+    limit = description.sequence_length
+    prompts = []
+    for number, text in enumerate(texts, 1):
+        ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids or [description.eos_id]
+        if len(ids) >= limit:
+            raise ConfigError(
+                f"prompt {number} has {len(ids)} tokens, the model was trained on sequences of "
+                f"{limit}; shorten it to at most {limit - 1} tokens"
+            )
+        if len(ids) + max_new_tokens > limit:
+            print(
+                f"note: prompt {number} and {max_new_tokens} new tokens may pass position {limit}, "
+                "the last one the model was trained on; the text may get worse from there",
+                file=sys.stderr,
+            )
+        prompts.append(ids)
+    return prompts
+
+
+def _run(
+    loaded: "LoadedExport",
+    prompts: list[list[int]],
+    heads: int,
+    options: argparse.Namespace,
+    device: "torch.device",
+) -> Run:
+    import torch
+
+    from model.decoding import generate
+
+    start = time.perf_counter()
+    result = generate(
+        loaded.model,
+        prompts,
+        heads=heads,
+        max_new_tokens=options.max_new_tokens,
+        eos_id=loaded.record.description.eos_id,
+        temperature=options.temperature,
+        generator=torch.Generator(device).manual_seed(options.seed),
+        device=device,
+    )
+    return Run(result, heads, time.perf_counter() - start)
+
+
+def _print_texts(
+    options: argparse.Namespace, loaded: "LoadedExport", prompts: list[list[int]], run: Run
+) -> None:
+    eos_id = loaded.record.description.eos_id
+    for text, prompt, new in zip(options.prompt, prompts, run.generation.tokens, strict=True):
+        # Decoded together, so that pieces of one character meet; the prompt stays as it was given.
+        begin = loaded.tokenizer.decode(prompt, skip_special_tokens=True)
+        kept = [token for token in new if token != eos_id]
+        whole = loaded.tokenizer.decode(prompt + kept, skip_special_tokens=True)
+        print(text + whole.removeprefix(begin) if whole.startswith(begin) else whole)
+        if options.ids:
+            print("ids:", " ".join(map(str, new)))
+        print("---")
+
+
+def _print_comparison(plain: Run, speculative: Run) -> int:
+    """Say whether both runs gave the same tokens; give the exit status."""
+    differences = [
+        (row, place)
+        for row, (a, b) in enumerate(
+            zip(plain.generation.tokens, speculative.generation.tokens, strict=True), 1
+        )
+        if (place := _first_difference(a, b)) is not None
+    ]
+    speed_up = speculative.tokens_per_s / plain.tokens_per_s
+    if not differences:
+        print(f"outputs are equal, speed-up {speed_up:.2f}")
+        return 0
+    row, place = differences[0]
+    print(
+        f"outputs DIFFER, first at new token {place + 1} of prompt {row}; in bf16 two tokens may "
+        "be equally likely up to rounding, --dtype fp32 tells"
+    )
+    return EXIT_DIFFERENT
+
+
+def _first_difference(a: list[int], b: list[int]) -> int | None:
+    if a == b:
+        return None
+    matching = [x == y for x, y in zip(a, b, strict=False)]
+    return matching.index(False) if False in matching else len(matching)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
