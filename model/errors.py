@@ -7,3 +7,7 @@ class ConfigError(Exception):
 
 class CheckpointError(Exception):
     """A checkpoint or export folder that is missing, incomplete, damaged or of another run."""
+
+
+class TrainingError(Exception):
+    """Training that cannot go on: the loss is not finite step after step."""

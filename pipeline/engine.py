@@ -7,8 +7,9 @@ non-finite gradients does not reach the weights.
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from data_prep.loader import Batch
 from model.backward import joint_backward, sequential_backward
 from model.language_model import MultiTokenModel
-from model.loss import IGNORED
+from model.loss import IGNORED, loss_and_predictions
 from pipeline.config import Precision, RunConfig
 from pipeline.deepspeed_config import deepspeed_config
 from pipeline.topology import Topology
@@ -41,6 +42,20 @@ class StepResult(NamedTuple):
     head_losses: Tensor
     grad_norm: float
     applied: bool
+
+
+class EvalResult(NamedTuple):
+    """Validation figures; the same on all ranks.
+
+    Attributes:
+        head_losses: mean loss of each head, head 1 first.
+        tokens_per_forward: expected tokens that greedy self-speculation with all heads commits
+            per forward: 1 + the sum over j of the share of positions where heads 2 .. j all
+            agree with head 1 (which sees the true text, as a verifier does after acceptance).
+    """
+
+    head_losses: list[float]
+    tokens_per_forward: float
 
 
 class Engine:
@@ -211,6 +226,46 @@ class Engine:
         dist.all_reduce(tensor, group=self.topology.get_data_parallel_group())
         return tensor
 
+    def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
+        """Losses and head agreement over this rank's share of the validation samples.
+
+        Every rank passes equally many batches; rows that are only padding have no labels.
+        """
+        heads = self.config.model.future_tokens
+        sums = torch.zeros(3 * heads, dtype=torch.float64, device=self.topology.device)
+        self._engine.eval()
+        with torch.no_grad():
+            for batch in batches:
+                batch = self._to_device(batch)
+                evaluate = functools.partial(self._evaluate_batch, batch.labels)
+                sums += self._engine(batch.tokens, evaluate)
+        self._engine.train()
+        losses, counts, agreed = self._global_sum(sums).view(3, heads)
+        positions = agreed[0].clamp(min=1)
+        return EvalResult(
+            (losses / counts.clamp(min=1)).tolist(), float((agreed / positions).sum())
+        )
+
+    def _evaluate_batch(self, labels: Tensor, trunk_output: Tensor) -> Tensor:
+        """`[3 * n]`: loss sums, target counts, and positions where heads 1 .. k all agree."""
+        rotary = self.model.rotary.sequence(trunk_output.shape[0], trunk_output.device)
+        norm, unembedding = self.model.heads.readout()
+        losses, predictions = [], []
+        for head, targets in zip(self.model.heads.numbers, labels, strict=True):
+            hidden = self.model.heads.hidden(head, trunk_output, rotary)
+            loss, best = loss_and_predictions(
+                self.model.heads.readout.normalize(hidden, norm).flatten(0, 1),
+                unembedding,
+                targets.t().flatten(),
+                shard=self.model.shard,
+                chunk_tokens=self.config.train.loss_chunk_tokens,
+            )
+            losses.append(loss)
+            predictions.append(best.view(trunk_output.shape[:2]))
+        counts = (labels != IGNORED).sum((1, 2))
+        agreed = agreement_counts(torch.stack(predictions), (labels[0] != IGNORED).t())
+        return torch.cat([torch.stack(losses).double(), counts.double(), agreed.double()])
+
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of this tensor-parallel rank, gathered over ZeRO, one at a time.
 
@@ -236,6 +291,30 @@ class Engine:
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, in the same layout."""
         self._engine.load_checkpoint(str(directory), tag=_TAG)
+
+
+def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
+    """Positions where the first k heads all predict what head 1 predicts in their place.
+
+    Head k at position t and head 1 at position t + k - 1 predict the same token t + k. With three
+    heads, position t counts for k = 3 when head 2 at t equals head 1 at t+1 and head 3 at t equals
+    head 1 at t+2. Positions whose comparison would leave the window are left out.
+
+    Args:
+        predictions: `[n, S, B]` most likely tokens.
+        valid: `[S, B]` bool, false for padding.
+
+    Returns:
+        `[n]` counts, never rising; the first is the number of positions compared.
+    """
+    heads, length = predictions.shape[0], predictions.shape[1]
+    compared = length - heads + 1
+    agree = valid[:compared].clone()
+    counts = []
+    for index in range(heads):
+        agree &= predictions[index, :compared] == predictions[0, index : index + compared]
+        counts.append(agree.sum())
+    return torch.stack(counts)
 
 
 _TAG = "zero"

@@ -1,51 +1,10 @@
-"""Which rank does what: ranks from the environment, process groups, DeepSpeed's view of them."""
-
-import os
-from collections.abc import Mapping
-from datetime import timedelta
-from typing import NamedTuple
+"""Which rank does what: the process groups, and DeepSpeed's view of them."""
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from model.errors import ConfigError
-
-
-class RankInfo(NamedTuple):
-    """This process's place in the job.
-
-    Attributes:
-        rank: from 0 to world_size - 1.
-        local_rank: place among the ranks of this node; chooses the GPU.
-        world_size: number of ranks.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-
-_LAUNCHERS = (
-    # torchrun, deepspeed and hand-set variables; then plain srun.
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-)
-
-
-def rank_info(environment: Mapping[str, str]) -> RankInfo:
-    """Read the place of this process from torchrun's or Slurm's variables.
-
-    Without either it is a job of one process. A Slurm batch script outside `srun` has
-    SLURM_NTASKS but no step; it too is one process.
-    """
-    for names in _LAUNCHERS:
-        if names[0].startswith("SLURM") and "SLURM_STEP_ID" not in environment:
-            continue
-        if names[0] in environment and names[2] in environment:
-            rank, local, world = (int(environment.get(name, "0")) for name in names)
-            return RankInfo(rank, local, world)
-    return RankInfo(0, 0, 1)
+from pipeline.launch import RankInfo
 
 
 class Topology:
@@ -132,30 +91,3 @@ class Topology:
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Global ranks of the data-parallel group."""
         return self._data_parallel_ranks
-
-
-def start_process_group(info: RankInfo, device: torch.device, timeout_s: float) -> None:
-    """Join the job's process group: NCCL on GPUs, gloo on CPUs.
-
-    Raises:
-        ConfigError: the rendezvous failed (port taken, main node not reached).
-    """
-    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.setdefault("MASTER_PORT", "29500")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(
-            backend,
-            init_method="env://" if info.world_size > 1 else None,
-            store=None if info.world_size > 1 else dist.HashStore(),  # type: ignore[attr-defined]
-            rank=info.rank,
-            world_size=info.world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"MASTER_ADDR={address} MASTER_PORT={port}: rank {info.rank}/{info.world_size} could "
-            f"not join the job ({reason}); the port must be free on the first node and reachable "
-            "from all others: choose another MASTER_PORT, or check the address"
-        ) from error

@@ -19,7 +19,8 @@ from data_prep.loader import Batch
 from model.sharding import merge_slices, placement_of
 from pipeline.config import RunConfig
 from pipeline.engine import Engine
-from pipeline.topology import Topology, rank_info
+from pipeline.launch import rank_info
+from pipeline.topology import Topology
 from tests.harness import run_ranks
 
 GLOBAL_BATCH, SEQUENCE, VOCABULARY, HEADS, STEPS = 8, 12, 96, 3, 4

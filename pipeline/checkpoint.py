@@ -1,0 +1,289 @@
+"""Checkpoints: written aside, agreed by all ranks, listed with checksums, renamed; `latest` last.
+
+A folder that lacks its manifest, or whose files differ from it, is never taken for a checkpoint.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+import xxhash
+
+from model.errors import CheckpointError
+from pipeline.config import RESOLVED_CONFIG_NAME, RunConfig, load_config, to_yaml
+from pipeline.state import STATE_NAME, TrainState
+
+FOLDER = "checkpoints"
+LATEST = "latest"
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "zero"
+_PARTIAL = ".partial"
+_BLOCK_BYTES = 1 << 22
+
+Entries = dict[str, dict[str, str | int]]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, on a file system that all ranks share.
+
+    All methods but `newest` and `steps` are collectives: every rank calls them together.
+
+    Args:
+        run_dir: the run's folder.
+        keep: complete checkpoints to keep, the newest ones.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.directory = run_dir / FOLDER
+        self.keep = keep
+
+    def steps(self) -> list[Path]:
+        """Folders that were committed, oldest first."""
+        return sorted(path for path in self.directory.glob("step_*[0-9]") if path.is_dir())
+
+    def save(
+        self,
+        state: TrainState,
+        config: RunConfig,
+        tokenizer: Path,
+        write_weights: Callable[[Path], None],
+    ) -> Path:
+        """Write and commit one checkpoint, then drop the ones that are too many.
+
+        Args:
+            state: progress to save.
+            config: the run, saved resolved.
+            tokenizer: the tokenizer.json the data was made with.
+            write_weights: collective that writes weights and optimizer states into a folder.
+
+        Returns:
+            The committed folder.
+
+        Raises:
+            CheckpointError: writing failed on some rank; nothing was committed.
+        """
+        final = self.directory / f"step_{state.step:08d}"
+        partial = final.with_name(final.name + _PARTIAL)
+        if _is_main():
+            _attempt(lambda: _make_empty(partial), partial)
+        dist.barrier()
+        _attempt(lambda: write_weights(partial / WEIGHTS), partial)
+        dist.barrier()
+        if _is_main():
+            _attempt(lambda: _write_texts(partial, state, config, tokenizer), partial)
+        dist.barrier()
+        entries = _collect_entries(partial, _files(partial))
+        if _is_main():
+            _attempt(lambda: self._commit(partial, final, entries), partial)
+            self._drop_old(final)
+        dist.barrier()
+        return final
+
+    def _commit(self, partial: Path, final: Path, entries: Entries) -> None:
+        manifest = json.dumps({"version": 1, "files": entries}, indent=1)
+        _write_synced(partial / MANIFEST, manifest.encode())
+        for folder in {path.parent for path in partial.rglob("*")}:
+            _sync(folder)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(self.directory)
+        aside = self.directory / (LATEST + _PARTIAL)
+        _write_synced(aside, (final.name + "\n").encode())
+        aside.replace(self.directory / LATEST)
+        _sync(self.directory)
+
+    def _drop_old(self, newest: Path) -> None:
+        """Delete what is past `keep`, only when the newest is whole."""
+        if size_problems(newest):
+            return
+        for old in self.steps()[: -self.keep]:
+            doomed = old.with_name(old.name + _PARTIAL)
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def find(self, resume: str, report: Callable[[str], None]) -> Path | None:
+        """The checkpoint to resume from, verified by all ranks together.
+
+        Args:
+            resume: `auto` (newest whole one, None without any), or the path of a checkpoint, of a
+                run or of its checkpoints folder.
+            report: told of each damaged checkpoint that `auto` passes over.
+
+        Raises:
+            CheckpointError: the named checkpoint is missing or damaged.
+        """
+        if resume != "auto":
+            chosen = checkpoint_path(Path(resume))
+            if problems := verify(chosen):
+                raise CheckpointError(
+                    f"{chosen} is damaged: {'; '.join(problems[:3])}; use another checkpoint, or "
+                    "--resume auto for the newest whole one"
+                )
+            return chosen
+        for candidate in reversed(self.steps()):
+            problems = verify(candidate)
+            if not problems:
+                return candidate
+            report(f"passing over {candidate}: {'; '.join(problems[:3])}")
+        return None
+
+    def set_aside(self, run_dir: Path) -> Path | None:
+        """Move an earlier run's files out of the way of a new run that starts from nothing.
+
+        Returns:
+            Where they went; None when there were none. Rank 0 moves, all ranks wait.
+        """
+        target = None
+        if _is_main() and (self.steps() or (run_dir / "metrics.jsonl").exists()):
+            number = 1 + sum(1 for _ in run_dir.glob("previous_*"))
+            target = run_dir / f"previous_{number}"
+            target.mkdir(parents=True)
+            for name in (FOLDER, "metrics.jsonl", "tensorboard", RESOLVED_CONFIG_NAME):
+                if (run_dir / name).exists():
+                    (run_dir / name).rename(target / name)
+        dist.barrier()
+        return target
+
+
+def checkpoint_path(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest of a run or checkpoints folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / STATE_NAME).is_file() or (path / MANIFEST).is_file():
+        return path
+    for folder in (path, path / FOLDER):
+        if (folder / LATEST).is_file():
+            return folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+    raise CheckpointError(
+        f"{path} is no checkpoint: it has neither {STATE_NAME} nor {LATEST}; give a folder such "
+        "as runs/NAME/checkpoints/step_00000100, or the run's folder"
+    )
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """The resolved configuration in a checkpoint."""
+    return load_config(checkpoint / RESOLVED_CONFIG_NAME)
+
+
+def size_problems(checkpoint: Path) -> list[str]:
+    """What is missing from a checkpoint or has another size than its manifest says."""
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return [f"{MANIFEST} is missing or unreadable"]
+    problems = []
+    for name, entry in entries.items():
+        path = checkpoint / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
+    return problems
+
+
+def verify(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint: sizes, then checksums; empty when it is whole.
+
+    Works on one process and as a collective; then every rank reads its share and all agree.
+    """
+    problems = size_problems(checkpoint)
+    if not problems:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        found = _collect_entries(checkpoint, [checkpoint / name for name in sorted(entries)])
+        problems = [
+            f"{name} differs from its checksum" for name in entries if found[name] != entries[name]
+        ]
+    if dist.is_initialized():
+        decision = [problems]
+        dist.broadcast_object_list(decision, src=0)  # one view for all, whatever each node cached
+        return decision[0]
+    return problems
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _collect_entries(folder: Path, files: list[Path]) -> Entries:
+    """Size and xxh3 of every file; each rank reads and syncs its share, all get all."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine: Entries = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
+        for path in files[rank::world]
+    }
+    if world == 1:
+        return mine
+    gathered: list[Entries] = [{} for _ in range(world)]
+    dist.all_gather_object(gathered, mine)
+    return {name: entry for part in gathered for name, entry in sorted(part.items())}
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _attempt(action: Callable[[], None], partial: Path) -> None:
+    """Do it, or leave nothing behind and say why.
+
+    Raises:
+        CheckpointError: it failed (disk full, no permission, ...).
+    """
+    try:
+        action()
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        free = _free_gib(partial)
+        raise CheckpointError(
+            f"cannot write checkpoint {partial.name.removesuffix(_PARTIAL)} below "
+            f"{partial.parent}: {str(error).splitlines()[0]} ({free:.1f} GiB free there); make "
+            "room or fix the folder, then start again: earlier checkpoints are untouched"
+        ) from error
+
+
+def _free_gib(path: Path) -> float:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / 2**30
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _write_texts(folder: Path, state: TrainState, config: RunConfig, tokenizer: Path) -> None:
+    _write_synced(folder / STATE_NAME, state.to_json().encode())
+    _write_synced(folder / RESOLVED_CONFIG_NAME, to_yaml(config).encode())
+    _write_synced(folder / TOKENIZER, tokenizer.read_bytes())
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_main() -> bool:
+    return dist.get_rank() == 0

@@ -1,0 +1,51 @@
+"""Where a run's log goes: rank 0 to the console, every rank to a file of its own."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class _Console(logging.Handler):
+    """Writes to whatever stdout is now, so that lines stay clear of the live progress line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        sys.stdout.write(self.format(record) + "\n")
+        sys.stdout.flush()
+
+
+def start_run_log(run_dir: Path, rank: int) -> Path:
+    """Send log records of this process to `<run_dir>/logs/rank_00000.log`, rank 0 also to stdout.
+
+    Returns:
+        The file.
+    """
+    path = run_dir / "logs" / f"rank_{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
+    if rank == 0:
+        handlers.append(_Console(logging.INFO))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+    # Libraries are heard from warnings on; this project's own debug lines go to the file.
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
+    for package in ("pipeline", "data_prep", "model"):
+        logging.getLogger(package).setLevel(logging.DEBUG)
+    return path
+
+
+def quieten_libraries() -> None:
+    """Keep remarks of the libraries about absent GPU kernels out of the console.
+
+    To be called before they are imported.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron|deepspeed|torch")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

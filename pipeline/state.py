@@ -1,0 +1,104 @@
+"""What a run must remember beside weights and optimizer: readable JSON.
+
+Training draws no random numbers (no dropout; data order and initial weights are pure functions),
+so there is no generator state to keep.
+"""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from model.errors import CheckpointError
+
+STATE_NAME = "state.json"
+
+
+class Layout(BaseModel):
+    """How weights and optimizer states were spread over ranks when they were saved."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    world_size: int
+    data: int
+    tensor: int
+    stages: int
+    zero: int
+    precision: str
+
+
+class TrainState(BaseModel):
+    """Progress of a run; the same on all ranks.
+
+    Attributes:
+        step: optimizer steps behind us, skipped ones included.
+        tokens: input tokens consumed.
+        next_sample: first sample of the next step, counted over all ranks and epochs.
+        skipped_steps: steps whose gradients were not finite.
+        data_fingerprint: of the training split that `next_sample` counts in.
+        data_seed: seed of the order that `next_sample` counts in.
+        sequence_length: length of the windows that `next_sample` counts.
+        layout: of the checkpoint's files.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = 1
+    step: int = 0
+    tokens: int = 0
+    next_sample: int = 0
+    skipped_steps: int = 0
+    data_fingerprint: str
+    data_seed: int
+    sequence_length: int
+    layout: Layout
+
+    def advance(self, *, samples: int, applied: bool) -> None:
+        """Count one step over `samples` samples."""
+        self.step += 1
+        self.next_sample += samples
+        self.tokens += samples * self.sequence_length
+        self.skipped_steps += not applied
+
+    def to_json(self) -> str:
+        """Indented JSON."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def read_state(directory: Path) -> TrainState:
+    """The state in a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or not of this version.
+    """
+    path = directory / STATE_NAME
+    try:
+        return TrainState.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no {STATE_NAME}, so it is no checkpoint; give a folder such as "
+            "runs/NAME/checkpoints/step_00000100, or the run's folder"
+        ) from None
+    except (ValueError, ValidationError) as error:
+        raise CheckpointError(
+            f"{path} cannot be understood ({str(error).splitlines()[0]}); use an older checkpoint "
+            "or the version of Headway that wrote it"
+        ) from None
+
+
+def resume_problems(saved: TrainState, current: TrainState) -> list[str]:
+    """Why a run cannot go on from a saved state, one line each; empty when it can."""
+    problems = []
+    for field in Layout.model_fields:
+        before, now = getattr(saved.layout, field), getattr(current.layout, field)
+        if before != now:
+            problems.append(f"layout {field}: saved with {before}, this run has {now}")
+    for field, what in (
+        ("data_fingerprint", "shard set"),
+        ("data_seed", "run.seed"),
+        ("sequence_length", "data.sequence_length"),
+    ):
+        before, now = getattr(saved, field), getattr(current, field)
+        if before != now:
+            problems.append(f"{what}: saved with {before}, this run has {now}")
+    return problems

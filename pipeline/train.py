@@ -1,0 +1,128 @@
+"""Pretrain a model: torchrun ... -m pipeline.train CONFIG, or srun python -m pipeline.train CONFIG.
+
+Exit codes: 0 the run reached its last step; 75 a signal stopped it and it was saved; 2 the
+configuration, data or checkpoint cannot be used; 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from data_prep.errors import DataError
+from model.errors import CheckpointError, ConfigError, TrainingError
+from pipeline.config import (
+    Device,
+    Precision,
+    RunConfig,
+    data_parallel_size,
+    load_config,
+    resolve_device,
+    resolve_precision,
+)
+from pipeline.dry_run import describe
+from pipeline.launch import RankInfo, rank_info
+from pipeline.run_log import quieten_libraries
+from pipeline.stopping import EXIT_STOPPED
+
+if TYPE_CHECKING:
+    from pipeline.job import Job
+
+EXIT_FAILED, EXIT_USER_FAULT = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parse(arguments)
+    info = rank_info(os.environ)
+    quieten_libraries()
+    try:
+        config = load_config(options.config, options.set)
+        if options.dry_run:
+            _print_dry_run(config, options.world_size or info.world_size)
+            return 0
+        data_parallel_size(config, info.world_size)
+        device, precision = _resolve(config)
+    except ConfigError as error:
+        if info.rank == 0:  # every rank reads the same file and would say the same
+            _say(f"error: {error}")
+        return EXIT_USER_FAULT
+    # Imported late: DeepSpeed and megatron-core take seconds, and what is above needs neither.
+    from pipeline.job import Job
+
+    return _run(Job(config, options.resume, info, device, precision), info)
+
+
+def _run(job: "Job", info: RankInfo) -> int:
+    """Run the job; errors become one line that names the rank, and an exit code."""
+    try:
+        stopped_by = job.run()
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+        _say(f"error: {_prefix(info, job)}{error}")
+        return EXIT_USER_FAULT
+    except Exception as error:
+        job.log_traceback()
+        _say(f"error: {job.place}: {job.explain(error)}")
+        return EXIT_FAILED
+    return 0 if stopped_by is None else EXIT_STOPPED
+
+
+def _prefix(info: RankInfo, job: "Job") -> str:
+    """Rank 0 speaks for all; another rank says who it is."""
+    return "" if info.rank == 0 else f"{job.place}: "
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__)
+    parser.add_argument("config", type=Path, help="the run's YAML file")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that win over the file, e.g. --set train.steps=100 batch.micro_size=4",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|PATH|none",
+        help="auto (default): from the newest whole checkpoint in run.dir, if there is one; PATH: "
+        "from that checkpoint; none: start new, earlier files move to run.dir/previous_N",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved run without starting it"
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks that a dry run assumes")
+    return parser.parse_args(arguments)
+
+
+def _resolve(config: RunConfig) -> tuple[Device, Precision]:
+    device = resolve_device(config, torch.cuda.is_available())
+    bf16_supported = device == "cpu" or torch.cuda.is_bf16_supported()
+    return device, resolve_precision(config, device, bf16_supported)
+
+
+def _print_dry_run(config: RunConfig, world_size: int) -> None:
+    """Describe the run as on the machine it is meant for: a laptop may ask about a cluster."""
+    device = resolve_device(config, torch.cuda.is_available() or config.train.device == "cuda")
+    precision = resolve_precision(config, device)
+    # One process cannot hold a tensor-parallel model; the smallest world that can is assumed.
+    world_size = max(world_size, config.parallel.tensor)
+    print(describe(config, world_size=world_size, device=device, precision=precision))
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: destructors of process groups whose peers are gone can wait for ever.
+    os._exit(code)

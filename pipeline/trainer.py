@@ -1,0 +1,177 @@
+"""The training loop: when things happen. What happens is the collaborators' business."""
+
+import logging
+import time
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.loader import Batch, TokenLoader
+from model.errors import TrainingError
+from pipeline.checkpoint import CheckpointFolder
+from pipeline.config import RunConfig
+from pipeline.engine import Engine, StepResult
+from pipeline.metrics import MetricsLog, Record
+from pipeline.schedule import learning_rate
+from pipeline.state import TrainState
+from pipeline.stopping import StopRequest
+from pipeline.throughput import Throughput
+from pipeline.validation import ValidationSamples
+
+logger = logging.getLogger(__name__)
+
+
+class Collaborators(NamedTuple):
+    """What the loop drives; all built outside.
+
+    Attributes:
+        engine: model and optimizer.
+        loader: training batches.
+        validation: validation batches, or None when the run does not validate.
+        checkpoints: where to save.
+        metrics: where figures go.
+        throughput: times steps and measures memory.
+        stop: signals, agreed over ranks.
+    """
+
+    engine: Engine
+    loader: TokenLoader
+    validation: ValidationSamples | None
+    checkpoints: CheckpointFolder
+    metrics: MetricsLog
+    throughput: Throughput
+    stop: StopRequest
+
+
+class Trainer:
+    """Runs steps until the run is done or told to stop.
+
+    Args:
+        config: the run.
+        state: progress so far; advanced in place.
+        parts: the collaborators.
+    """
+
+    def __init__(self, config: RunConfig, state: TrainState, parts: Collaborators) -> None:
+        self.config = config
+        self.state = state
+        self.parts = parts
+        self._saved_step: int | None = state.step or None
+        self._skipped_in_a_row = 0
+
+    def fit(self) -> str | None:
+        """Train to the last step.
+
+        Returns:
+            The name of the signal that stopped the run before its last step, or None.
+
+        Raises:
+            TrainingError: too many steps in a row had gradients that were not finite.
+        """
+        stopped_by = None
+        with closing(self._batches()) as batches:
+            while self.state.step < self.config.last_step and stopped_by is None:
+                result = self._step(next(batches))
+                self._record(result)
+                self._save_if_due()
+                stopped_by = self.parts.stop.agreed()
+        if self._saved_step != self.state.step:
+            self._save()
+        return stopped_by if self.state.step < self.config.last_step else None
+
+    def _batches(self) -> Generator[list[Batch], None, None]:
+        ahead = self.config.data.prefetch_steps
+        return self.parts.loader.prefetch(self.state.next_sample, ahead)
+
+    def _step(self, batches: list[Batch]) -> StepResult:
+        """One optimizer step, and the progress it makes."""
+        rate = self._learning_rate(self.state.step + 1)
+        self.parts.throughput.start()
+        result = self.parts.engine.train_step(batches, rate)
+        self.parts.throughput.stop()
+        first = self.state.next_sample
+        self.state.advance(samples=self.parts.loader.global_batch_size, applied=result.applied)
+        self._check_skips(result, first)
+        return result
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            schedule=self.config.schedule,
+            peak=self.config.optimizer.learning_rate,
+            total_steps=self.config.train.steps,
+        )
+
+    def _check_skips(self, result: StepResult, first_sample: int) -> None:
+        """Say which step was left out, and give up when it does not stop."""
+        if result.applied:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        limit = self.config.train.max_skipped_steps
+        logger.warning(
+            "step %d skipped: loss or gradients are not finite (samples %d to %d); weights and "
+            "optimizer are unchanged",
+            self.state.step,
+            first_sample,
+            self.state.next_sample - 1,
+        )
+        if self._skipped_in_a_row > limit:
+            raise TrainingError(
+                f"{self._skipped_in_a_row} steps in a row had gradients that are not finite, more "
+                f"than train.max_skipped_steps={limit}; lower optimizer.learning_rate, or resume "
+                "from an earlier checkpoint"
+            )
+
+    def _record(self, result: StepResult) -> None:
+        """Write this step's figures when they are due, those of the validation with them."""
+        step, options = self.state.step, self.config
+        last = step == options.last_step
+        due = step % options.log.interval == 0 or last
+        evaluate = self.parts.validation is not None and (
+            step % options.eval.every_steps == 0 or last
+        )
+        if not (due or evaluate or not result.applied):
+            return
+        losses = result.head_losses.tolist()
+        weights = options.model.loss_weights
+        record: Record = {
+            "step": step,
+            "tokens": self.state.tokens,
+            "loss": sum(w * loss for w, loss in zip(weights, losses, strict=True)),
+            **{f"loss_head_{k}": loss for k, loss in enumerate(losses, start=1)},
+            "grad_norm": result.grad_norm,
+            "learning_rate": self._learning_rate(step),
+            **self.parts.throughput.figures(),
+        }
+        if not result.applied:
+            record["skipped"] = 1
+        if evaluate:
+            record |= self._evaluate()
+        self.parts.metrics.write(record)
+
+    def _evaluate(self) -> Record:
+        assert self.parts.validation is not None
+        result = self.parts.engine.evaluate(self.parts.validation)
+        weights = self.config.model.loss_weights
+        losses = result.head_losses
+        return {
+            "eval_loss": sum(w * loss for w, loss in zip(weights, losses, strict=True)),
+            **{f"eval_loss_head_{k}": loss for k, loss in enumerate(losses, start=1)},
+            "eval_tokens_per_forward": result.tokens_per_forward,
+        }
+
+    def _save_if_due(self) -> None:
+        every = self.config.checkpoint.every_steps
+        if every and self.state.step % every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        tokenizer: Path = self.parts.loader.shards.tokenizer_path
+        folder = self.parts.checkpoints.save(
+            self.state, self.config, tokenizer, self.parts.engine.save
+        )
+        self._saved_step = self.state.step
+        logger.info("saved %s in %.1f s", folder, time.monotonic() - started)
