@@ -42,7 +42,9 @@ fi
 python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 
-# Asked of torch, as the trainer does: Slurm may count devices that no driver serves.
+# How many GPUs there are is asked of torch, as the trainer does: Slurm may count devices that no driver serves.
+given=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+given=${given##*:} # h100:8 is 8
 ranks=${RANKS_PER_NODE:-}
 if [ -z "$ranks" ]; then
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null | tail -n 1) || gpus=""
@@ -50,10 +52,11 @@ if [ -z "$ranks" ]; then
     echo "error: $python cannot import torch on $(hostname); set PYTHON to the interpreter of the installation" >&2
     exit 2
   fi
-  ranks=$((gpus > 0 ? gpus : 1))
-  if [ "$gpus" = 0 ] && [ "${SLURM_GPUS_ON_NODE:-0}" != 0 ]; then
-    say "Slurm gave $SLURM_GPUS_ON_NODE GPUs on $(hostname), but torch sees none: 1 process per node, on CPUs"
+  if [ "$gpus" = 0 ] && [ "$given" != 0 ]; then
+    say "Slurm gave $given GPUs on $(hostname), but torch sees none: 1 process per node, on CPUs"
   fi
+  ranks=$((given > 0 && given < gpus ? given : gpus))
+  ranks=$((ranks > 0 ? ranks : 1))
 fi
 
 nodes=$SLURM_JOB_NUM_NODES
@@ -67,10 +70,13 @@ unset RANK LOCAL_RANK WORLD_SIZE # of the shell that called sbatch; each task ta
 say "$config on $nodes nodes x $ranks processes ($SLURM_JOB_NODELIST), rendezvous $MASTER_ADDR:$MASTER_PORT," \
   "run number $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID"
 
-# Each process gets its share of the node's CPUs: srun does not take it over from sbatch.
+# Each process gets its share of the node's CPUs and sees all GPUs of its node, of which it takes its own. Said to
+# srun because a step inherits neither from an allocation of whole nodes.
+resources=()
+[ "$given" = 0 ] || resources+=(--gpus-per-node="$given")
 cpus=$((${SLURM_CPUS_ON_NODE:-$ranks} / ranks))
 # shellcheck disable=SC2086  # ARGS is a list
 run_step --nodes="$nodes" --ntasks="$((nodes * ranks))" --ntasks-per-node="$ranks" \
-  --cpus-per-task="$((cpus > 0 ? cpus : 1))" --kill-on-bad-exit=1 \
+  --cpus-per-task="$((cpus > 0 ? cpus : 1))" "${resources[@]}" --kill-on-bad-exit=1 \
   "$python" -m pipeline.train "$config" --resume auto ${ARGS:-} "$@"
 finish_job

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the job scripts: one job step under supervision.
 #
 # Slurm warns a job script before its time is up (--signal=B:USR1@300), and sends TERM on scancel and
