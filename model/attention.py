@@ -1,7 +1,7 @@
 """Core attention on torch's scaled_dot_product_attention, in the place of megatron's.
 
-Megatron's `DotProductAttention` needs CUDA and materialises the scores. This one runs the flash
-kernels on a GPU, the math kernel on a CPU, and reads a KV cache when decoding.
+Megatron's `DotProductAttention` needs CUDA and materialises the scores. This one runs torch's flash
+kernels on GPU and CPU, and reads a KV cache when decoding.
 
 Legend: S sequence, B batch, A attention heads, G key-value heads, D head dimension; A and G are
 this tensor-parallel rank's share.
@@ -50,7 +50,9 @@ class CoreAttention(nn.Module):
             `[S, B, A * D]`.
         """
         if self.recompute and self.training and query.requires_grad:
-            return checkpoint(_causal_attention, query, key, value, use_reentrant=False)
+            return checkpoint(
+                _causal_attention, query, key, value, use_reentrant=False, preserve_rng_state=False
+            )
         if self.cache is None:
             return _causal_attention(query, key, value)
         cached = self.cache.update(id(self), key, value)

@@ -140,6 +140,8 @@ class _Deliver(torch.autograd.Function):
 def _deliver(pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     """The scalar whose backward gives every tensor of a pair its gradient."""
     wanted = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
+    if not wanted:  # only the head layers are trained, and they have their gradients
+        return pairs[0][0].new_zeros((), dtype=torch.float32, requires_grad=True)
     gradients = [torch.zeros_like(tensor) if grad is None else grad for tensor, grad in wanted]
     remainder: Tensor = _Deliver.apply(gradients, *(tensor for tensor, _ in wanted))
     return remainder

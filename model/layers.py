@@ -109,10 +109,17 @@ class Layer(nn.Module):
         Returns:
             `[S, B, H]`.
         """
-        if self.recompute and self.training and torch.is_grad_enabled():
+        trained = hidden.requires_grad or any(p.requires_grad for p in self.parameters())
+        if self.recompute and self.training and trained and torch.is_grad_enabled():
             # Reentrant: under ZeRO-3 the weights kept for backward are freed in between, and
-            # only a whole second forward, with its fetches, brings them back.
-            return checkpoint(self._run, hidden, rotary, use_reentrant=True)
+            # only a whole second forward, with its fetches, brings them back. It runs only if
+            # an input wants a gradient, and a frozen trunk's output does not: a head asks itself.
+            if not hidden.requires_grad:
+                hidden = hidden.detach().requires_grad_()
+            # Without dropout there is no random state to keep.
+            return checkpoint(
+                self._run, hidden, rotary, use_reentrant=True, preserve_rng_state=False
+            )
         return self._run(hidden, rotary)
 
     def _run(self, hidden: Tensor, rotary: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 
@@ -55,6 +56,7 @@ class LossAndGradient(NamedTuple):
     hidden_gradient: Tensor
 
 
+@torch.no_grad()
 def loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -83,9 +85,8 @@ def loss_and_gradients(
     loss_sum = hidden.new_zeros((), dtype=_softmax_dtype(hidden))
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        losses, logit_gradient = _chunk(hidden[part], weight, labels[part], shard)
+        losses, logit_gradient = _chunk(hidden[part], weight, labels[part], shard, scale)
         loss_sum += losses.sum()
-        logit_gradient = logit_gradient.mul_(scale).to(hidden.dtype)
         torch.mm(logit_gradient, weight, out=hidden_gradient[part])
         if weight_gradient.dtype == hidden.dtype:
             weight_gradient.addmm_(logit_gradient.t(), hidden[part])
@@ -95,6 +96,7 @@ def loss_and_gradients(
     return LossAndGradient(loss_sum, hidden_gradient)
 
 
+@torch.no_grad()
 def loss_and_predictions(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, shard: VocabularyShard, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
@@ -107,11 +109,10 @@ def loss_and_predictions(
     predictions: list[Tensor] = []
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        logits = _logits(hidden[part], weight)
+        logits = hidden[part] @ weight.t()
         largest, best = logits.max(dim=-1)
         predictions.append(_global_argmax(largest, best, shard))
-        chunk_losses, _ = _softmax_loss(logits, largest, labels[part], shard)
-        losses.append(chunk_losses.sum())
+        losses.append(_softmax(logits, largest, labels[part], shard).losses.sum())
     return torch.stack(losses).sum(), torch.cat(predictions)
 
 
@@ -141,6 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return result.loss_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         (grad_output,) = grad_outputs
@@ -170,37 +172,53 @@ def _softmax_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return (hidden @ weight.t()).to(_softmax_dtype(hidden))
+class _Softmax(NamedTuple):
+    """A chunk's softmax, before its division.
+
+    Attributes:
+        losses: `[t]`, 0 where the label is ignored.
+        exponentials: `[t, V']` of this shard, in the logits' memory where their dtype allows.
+        total: `[t]` sum of the exponentials over all shards.
+    """
+
+    losses: Tensor
+    exponentials: Tensor
+    total: Tensor
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Token losses `[t]` and the gradient of their sum by the logits `[t, V']`."""
-    logits = _logits(hidden, weight)
-    largest = logits.max(dim=-1).values
-    losses, probabilities = _softmax_loss(logits, largest, labels, shard)
-    valid = labels != IGNORED
+    """Token losses `[t]` and `scale` times the gradient of their sum by the logits `[t, V']`."""
+    logits = hidden @ weight.t()
+    softmax = _softmax(logits, logits.amax(dim=-1), labels, shard)
+    del logits
     owned, local = _owned(labels, shard)
-    probabilities.scatter_add_(1, local.unsqueeze(1), -owned.to(probabilities.dtype).unsqueeze(1))
-    return losses, probabilities.mul_(valid.unsqueeze(1))
+    # The target's share is taken off before rounding to bf16, where p - 1 would lose its digits.
+    gradient = softmax.exponentials
+    gradient.scatter_add_(1, local.unsqueeze(1), -(softmax.total * owned).unsqueeze(1))
+    # Division, mask, scale and rounding in one pass.
+    factor = (scale / softmax.total * (labels != IGNORED)).unsqueeze(1)
+    rounded = (
+        gradient
+        if gradient.dtype == hidden.dtype
+        else torch.empty_like(gradient, dtype=hidden.dtype)
+    )
+    return softmax.losses, torch.mul(gradient, factor, out=rounded)
 
 
-def _softmax_loss(
-    logits: Tensor, largest: Tensor, labels: Tensor, shard: VocabularyShard
-) -> tuple[Tensor, Tensor]:
-    """Token losses `[t]` (0 where ignored) and probabilities `[t, V']`, in the logits' memory."""
-    largest = shard.reduce(largest.clone(), dist.ReduceOp.MAX)
-    logits.sub_(largest.unsqueeze(1))
+def _softmax(logits: Tensor, largest: Tensor, labels: Tensor, shard: VocabularyShard) -> _Softmax:
+    """Softmax and token losses, given each row's largest logit of this shard; spends `logits`."""
+    dtype = _softmax_dtype(logits)
+    largest = shard.reduce(largest.to(dtype, copy=True), dist.ReduceOp.MAX).unsqueeze(1)
+    shifted = logits.sub_(largest) if logits.dtype == dtype else logits - largest
     owned, local = _owned(labels, shard)
-    target = logits.gather(1, local.unsqueeze(1)).squeeze(1) * owned
-    exponentials = logits.exp_()
+    target = shifted.gather(1, local.unsqueeze(1)).squeeze(1) * owned
+    exponentials = shifted.exp_()
     # One reduction carries both: the softmax's denominator and the target's logit.
-    both = shard.reduce(torch.stack((exponentials.sum(dim=-1), target)))
-    total, target = both[0], both[1]
+    total, target = shard.reduce(torch.stack((exponentials.sum(dim=-1), target))).unbind()
     losses = (total.log() - target).where(labels != IGNORED, total.new_zeros(()))
-    return losses, exponentials.div_(total.unsqueeze(1))
+    return _Softmax(losses, exponentials, total)
 
 
 def _owned(labels: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
