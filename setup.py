@@ -17,6 +17,7 @@ setup(
         "mpi4py>=4.0",
         "numpy>=1.26",
         "orjson>=3.9",
+        "psutil>=5.9",
         "pyarrow>=17.0",
         "pydantic>=2.7",
         "pyyaml>=6.0",
