@@ -36,6 +36,7 @@ setup(
             "pytest>=8.3",
             "ruff>=0.9",
             "types-PyYAML>=6.0",
+            "types-setuptools>=75",
         ],
         "wandb": ["wandb>=0.19"],
     },

@@ -1,0 +1,143 @@
+"""The import graph: who may import whom, in one place each, no cycles, on a bare CPU machine."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("data_prep", "model", "pipeline")
+ABSENT_ON_A_CPU = ("triton", "flash_attn", "transformer_engine", "liger_kernel", "apex", "wandb")
+
+
+class Import(NamedTuple):
+    """One import statement: the module that has it, and the module it names."""
+
+    importer: str
+    imported: str
+    type_checking: bool
+
+
+def _module_files() -> dict[str, Path]:
+    files = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+MODULES = _module_files()
+
+
+def _statements(node: ast.AST, type_checking: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes below, each with whether only a type checker executes it."""
+    for child in ast.iter_child_nodes(node):
+        yield child, type_checking
+        is_block = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        yield from _statements(child, type_checking or is_block)
+
+
+def imports_of(name: str, path: Path) -> list[Import]:
+    """Every import of a module, also those inside functions."""
+    found = []
+    for node, type_checking in _statements(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [Import(name, alias.name, type_checking) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports by a relative path"
+            assert node.module is not None
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = {full if full in MODULES else node.module for full in below}
+            found += [Import(name, imported, type_checking) for imported in sorted(names)]
+    return found
+
+
+IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path)]
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_there_are_modules_to_look_at() -> None:
+    """The checks below see all three packages; a wrong path would make them pass on nothing."""
+    assert {_package(name) for name in MODULES} == set(PACKAGES)
+    assert any(found.imported.startswith("data_prep.") for found in IMPORTS)
+
+
+def test_model_and_data_prep_import_nothing_of_ours_outside_themselves() -> None:
+    """The two lower packages can be used without the rest; only the pipeline knows both."""
+    crossing = [
+        found
+        for found in IMPORTS
+        if _package(found.importer) in ("model", "data_prep")
+        and _package(found.imported) in (*PACKAGES, "benchmarks")
+        and _package(found.imported) != _package(found.importer)
+    ]
+    assert crossing == []
+
+
+def test_nothing_imports_the_tests() -> None:
+    """What is installed does not need the tests."""
+    assert [found for found in IMPORTS if _package(found.imported) == "tests"] == []
+
+
+def test_deepspeed_has_one_importer_in_the_pipeline() -> None:
+    """Another engine would have to be written in one file."""
+    assert {found.importer for found in IMPORTS if _package(found.imported) == "deepspeed"} == {
+        "pipeline.engine"
+    }
+
+
+def test_pyarrow_has_one_importer_in_data_prep() -> None:
+    """The file format of shards is the business of one file."""
+    assert {found.importer for found in IMPORTS if _package(found.imported) == "pyarrow"} == {
+        "data_prep.shards"
+    }
+
+
+def test_no_import_cycles() -> None:
+    """Every module can be read, and imported, before those that use it."""
+    graph: dict[str, set[str]] = {name: set() for name in MODULES}
+    for found in IMPORTS:
+        if found.imported in MODULES and not found.type_checking:
+            graph[found.importer].add(found.imported)
+    # Take away, again and again, what needs nothing that is left; a cycle is what stays.
+    while free := {name for name, needed in graph.items() if not needed & graph.keys()}:
+        graph = {name: needed for name, needed in graph.items() if name not in free}
+    assert graph == {}
+
+
+def test_every_module_imports_on_a_bare_cpu_machine() -> None:
+    """No module needs a GPU or an optional package at import, nor starts to work by being imported.
+
+    Optional packages are hidden, so this also holds where they are installed.
+    """
+    code = f"""
+import importlib, os, sys, threading
+import torch  # looks for some of the optional packages itself
+
+for name in {ABSENT_ON_A_CPU!r}:
+    if name not in sys.modules:
+        sys.modules[name] = None
+for name in {sorted(MODULES)!r}:
+    importlib.import_module(name)
+assert not torch.distributed.is_initialized(), "an import joined a process group"
+assert not torch.cuda.is_initialized(), "an import started CUDA"
+print("imported", len({sorted(MODULES)!r}))
+"""
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "HOME": "/nonexistent"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"imported {len(MODULES)}" in done.stdout
