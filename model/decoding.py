@@ -285,9 +285,9 @@ def generate(
     longest = int(lengths.max())
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
     decoder = Decoder(model, heads=heads, temperature=temperature, generator=generator)
-    first = decoder.prefill(
-        torch.tensor(padded, device=device), lengths, capacity=longest + max_new_tokens + heads
-    )
+    # A row may end with up to k - 1 kept drafts too many, and reads k more while others go on.
+    capacity = longest + max_new_tokens + 2 * heads
+    first = decoder.prefill(torch.tensor(padded, device=device), lengths, capacity)
     rows = [_Row(max_new_tokens, eos_id) for _ in prompts]
     for row, token in zip(rows, first.tolist(), strict=True):
         row.extend([token])

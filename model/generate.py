@@ -25,6 +25,8 @@ EXIT_DIFFERENT = 3
 EXIT_INTERRUPTED = 130
 
 _COMPARE_ROUNDS = 2
+# Below this, threads wait for one another longer than they compute, far longer on a busy machine.
+_ONE_THREAD_PARAMETERS = 30_000_000
 
 
 class Run(NamedTuple):
@@ -96,7 +98,7 @@ def _generate(options: argparse.Namespace) -> int:
     device = _device(options.device)
     loaded = load_export(options.directory, DTYPES[options.dtype] if options.dtype else None)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded)
-    loaded.model.to(device)
+    _place(loaded, device)
     counts = [1, heads] if options.compare else [heads]
     # The first run on a machine pays for what is set up once; the faster of two is reported.
     rounds = [
@@ -172,6 +174,17 @@ def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport") -
             )
         prompts.append(ids)
     return prompts
+
+
+def _place(loaded: "LoadedExport", device: "torch.device") -> None:
+    import torch
+
+    loaded.model.to(device)
+    if (
+        device.type == "cpu"
+        and loaded.record.description.model.num_parameters() < _ONE_THREAD_PARAMETERS
+    ):
+        torch.set_num_threads(1)
 
 
 def _run(

@@ -59,6 +59,7 @@ class MultiTokenModel(nn.Module):
             checkpointing=activation_checkpointing,
         )
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self._attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
         mark_split_parameters(self)
 
     @property
@@ -125,9 +126,8 @@ class MultiTokenModel(nn.Module):
 
     def use_cache(self, cache: KVCache | None) -> None:
         """Let every attention layer read and write this cache (None: no cache)."""
-        for module in self.modules():
-            if isinstance(module, CoreAttention):
-                module.cache = cache
+        for attention in self._attentions:
+            attention.cache = cache
 
     def initial_weight(self, name: str, local_shape: torch.Size, seed: int) -> Tensor:
         """This rank's part of a parameter's initial value, see `model.initialization`."""

@@ -1,0 +1,75 @@
+"""Tiny models with random weights, and plain decoding to compare with."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.hf_format import build_model
+from model.language_model import MultiTokenModel
+from model.parameter_shapes import parameter_shapes
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Six layers, four of them heads, grouped queries; every size differs from the others."""
+    sizes: dict[str, Any] = {
+        "layers": 6,
+        "hidden_size": 32,
+        "attention_heads": 4,
+        "kv_heads": 2,
+        "ffn_hidden_size": 48,
+        "vocab_size": 20,
+        "future_tokens": 4,
+    }
+    return ModelConfig.model_validate(sizes | changes)
+
+
+def tiny_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Weights large enough for peaked predictions; norm weights are all different, too."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in parameter_shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        weights[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.25 * noise
+    return weights
+
+
+def tiny_model(
+    config: ModelConfig,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> MultiTokenModel:
+    """A model on the CPU; in float64 no two logits are equal up to rounding."""
+    return build_model(config, (weights or tiny_weights(config)).items(), dtype)
+
+
+@torch.no_grad()
+def head_logits(model: MultiTokenModel, tokens: Tensor) -> Tensor:
+    """`[n, B, S, V]` logits of all heads from the forward that training runs, without a cache."""
+    trunk_output = model(tokens)
+    rotary = model.rotary.sequence(tokens.shape[1], tokens.device)
+    hidden = [model.heads.hidden(k, trunk_output, rotary) for k in model.heads.numbers]
+    return model.logits(torch.stack(hidden).transpose(1, 2))
+
+
+def greedy_continuation(
+    model: MultiTokenModel, prompt: Sequence[int], num_tokens: int
+) -> list[int]:
+    """Plain greedy decoding with head 1: everything is recomputed for every token."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(int(head_logits(model, torch.tensor([tokens]))[0, 0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@functools.cache
+def tiny_prompts(vocab_size: int = 20) -> list[list[int]]:
+    """Prompts of very different lengths."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.randint(vocab_size, (length,), generator=generator).tolist()
+        for length in (1, 5, 9, 3, 17)
+    ]
