@@ -60,7 +60,8 @@ if [ -z "$ranks" ]; then
 fi
 
 nodes=$SLURM_JOB_NUM_NODES
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hostnames=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hostnames%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))} # two jobs that share a node do not meet
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_per_task "$ranks")}

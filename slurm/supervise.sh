@@ -16,6 +16,7 @@ run_step() {
   say "srun $*"
   srun "$@" &
   srun_pid=$!
+  [ "$interrupted" = 0 ] || forward_signal # it came before there was a step
   while :; do
     interrupted=0 status=0
     wait "$srun_pid" || status=$?

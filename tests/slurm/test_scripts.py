@@ -1,0 +1,306 @@
+"""The job scripts, run by bash with stand-ins for Slurm's commands: what they ask for, pass on."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+JOB_SCRIPTS = ("pretrain_7b.sh", "shard_corpus.sh")
+STARTED = "started"
+
+# Writes down how it was called, runs as the test says; USR1 ends it with the trainer's status 75.
+FAKE_SRUN = """#!/bin/bash
+printf '%s\\n' "$@" > "$RECORD/srun_arguments"
+env > "$RECORD/srun_environment"
+trap 'echo USR1 >> "$RECORD/signals"; sleep 0.3; exit "${STATUS_ON_USR1:-75}"' USR1
+touch "$RECORD/started"
+for _ in $(seq "${STEP_TICKS:-0}"); do sleep 0.05; done
+exit "${STEP_STATUS:-0}"
+"""
+FAKE_SCONTROL = """#!/bin/bash
+case "$1 $2" in
+  "show hostnames") printf '%s\\n' alpha7 alpha8 beta1 ;;
+  requeue*) echo "$2" > "$RECORD/requeued"; kill -KILL "$PPID" ;; # Slurm ends the script
+esac
+"""
+FAKE_PYTHON = """#!/bin/bash
+[ "$1" != -c ] || echo "${FAKE_GPUS:-0}"
+"""
+
+
+class Job:
+    """One job script with its stand-ins, in a folder of its own.
+
+    Args:
+        folder: an empty folder.
+        script: name of the job script.
+    """
+
+    def __init__(self, folder: Path, script: str) -> None:
+        self.record = folder / "record"
+        self.record.mkdir()
+        commands = folder / "bin"
+        commands.mkdir()
+        fakes = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "fake-python": FAKE_PYTHON}
+        for name, text in fakes.items():
+            (commands / name).write_text(text)
+            (commands / name).chmod(0o755)
+        # sbatch runs a copy of the script, from another folder.
+        self.script = folder / "slurm_script"
+        self.script.write_bytes((ROOT / "slurm" / script).read_bytes())
+        self.environment = {
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "RECORD": str(self.record),
+            "PYTHON": "fake-python",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_ID": "1234567",
+            "SLURM_JOB_NAME": "job",
+            "SLURM_JOB_NUM_NODES": "3",
+            "SLURM_JOB_NODELIST": "alpha[7-8],beta1",
+            "SLURM_CPUS_ON_NODE": "96",
+        }
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start the script with more environment."""
+        return subprocess.Popen(
+            ["bash", str(self.script), *arguments],
+            env=self.environment | environment,
+            cwd=self.record,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        """Run the script to its end; exit status and output."""
+        process = self.start(*arguments, **environment)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+    def signal_step(self, number: signal.Signals, **environment: str) -> tuple[int, str]:
+        """Start the script, signal it while the step runs; exit status and output."""
+        process = self.start(STEP_TICKS="400", **environment)
+        deadline_s = time.monotonic() + 30
+        while not (self.record / STARTED).exists():
+            assert time.monotonic() < deadline_s, "the step did not start"
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+    def srun_arguments(self) -> list[str]:
+        """What srun was called with."""
+        return (self.record / "srun_arguments").read_text().splitlines()
+
+    def srun_environment(self) -> dict[str, str]:
+        """The variables that reach the tasks."""
+        lines = (self.record / "srun_environment").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+@pytest.fixture
+def pretrain(tmp_path: Path) -> Job:
+    """The pretraining job."""
+    return Job(tmp_path, "pretrain_7b.sh")
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Job:
+    """The shard job, with what it requires."""
+    job = Job(tmp_path, "shard_corpus.sh")
+    job.environment |= {"INPUT": "raw/a raw/b", "OUTPUT": "data/c", "TOKENIZER": "train:32000"}
+    return job
+
+
+def _directives(script: str) -> list[str]:
+    text = (ROOT / "slurm" / script).read_text()
+    return re.findall(r"^#SBATCH +(.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_valid_bash(path: Path) -> None:
+    """A typo is found before a job waits in a queue for it."""
+    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", JOB_SCRIPTS)
+def test_nothing_of_one_cluster_is_in_the_directives(script: str) -> None:
+    """Partition, account and the like come from the command line, as does the time limit."""
+    names = {directive.split("=")[0].split()[0] for directive in _directives(script)}
+    site = {"partition", "account", "qos", "constraint", "reservation", "time", "gres"}
+    assert names & {f"--{name}" for name in site} == set()
+    assert names & {"-p", "-A", "-q", "-C", "-t"} == set()
+    assert {"--nodes", "--requeue"} <= names
+    assert "--open-mode=append" in _directives(script)
+    assert any(directive.startswith("--signal=B:USR1@") for directive in _directives(script))
+
+
+def test_pretrain_starts_a_process_per_gpu_on_every_node(pretrain: Job) -> None:
+    """3 nodes of 8 GPUs are 24 processes; each has its share of CPUs and sees its node's GPUs."""
+    status, output = pretrain.run(FAKE_GPUS="8", SLURM_GPUS_ON_NODE="8")
+    assert status == 0, output
+    arguments = pretrain.srun_arguments()
+    for expected in (
+        "--nodes=3",
+        "--ntasks=24",
+        "--ntasks-per-node=8",
+        "--cpus-per-task=12",
+        "--gpus-per-node=8",
+        "--kill-on-bad-exit=1",
+    ):
+        assert expected in arguments
+    command = arguments[arguments.index("fake-python") :]
+    assert shlex.join(command) == ("fake-python -m pipeline.train configs/7b.yaml --resume auto")
+
+
+def test_pretrain_without_a_driver_starts_one_process_per_node(pretrain: Job) -> None:
+    """GPUs that Slurm counts and torch cannot see do not multiply processes; it is said."""
+    status, output = pretrain.run(FAKE_GPUS="0", SLURM_GPUS_ON_NODE="8")
+    assert status == 0, output
+    assert "--ntasks=3" in pretrain.srun_arguments()
+    assert "torch sees none" in output
+
+
+def test_pretrain_takes_no_more_gpus_than_were_asked_for(pretrain: Job) -> None:
+    """--gpus-per-node=h100:4 on nodes of 8 is 4 processes for each."""
+    status, output = pretrain.run(
+        FAKE_GPUS="8", SLURM_GPUS_ON_NODE="8", SLURM_GPUS_PER_NODE="h100:4"
+    )
+    assert status == 0, output
+    assert "--ntasks=12" in pretrain.srun_arguments()
+    assert "--gpus-per-node=4" in pretrain.srun_arguments()
+
+
+def test_pretrain_finds_its_rendezvous_from_the_node_list(pretrain: Job) -> None:
+    """The first node of the list and a port from the job's id; a shell's old values do not win."""
+    status, output = pretrain.run(MASTER_ADDR="stale", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    assert status == 0, output
+    environment = pretrain.srun_environment()
+    assert environment["MASTER_ADDR"] == "alpha7"
+    assert environment["MASTER_PORT"] == str(20000 + 1234567 % 10000)
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & environment.keys()
+
+
+def test_pretrain_threads_are_bounded_by_the_cores_that_exist(pretrain: Job) -> None:
+    """A node that claims 96 CPUs on a small machine does not start 96 threads."""
+    status, output = pretrain.run(RANKS_PER_NODE="1")
+    assert status == 0, output
+    cores = len(os.sched_getaffinity(0))
+    assert int(pretrain.srun_environment()["OMP_NUM_THREADS"]) == cores
+
+
+def test_pretrain_passes_configuration_and_arguments_on(pretrain: Job) -> None:
+    """CONFIG, ARGS and the script's own arguments reach the trainer, words with blanks whole."""
+    status, output = pretrain.run(
+        "--set",
+        "run.name=two words",
+        CONFIG="configs/quickstart.yaml",
+        ARGS="--set train.steps=7",
+        RANKS_PER_NODE="2",
+    )
+    assert status == 0, output
+    arguments = pretrain.srun_arguments()
+    assert "--ntasks=6" in arguments
+    assert arguments[arguments.index("pipeline.train") + 1 :] == [
+        *["configs/quickstart.yaml", "--resume", "auto"],
+        *["--set", "train.steps=7", "--set", "run.name=two words"],
+    ]
+
+
+@pytest.mark.parametrize("step_status", [1, 2, 75, 137, 143])
+def test_exit_status_of_the_step_is_the_jobs(pretrain: Job, step_status: int) -> None:
+    """A failed step is a failed job, with the same status, and is not queued again by itself."""
+    status, output = pretrain.run(STEP_STATUS=str(step_status))
+    assert status == step_status, output
+    assert not (pretrain.record / "requeued").exists()
+
+
+def test_time_limit_warning_reaches_the_tasks_and_queues_again(pretrain: Job) -> None:
+    """USR1 is handed on, the step's end is waited for, and the same job id goes on later."""
+    status, output = pretrain.signal_step(signal.SIGUSR1)
+    assert (pretrain.record / "signals").read_text() == "USR1\n"
+    assert "srun ended with status 75" in output
+    assert (pretrain.record / "requeued").read_text() == "1234567\n"
+    assert status == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step_status", [0, 1])
+def test_a_run_that_ended_at_the_warning_is_not_queued_again(
+    pretrain: Job, step_status: int
+) -> None:
+    """Done is done, and a failure to save would only repeat itself."""
+    status, output = pretrain.signal_step(signal.SIGUSR1, STATUS_ON_USR1=str(step_status))
+    assert status == step_status, output
+    assert not (pretrain.record / "requeued").exists()
+
+
+def test_cancelling_waits_for_the_save_and_does_not_queue_again(pretrain: Job) -> None:
+    """TERM reaches the tasks, which save; the job ends with their status."""
+    status, output = pretrain.signal_step(signal.SIGTERM)
+    assert status == 75, output
+    assert "stopped on request" in output
+    assert not (pretrain.record / "requeued").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"SLURM_SUBMIT_DIR": "/"}, "HEADWAY_ROOT"),
+        ({"CONFIG": "configs/missing.yaml"}, "CONFIG=configs/missing.yaml"),
+        ({"PYTHON": "no-such-python"}, "set PYTHON"),
+    ],
+)
+def test_pretrain_says_what_is_missing(
+    pretrain: Job, environment: dict[str, str], named: str
+) -> None:
+    """One line that names the way out, before any node starts."""
+    status, output = pretrain.run(**environment)
+    assert status == 2
+    assert named in output
+    assert not (pretrain.record / STARTED).exists()
+
+
+def test_shard_job_runs_the_shard_command(shard: Job) -> None:
+    """One task on one node with all of its CPUs, inputs split, further arguments passed on."""
+    status, output = shard.run("--exclude", "*.min.js")
+    assert status == 0, output
+    arguments = shard.srun_arguments()
+    assert arguments[:3] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=96"]
+    assert arguments[arguments.index("fake-python") + 1 :] == [
+        *["data_prep/shard.py", "--input", "raw/a", "raw/b", "--output", "data/c"],
+        *["--tokenizer", "train:32000", "--exclude", "*.min.js"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["INPUT", "OUTPUT", "TOKENIZER"])
+def test_shard_job_says_which_variable_is_missing(shard: Job, name: str) -> None:
+    """A job without its input ends at once and says so."""
+    status, output = shard.run(**{name: ""})
+    assert status == 2
+    assert f"{name} is not set" in output
+    assert not (shard.record / STARTED).exists()
+
+
+def test_shard_job_killed_by_the_warning_is_queued_again(shard: Job) -> None:
+    """The shard command has nothing to save: ended by USR1, it finishes the rest next time."""
+    shard.signal_step(signal.SIGUSR1, STATUS_ON_USR1="138")
+    assert (shard.record / "requeued").read_text() == "1234567\n"
+
+
+def test_pretrain_asks_the_real_torch_for_gpus(pretrain: Job) -> None:
+    """With the interpreter of these tests the number of processes is what torch sees."""
+    import torch
+
+    status, output = pretrain.run(PYTHON=sys.executable)
+    assert status == 0, output
+    expected = max(torch.cuda.device_count(), 1)
+    assert f"--ntasks-per-node={expected}" in pretrain.srun_arguments()
