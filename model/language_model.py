@@ -60,6 +60,7 @@ class MultiTokenModel(nn.Module):
         )
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
         self._attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
+        self.to(dtype)  # megatron makes the norms of its local layers in float32
         mark_split_parameters(self)
 
     @property

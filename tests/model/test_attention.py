@@ -1,0 +1,135 @@
+"""Core attention and its key-value cache against softmax written out."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import CoreAttention
+from model.kv_cache import KVCache
+
+SEQUENCE, BATCH, HEADS, WIDTH = 9, 2, 4, 8
+TOLERANCE = 1e-12  # float64; the largest difference seen is 1e-15
+
+
+class Inputs(NamedTuple):
+    """Queries `[S, B, A, D]`, keys and values `[S, B, G, D]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def make_inputs(groups: int, seed: int = 0) -> Inputs:
+    """Random float64 inputs with this many key-value heads."""
+    generator = torch.Generator().manual_seed(seed)
+    return Inputs(
+        *(
+            torch.randn(
+                SEQUENCE, BATCH, heads, WIDTH, generator=generator, dtype=torch.float64
+            ).requires_grad_()
+            for heads in (HEADS, groups, groups)
+        )
+    )
+
+
+def attention(recompute: bool = False) -> CoreAttention:
+    """The module as megatron builds it."""
+    module = CoreAttention(None, layer_number=1, attn_mask_type=None, attention_type="self")
+    module.recompute = recompute
+    return module
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of each head and position in turn, over the positions up to it."""
+    per_group = query.shape[2] // key.shape[2]
+    rows = []
+    for position in range(query.shape[0]):
+        heads = []
+        for head in range(query.shape[2]):
+            keys = key[: position + 1, :, head // per_group]
+            values = value[: position + 1, :, head // per_group]
+            scores = (query[position, :, head] * keys).sum(-1) / math.sqrt(query.shape[3])
+            heads.append((scores.softmax(dim=0).unsqueeze(-1) * values).sum(0))
+        rows.append(torch.cat(heads, dim=-1))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_equals_softmax_written_out(groups: int, recompute: bool) -> None:
+    """Output `[S, B, A * D]` and all three gradients, causal, with grouped queries."""
+    inputs = make_inputs(groups)
+    output = attention(recompute)(*inputs)
+    expected = written_out(*inputs)
+    assert output.shape == (SEQUENCE, BATCH, HEADS * WIDTH)
+    torch.testing.assert_close(output, expected, rtol=0, atol=TOLERANCE)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    found = torch.autograd.grad((output * weights).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    for gradient, reference in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=TOLERANCE)
+
+
+def test_no_position_sees_a_later_one() -> None:
+    """Other keys and values from position 5 on change nothing before it, bit for bit."""
+    first, other = make_inputs(2), make_inputs(2, seed=1)
+    changed = Inputs(
+        first.query,
+        torch.cat((first.key[:5], other.key[5:])),
+        torch.cat((first.value[:5], other.value[5:])),
+    )
+    before, after = attention()(*first), attention()(*changed)
+    assert torch.equal(before[:5], after[:5])
+    assert not torch.isclose(before[5:], after[5:]).any()
+
+
+def test_query_groups_read_their_own_keys() -> None:
+    """With 2 groups of 2 queries, another key of group 1 changes query heads 2 and 3 alone."""
+    inputs = make_inputs(2)
+    key = inputs.key.detach().clone()
+    key[:, :, 1] += 1.0 + torch.arange(SEQUENCE).view(-1, 1, 1)
+    shape = (SEQUENCE, BATCH, HEADS, WIDTH)
+    before = attention()(*inputs).view(shape)
+    after = attention()(inputs.query, key, inputs.value).view(shape)
+    assert torch.equal(before[:, :, :2], after[:, :, :2])
+    assert not torch.equal(before[:, :, 2:], after[:, :, 2:])
+
+
+def cached(module: CoreAttention, cache: KVCache, inputs: Inputs, positions: Tensor) -> Tensor:
+    """Attention of `positions[b]` of each row `[B, S]`, which must follow the cached ones."""
+    assert torch.equal(cache.begin(positions.shape[1]), positions)
+    rows = torch.arange(BATCH).unsqueeze(1)
+    part = [tensor[positions, rows].transpose(0, 1) for tensor in inputs]
+    module.cache = cache
+    output: Tensor = module(*part)
+    return output.transpose(0, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [2, 4])
+def test_cache_equals_whole_sequence_with_rows_of_different_lengths(groups: int) -> None:
+    """Rows kept up to different lengths, rejected entries in between, give what no cache gives."""
+    inputs, rejected = make_inputs(groups), make_inputs(groups, seed=1)
+    whole = attention()(*inputs)
+    module, cache = attention(), KVCache(BATCH, SEQUENCE, torch.device("cpu"))
+    rows = torch.arange(BATCH).unsqueeze(1)
+
+    def check(first: list[int], count: int) -> None:
+        positions = torch.tensor(first).unsqueeze(1) + torch.arange(count)
+        found = cached(module, cache, inputs, positions)
+        expected = whole[positions, rows]
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+    check([0, 0], 4)
+    cache.commit(torch.tensor([2, 4]))  # row 0 forgets positions 2 and 3
+    check([2, 4], 3)
+    cache.commit(torch.tensor([5, 7]))
+    drafts = Inputs(*(100 * tensor for tensor in rejected))
+    cached(module, cache, drafts, torch.tensor([[5, 6], [7, 8]]))
+    cache.commit(torch.tensor([5, 7]))  # both drafts of both rows are rejected
+    check([5, 7], 2)
+    cache.commit(torch.tensor([6, 9]))
+    assert cache.lengths.tolist() == [6, 9]
