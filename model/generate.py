@@ -166,13 +166,14 @@ def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport") -
                 f"prompt {number} has {len(ids)} tokens, the model was trained on sequences of "
                 f"{limit}; shorten it to at most {limit - 1} tokens"
             )
-        if len(ids) + max_new_tokens > limit:
-            print(
-                f"note: prompt {number} and {max_new_tokens} new tokens may pass position {limit}, "
-                "the last one the model was trained on; the text may get worse from there",
-                file=sys.stderr,
-            )
         prompts.append(ids)
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > limit:
+        print(
+            f"note: a prompt of {longest} tokens and {max_new_tokens} new ones may pass position "
+            f"{limit}, the last one the model was trained on; the text may get worse from there",
+            file=sys.stderr,
+        )
     return prompts
 
 
