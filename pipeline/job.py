@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -125,7 +126,7 @@ class Job:
 
     def _abort(self, verdict: str) -> None:
         """End a process whose main thread hangs in a collective."""
-        logger.error("%s: stopping, because %s", self.place, verdict)
+        print(f"error: {self.place}: stopping, because {verdict}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _new_state(self, shards: ShardSet, topology: Topology) -> TrainState:

@@ -127,7 +127,8 @@ class Trainer:
     def _record(self, result: StepResult) -> None:
         """Write this step's figures when they are due, those of the validation with them."""
         step, options = self.state.step, self.config
-        last = step == options.last_step
+        # Not stop_at_step: a run stopped and resumed writes what an uninterrupted one writes.
+        last = step == options.train.steps
         due = step % options.log.interval == 0 or last
         evaluate = self.parts.validation is not None and (
             step % options.eval.every_steps == 0 or last

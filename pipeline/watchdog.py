@@ -52,6 +52,7 @@ class Watchdog:
         self._decided = threading.Event()
         self._finished = False
         self._thread: threading.Thread | None = None
+        self._answered_s = time.monotonic()
         if topology.info.world_size > 1:
             # A connection of its own: the main thread's may be blocked inside a collective.
             shared: Any = dist.distributed_c10d._get_default_store()
@@ -66,6 +67,7 @@ class Watchdog:
             dist.barrier()  # everybody has beaten once: from here on, silence means something
             self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
             self._thread.start()
+            threading.Thread(target=self._watch_store, daemon=True, name="watchdog-store").start()
 
     def explain(self) -> str | None:
         """After a collective failed: wait for the verdict that names the culprit, if one comes."""
@@ -93,7 +95,8 @@ class Watchdog:
                 beat = json.loads(self._store.get(_key(neighbour)))
                 if beat != seen:
                     seen, seen_s = beat, time.monotonic()
-                silent_s = time.monotonic() - seen_s
+                self._answered_s = time.monotonic()
+                silent_s = self._answered_s - seen_s
                 if beat["finished"]:
                     continue
                 if reason := self._death(beat, silent_s):
@@ -109,6 +112,16 @@ class Watchdog:
                 self._decide(
                     "rank 0 or its launcher has died: the job's store does not answer "
                     f"({str(error).splitlines()[0]})"
+                )
+
+    def _watch_store(self) -> None:
+        """A store whose process is frozen never answers and never fails; only a clock sees it."""
+        while not self._stop.wait(_BEAT_S) and not self._decided.is_set():
+            silent_s = time.monotonic() - self._answered_s
+            if silent_s > self._timeout_s:
+                self._decide(
+                    "rank 0 or its launcher has not answered for "
+                    f"{silent_s:.0f} s: the job's store is silent"
                 )
 
     def _beat(self, count: int) -> None:
