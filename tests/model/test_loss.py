@@ -167,9 +167,9 @@ def test_two_ranks_equal_megatron(dtype: torch.dtype) -> None:
             assert (found - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def _solve_on_shard() -> Solution:
+def _solve_on_shard(problem: Problem) -> Solution:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
-    hidden, weight, labels = make_problem()
+    hidden, weight, labels = problem
     group = parallel_state.get_tensor_model_parallel_group()
     shard = VocabularyShard.of_rank(VOCABULARY // 2, group)
     part = weight.chunk(2)[shard.start > 0]
@@ -183,7 +183,7 @@ def _solve_on_shard() -> Solution:
 def test_two_ranks_equal_one_process() -> None:
     """Ignored labels included, the halves together give the whole, to 1e-12 in float64."""
     expected = reference(make_problem())
-    ranks = run_ranks(2, _solve_on_shard)
+    ranks = run_ranks(2, _solve_on_shard, make_problem())
     whole = torch.cat([rank.weight_gradient for rank in ranks])
     for rank in ranks:
         assert_relative(rank._replace(weight_gradient=whole), expected, 1e-12)
@@ -286,6 +286,17 @@ def test_extreme_logits_stay_finite() -> None:
         solution = solve(problem, 4)
         assert all(bool(part.isfinite().all()) for part in solution)
         assert float(solution.loss) > 1e3
+
+
+def test_extreme_logits_of_one_rank_stay_finite() -> None:
+    """Logits of 1e4 on one rank and -1e4 on the other: all ranks subtract the same maximum."""
+    hidden = torch.full((2, 1), 100.0)
+    weight = torch.full((VOCABULARY, 1), 100.0)
+    weight[: VOCABULARY // 2] = -100.0
+    problem = Problem(hidden, weight, torch.tensor([0, VOCABULARY - 1]))
+    for solution in run_ranks(2, _solve_on_shard, problem):
+        assert all(bool(part.isfinite().all()) for part in solution)
+        assert float(solution.loss) == pytest.approx(2e4, rel=1e-3)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 64, 256])
