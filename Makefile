@@ -29,7 +29,7 @@ $(installed): setup.py constraints.txt
 	@echo "== $(VENV): a virtual environment of $(BASE_PYTHON)"
 	$(BASE_PYTHON) -m venv $(VENV)
 	@echo "== installing (one to some minutes, by the network)"
-	$(python) -m pip install --prefer-binary $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(python) -m pip install --disable-pip-version-check --prefer-binary $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: $(installed) ## shards, training, kill, resume, export, generation, report: everything, in minutes
