@@ -14,6 +14,7 @@ import xxhash
 
 from model.errors import CheckpointError
 from pipeline.config import RESOLVED_CONFIG_NAME, RunConfig, load_config, to_yaml
+from pipeline.launch import is_communication_error
 from pipeline.state import STATE_NAME, TrainState
 
 FOLDER = "checkpoints"
@@ -243,6 +244,8 @@ def _attempt(action: Callable[[], None], partial: Path) -> None:
     try:
         action()
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        if is_communication_error(error):
+            raise  # another rank is gone; the disk is not to blame
         shutil.rmtree(partial, ignore_errors=True)
         free = _free_gib(partial)
         raise CheckpointError(

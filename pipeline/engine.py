@@ -26,6 +26,7 @@ from model.loss import IGNORED, loss_and_predictions
 from pipeline.config import Precision, RunConfig
 from pipeline.deepspeed_config import deepspeed_config
 from pipeline.topology import Topology
+from pipeline.zero_files import TAG
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -286,11 +287,11 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Write weights and optimizer states below `directory`, each rank its own files."""
-        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, in the same layout."""
-        self._engine.load_checkpoint(str(directory), tag=_TAG)
+        self._engine.load_checkpoint(str(directory), tag=TAG)
 
 
 def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
@@ -317,7 +318,6 @@ def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
     return torch.stack(counts)
 
 
-_TAG = "zero"
 _UNDECAYED = ("layernorm.weight", "norm_weight")
 
 

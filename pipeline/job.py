@@ -16,7 +16,7 @@ from pipeline.checkpoint import CheckpointFolder, read_config
 from pipeline.config import RESOLVED_CONFIG_NAME, Device, Precision, RunConfig, to_yaml
 from pipeline.dry_run import describe
 from pipeline.engine import Engine
-from pipeline.launch import RankInfo, start_process_group
+from pipeline.launch import RankInfo, is_communication_error, start_process_group
 from pipeline.metrics_writers import open_metrics_log
 from pipeline.run_log import start_run_log
 from pipeline.state import Layout, TrainState, read_state, resume_problems
@@ -114,7 +114,7 @@ class Job:
     def explain(self, error: Exception) -> str:
         """An unforeseen error in one line; after a broken collective, who broke it."""
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
-        if self._watchdog is not None and _is_communication(error):
+        if self._watchdog is not None and is_communication_error(error):
             verdict = self._watchdog.explain()
             if verdict is not None:
                 return f"stopping, because {verdict}"
@@ -263,11 +263,3 @@ def _samples(
         logger.warning("training without validation: %s", error)
         return loader, None
     return loader, validation
-
-
-def _is_communication(error: Exception) -> bool:
-    """Whether a collective broke, as it does when another rank is gone."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(
-        word in text for word in ("gloo", "nccl", "connection", "timed out", "socket")
-    )

@@ -72,3 +72,11 @@ def start_process_group(info: RankInfo, device: torch.device, timeout_s: float) 
             f"not join the job ({reason}); the port must be free on the first node and reachable "
             "from all others: choose another MASTER_PORT, or check the address"
         ) from error
+
+
+def is_communication_error(error: Exception) -> bool:
+    """Whether a collective broke, as it does when another rank is gone."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection", "timed out", "socket")
+    )

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,13 @@ _PRELOAD = ["torch", "torch.distributed", "pytest", "tests.harness_preload"]
 
 class RankFailedError(AssertionError):
     """A rank raised, died or did not finish; the message is the first failing rank's own."""
+
+
+def prepared_context() -> ForkServerContext:
+    """The fork server's context; the first call starts it, which takes some seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def run_ranks(
@@ -41,8 +49,7 @@ def run_ranks(
     Raises:
         RankFailedError: with the traceback of the first rank that failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = prepared_context()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
