@@ -89,11 +89,6 @@ def _window_problems(model: ModelConfig, data: DataSection) -> list[str]:
 
 
 def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[str]:
-    if schedule.warmup_steps >= train.steps:
-        return [
-            f"schedule.warmup_steps={schedule.warmup_steps} must be smaller than train.steps="
-            f"{train.steps}; lower it to at most {train.steps - 1} or raise train.steps"
-        ]
     if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > train.steps:
         return [
             f"schedule.decay_steps={schedule.decay_steps} and schedule.warmup_steps="
@@ -280,6 +275,12 @@ def settings_without_effect(
             lines.append(f"{key}={every}: the run stops at step {last_step}")
     if config.eval.every_steps == 0 and "samples" in config.eval.model_fields_set:
         lines.append(f"eval.samples={config.eval.samples}: eval.every_steps=0, no validation")
+    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    if warmup >= steps:
+        lines.append(
+            f"optimizer.learning_rate={config.optimizer.learning_rate}: warm-up over "
+            f"schedule.warmup_steps={warmup} does not reach it within train.steps={steps}"
+        )
     if config.model.future_tokens == 1 and config.train.head_backward == "joint":
         lines.append("train.head_backward=joint: with 1 head it is the same as sequential")
     if device == "cpu" and config.train.precision == "bf16":

@@ -21,7 +21,7 @@ def learning_rate(step: int, *, schedule: ScheduleSection, peak: float, total_st
             train.stop_at_step).
     """
     assert step >= 1, f"steps count from 1, got {step}"
-    if step < schedule.warmup_steps:
+    if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     decay_start = schedule.warmup_steps
     if schedule.kind == "wsd":

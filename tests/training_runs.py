@@ -64,7 +64,7 @@ class RunningJob:
     """Ranks of a training job that may be signalled before they are waited for."""
 
     def __init__(
-        self, processes: list[multiprocessing.process.BaseProcess], outputs: list[Path]
+        self, processes: Sequence[multiprocessing.process.BaseProcess], outputs: list[Path]
     ) -> None:
         self._processes = processes
         self._outputs = outputs

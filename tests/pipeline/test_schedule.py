@@ -67,3 +67,12 @@ def test_steps_count_from_one() -> None:
     """Step 0 is a programmer's fault."""
     with pytest.raises(AssertionError, match="count from 1"):
         learning_rate(0, schedule=COSINE, peak=1.0, total_steps=10)
+
+
+def test_run_shorter_than_its_warm_up() -> None:
+    """A short try of a long configuration stays on the warm-up's line to its last step."""
+    schedule = ScheduleSection(kind="cosine", warmup_steps=20)
+    for total in (5, 20):
+        rate = learning_rate(5, schedule=schedule, peak=1.0, total_steps=total)
+        assert rate == pytest.approx(0.25)
+    assert learning_rate(20, schedule=schedule, peak=1.0, total_steps=20) == 1.0
