@@ -30,6 +30,10 @@ def _default_kv_heads(fields: dict[str, Any]) -> int:
     return int(fields["attention_heads"])
 
 
+def _default_embedding_init_std(fields: dict[str, Any]) -> float:
+    return float(fields["init_std"])
+
+
 def _default_ffn_hidden_size(fields: dict[str, Any]) -> int:
     exact = fields["hidden_size"] * 8
     return int(-(-exact // (3 * _FFN_MULTIPLE)) * _FFN_MULTIPLE)
@@ -53,6 +57,8 @@ class ModelConfig(BaseModel):
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of every RMSNorm.
         init_std: standard deviation of the initial weights.
+        embedding_init_std: the same for the embedding; `init_std` unless given. A small model
+            learns sooner when the token dominates the residual stream at first (1.0).
         head_weights: weight of each head's loss, head 1 first; all 1 unless given.
     """
 
@@ -68,6 +74,7 @@ class ModelConfig(BaseModel):
     rope_theta: float = Field(default=10000.0, gt=0)
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)
+    embedding_init_std: float = Field(default_factory=_default_embedding_init_std, gt=0)
     head_weights: Annotated[tuple[float, ...], Strict(False)] | None = None
 
     @property

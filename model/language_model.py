@@ -132,11 +132,12 @@ class MultiTokenModel(nn.Module):
 
     def initial_weight(self, name: str, local_shape: torch.Size, seed: int) -> Tensor:
         """This rank's part of a parameter's initial value, see `model.initialization`."""
+        embedding = name.endswith("embedding.weight")
         return initial_weight(
             name,
             local_shape,
             seed=seed,
-            std=self.config.init_std,
+            std=self.config.embedding_init_std if embedding else self.config.init_std,
             num_layers=self.config.layers,
             tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
             tensor_size=parallel_state.get_tensor_model_parallel_world_size(),

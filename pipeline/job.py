@@ -232,7 +232,7 @@ def open_shards(config: RunConfig) -> ShardSet:
 def model_problems(saved: RunConfig, current: RunConfig) -> list[str]:
     """Sizes in which a saved model differs from this run's, one line each."""
     before, now = saved.model.model_dump(), current.model.model_dump()
-    fixed = [key for key in before if key not in ("head_weights", "init_std")]
+    fixed = [key for key in before if key not in ("head_weights", "init_std", "embedding_init_std")]
     return [
         f"model.{key}: saved with {before[key]}, this run has {now[key]}"
         for key in fixed
