@@ -13,7 +13,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: a signal ended the run early; start it again a
 class StopRequest:
     """Remembers a signal, and lets all ranks agree that one of them got it.
 
-    A second signal of the same kind ends the process at once.
+    Launchers repeat themselves (`scancel` and `srun` may each send SIGTERM), so a repeated signal
+    changes nothing; only a second Ctrl-C ends the process at once.
 
     Args:
         device: where the ranks' collectives run.
@@ -27,7 +28,8 @@ class StopRequest:
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self._received = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> str | None:
         """Collective: the name of a signal that any rank received, or None; one answer for all."""
