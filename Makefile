@@ -38,11 +38,11 @@ quickstart: $(installed) ## shards, training, kill, resume, export, generation, 
 test: $(installed) ## run all tests
 	$(python) -m pytest $(ARGS)
 
-check: $(installed) ## ruff, mypy --strict, the layering of imports
+check: $(installed) ## ruff, mypy --strict, the layering of imports, the README
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
-	$(python) -m pytest -q tests/test_layering.py
+	$(python) -m pytest -q tests/test_layering.py tests/test_readme.py
 
 bench: $(installed) ## run every benchmark
 	@for file in benchmarks/*.py; do echo "== $$file"; $(python) "$$file"; done

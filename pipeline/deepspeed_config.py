@@ -34,7 +34,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": accumulation,
         "managed_gradient_accumulation": True,
-        "gradient_clipping": config.optimizer.gradient_clipping,
+        "gradient_clipping": _clipping(config, precision),
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "communication_data_type": precision,
@@ -57,6 +57,13 @@ def deepspeed_config(
         "memory_breakdown": False,
         "dump_state": False,
     }
+
+
+def _clipping(config: RunConfig, precision: Precision) -> float:
+    """What DeepSpeed clips to; 0 where the engine clips, since DeepSpeed then reports no norm."""
+    if config.parallel.zero == 0 and precision == "fp32":
+        return 0.0
+    return config.optimizer.gradient_clipping
 
 
 def _accumulation_dtype(zero_stage: int, precision: Precision) -> Precision:

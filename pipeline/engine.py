@@ -181,7 +181,7 @@ class Engine:
     def _apply(self) -> float:
         """Clip and step; returns the global gradient norm before clipping."""
         if self._zero == 0 and self.dtype == torch.float32:
-            # DeepSpeed keeps no norm without ZeRO, so this one case is clipped here.
+            # DeepSpeed reports no norm in this one case, so it is clipped here.
             limit = self.config.optimizer.gradient_clipping or float("inf")
             norm = clip_grad_norm_(self.model.parameters(), max_norm=limit, mpu=self.topology)
             self._engine.step()

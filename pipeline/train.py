@@ -6,6 +6,7 @@ configuration, data or checkpoint cannot be used; 1 anything else.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,6 +112,7 @@ def _print_dry_run(config: RunConfig, world_size: int) -> None:
     """Describe the run as on the machine it is meant for: a laptop may ask about a cluster."""
     device = resolve_device(config, torch.cuda.is_available() or config.train.device == "cuda")
     precision = resolve_precision(config, device)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is not an error
     # One process cannot hold a tensor-parallel model; the smallest world that can is assumed.
     world_size = max(world_size, config.parallel.tensor)
     print(describe(config, world_size=world_size, device=device, precision=precision))
