@@ -13,8 +13,8 @@ from data_prep.loader import Batch
 from pipeline.engine import Engine
 from pipeline.launch import rank_info
 from pipeline.topology import Topology
+from tests.engine_cases import Case, engine_config, local_batches, whole
 from tests.harness import run_ranks
-from tests.pipeline.test_parity import Case, _config, _global_batch, _whole
 from tests.training_runs import last_step, run_job, start_job
 
 
@@ -72,41 +72,26 @@ class _PoisonedEngine(Engine):
         return super()._micro_step(batch, scales * float("nan") if poisoned else scales)
 
 
-def _weights_after(case: Case, poisoned_steps: tuple[int, ...]) -> tuple[list[bool], list[Tensor]]:
+def _weights_after(case: Case, steps: list[tuple[int, bool]]) -> tuple[list[bool], list[Tensor]]:
+    """Which steps were taken, and the whole weights after them; true = the step is poisoned."""
     topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
-    engine = _PoisonedEngine(_config(case), topology, "fp32")
-    data_size = case.world // case.tensor
-    micro = 8 // data_size
+    engine = _PoisonedEngine(engine_config(case), topology, "fp32")
     applied = []
-    for step in range(3):
-        tokens, labels = _global_batch(0 if step in poisoned_steps else step)
-        rows = slice(topology.data_rank * micro, (topology.data_rank + 1) * micro)
-        engine.poison = step in poisoned_steps
-        result = engine.train_step([Batch(tokens[rows], labels[:, rows])], learning_rate=1e-3)
-        applied.append(result.applied)
-    whole = [_whole(name, weight.clone(), topology) for name, weight in engine.parameters()]
-    return applied, whole
-
-
-def _weights_without(case: Case, left_out: int) -> list[Tensor]:
-    topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
-    engine = Engine(_config(case), topology, "fp32")
-    micro = 8 // (case.world // case.tensor)
-    for step in range(3):
-        if step != left_out:
-            tokens, labels = _global_batch(step)
-            rows = slice(topology.data_rank * micro, (topology.data_rank + 1) * micro)
-            engine.train_step([Batch(tokens[rows], labels[:, rows])], learning_rate=1e-3)
-    return [_whole(name, weight.clone(), topology) for name, weight in engine.parameters()]
+    for step, poison in steps:
+        engine.poison = poison
+        batches = local_batches(step, case, topology.data_rank)
+        applied.append(engine.train_step(batches, learning_rate=1e-3).applied)
+    weights = [whole(name, weight.clone(), topology) for name, weight in engine.parameters()]
+    return applied, weights
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_poisoned_step_leaves_no_trace(zero: int) -> None:
     """A NaN on one rank: all ranks skip, and the weights are as if that step had not been."""
     case = Case(world=2, zero=zero, bucket=100)
-    for applied, weights in (results := run_ranks(2, _weights_after, case, (1,))):
+    results = run_ranks(2, _weights_after, case, [(0, False), (1, True), (2, False)])
+    expected = run_ranks(2, _weights_after, case, [(0, False), (2, False)])[0][1]
+    for applied, weights in results:
         assert applied == [True, False, True]
-        assert all(weight.isfinite().all() for weight in weights)
-    expected = run_ranks(2, _weights_without, case, 1)[0]
-    for weight, other in zip(results[0][1], expected, strict=True):
-        assert torch.equal(weight, other)
+        for weight, other in zip(weights, expected, strict=True):
+            assert torch.equal(weight, other)

@@ -12,34 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.loader import Batch
-from model.sharding import merge_slices, placement_of
-from pipeline.config import RunConfig
 from pipeline.engine import Engine
 from pipeline.launch import rank_info
 from pipeline.topology import Topology
+from tests.engine_cases import (
+    DEFAULT_BUCKET,
+    TINY_BUCKET,
+    Case,
+    engine_config,
+    local_batches,
+    whole,
+)
 from tests.harness import run_ranks
 
-GLOBAL_BATCH, SEQUENCE, VOCABULARY, HEADS, STEPS = 8, 12, 96, 3, 4
-DEFAULT_BUCKET, TINY_BUCKET = 500_000_000, 100
+STEPS = 4
 # fp32 sums in another order: observed at most 5e-6 for gradients, over all cases.
 TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layout and the ways of computing that must not change the result."""
-
-    world: int = 1
-    tensor: int = 1
-    zero: int = 0
-    accumulation: int = 1
-    bucket: int = DEFAULT_BUCKET
-    backward: str = "sequential"
-    checkpointing: str = "none"
 
 
 @dataclass(frozen=True)
@@ -86,71 +76,6 @@ def _name(case: Case) -> str:
     )
 
 
-def _config(case: Case) -> RunConfig:
-    data_size = case.world // case.tensor
-    return RunConfig.model_validate(
-        {
-            "run": {"name": "parity", "seed": 7},
-            "model": {
-                "layers": 6,
-                "hidden_size": 32,
-                "attention_heads": 4,
-                "kv_heads": 2,
-                "ffn_hidden_size": 64,
-                "vocab_size": VOCABULARY,
-                "future_tokens": HEADS,
-                "head_weights": [1.0, 0.5, 2.0],
-            },
-            "data": {"shards": "unused", "sequence_length": SEQUENCE},
-            "parallel": {
-                "tensor": case.tensor,
-                "zero": case.zero,
-                "reduce_bucket_size": case.bucket,
-            },
-            "batch": {
-                "micro_size": GLOBAL_BATCH // (data_size * case.accumulation),
-                "accumulation": case.accumulation,
-            },
-            "train": {
-                "steps": 10,
-                "precision": "fp32",
-                "device": "cpu",
-                "head_backward": case.backward,
-                "activation_checkpointing": case.checkpointing,
-                "loss_chunk_tokens": 16,
-            },
-            "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
-            "schedule": {"warmup_steps": 1},
-        }
-    )
-
-
-def _global_batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    window = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + HEADS), generator=generator)
-    labels = torch.stack([window[:, k : k + SEQUENCE] for k in range(1, HEADS + 1)])
-    if step == 1:
-        labels[1, : GLOBAL_BATCH // 2 - 1, : SEQUENCE // 2] = -100
-    return window[:, :SEQUENCE], labels
-
-
-def _local_batches(step: int, case: Case, data_rank: int) -> list[Batch]:
-    tokens, labels = _global_batch(step)
-    data_size = case.world // case.tensor
-    micro = GLOBAL_BATCH // (data_size * case.accumulation)
-    starts = [(a * data_size + data_rank) * micro for a in range(case.accumulation)]
-    return [Batch(tokens[s : s + micro], labels[:, s : s + micro]) for s in starts]
-
-
-def _whole(name: str, part: Tensor, topology: Topology) -> Tensor:
-    placement = placement_of(name)
-    if placement.dim is None or topology.tensor_size == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(topology.tensor_size)]
-    dist.all_gather(parts, part.contiguous(), group=topology.get_tensor_model_parallel_group())
-    return merge_slices(parts, placement)
-
-
 class _RecordingEngine(Engine):
     """The engine, keeping each step's gradients as they are just before the optimizer moves."""
 
@@ -158,7 +83,7 @@ class _RecordingEngine(Engine):
 
     def _apply(self) -> float:
         self.recorded = {
-            name: _whole(name, gradient.detach().float().clone(), self.topology)
+            name: whole(name, gradient.detach().float().clone(), self.topology)
             for name, gradient in self.gradients()
         }
         return super()._apply()
@@ -166,10 +91,10 @@ class _RecordingEngine(Engine):
 
 def _train(case: Case) -> list[Step]:
     topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
-    engine = _RecordingEngine(_config(case), topology, "fp32")
+    engine = _RecordingEngine(engine_config(case), topology, "fp32")
     steps = []
     for step in range(STEPS):
-        batches = _local_batches(step, case, topology.data_rank)
+        batches = local_batches(step, case, topology.data_rank)
         result = engine.train_step(batches, learning_rate=1e-3)
         assert result.applied
         steps.append(Step(result.head_losses.tolist(), result.grad_norm, engine.recorded))

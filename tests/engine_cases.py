@@ -1,0 +1,97 @@
+"""Engines for tests in any layout, on batches that are the same ones for ever."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_prep.loader import Batch
+from model.sharding import merge_slices, placement_of
+from pipeline.config import RunConfig
+from pipeline.topology import Topology
+
+GLOBAL_BATCH, SEQUENCE, VOCABULARY, HEADS = 8, 12, 96, 3
+DEFAULT_BUCKET, TINY_BUCKET = 500_000_000, 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and the ways of computing that must not change the result."""
+
+    world: int = 1
+    tensor: int = 1
+    zero: int = 0
+    accumulation: int = 1
+    bucket: int = DEFAULT_BUCKET
+    backward: str = "sequential"
+    checkpointing: str = "none"
+
+
+def engine_config(case: Case) -> RunConfig:
+    """A six-layer model with three heads, laid out as the case says."""
+    data_size = case.world // case.tensor
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "parity", "seed": 7},
+            "model": {
+                "layers": 6,
+                "hidden_size": 32,
+                "attention_heads": 4,
+                "kv_heads": 2,
+                "ffn_hidden_size": 64,
+                "vocab_size": VOCABULARY,
+                "future_tokens": HEADS,
+                "head_weights": [1.0, 0.5, 2.0],
+            },
+            "data": {"shards": "unused", "sequence_length": SEQUENCE},
+            "parallel": {
+                "tensor": case.tensor,
+                "zero": case.zero,
+                "reduce_bucket_size": case.bucket,
+            },
+            "batch": {
+                "micro_size": GLOBAL_BATCH // (data_size * case.accumulation),
+                "accumulation": case.accumulation,
+            },
+            "train": {
+                "steps": 10,
+                "precision": "fp32",
+                "device": "cpu",
+                "head_backward": case.backward,
+                "activation_checkpointing": case.checkpointing,
+                "loss_chunk_tokens": 16,
+            },
+            "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
+            "schedule": {"warmup_steps": 1},
+        }
+    )
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    """Tokens `[B, S]` and labels `[n, B, S]` of a step; step 1 ignores some targets of head 2."""
+    generator = torch.Generator().manual_seed(step)
+    window = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE + HEADS), generator=generator)
+    labels = torch.stack([window[:, k : k + SEQUENCE] for k in range(1, HEADS + 1)])
+    if step == 1:
+        labels[1, : GLOBAL_BATCH // 2 - 1, : SEQUENCE // 2] = -100
+    return window[:, :SEQUENCE], labels
+
+
+def local_batches(step: int, case: Case, data_rank: int) -> list[Batch]:
+    """One rank's micro-batches of a step, dealt as the loader deals them."""
+    tokens, labels = global_batch(step)
+    data_size = case.world // case.tensor
+    micro = GLOBAL_BATCH // (data_size * case.accumulation)
+    starts = [(a * data_size + data_rank) * micro for a in range(case.accumulation)]
+    return [Batch(tokens[s : s + micro], labels[:, s : s + micro]) for s in starts]
+
+
+def whole(name: str, part: Tensor, topology: Topology) -> Tensor:
+    """A parameter or gradient from all tensor-parallel ranks' parts; a collective."""
+    placement = placement_of(name)
+    if placement.dim is None or topology.tensor_size == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(topology.tensor_size)]
+    dist.all_gather(parts, part.contiguous(), group=topology.get_tensor_model_parallel_group())
+    return merge_slices(parts, placement)
