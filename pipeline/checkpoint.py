@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import xxhash
@@ -23,6 +24,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "zero"
 _PARTIAL = ".partial"
+_RUN_FILES = (FOLDER, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
 _BLOCK_BYTES = 1 << 22
 
 Entries = dict[str, dict[str, str | int]]
@@ -77,7 +79,8 @@ class CheckpointFolder:
         if _is_main():
             _attempt(lambda: _write_texts(partial, state, config, tokenizer), partial)
         dist.barrier()
-        entries = _collect_entries(partial, _files(partial))
+        names = _from_main(_file_names(partial) if _is_main() else None)
+        entries = _collect_entries(partial, names)
         if _is_main():
             _attempt(lambda: self._commit(partial, final, entries), partial)
             self._drop_old(final)
@@ -87,6 +90,8 @@ class CheckpointFolder:
     def _commit(self, partial: Path, final: Path, entries: Entries) -> None:
         manifest = json.dumps({"version": 1, "files": entries}, indent=1)
         _write_synced(partial / MANIFEST, manifest.encode())
+        if problems := size_problems(partial):
+            raise OSError(f"not all ranks see the same files ({'; '.join(problems[:3])})")
         for folder in {path.parent for path in partial.rglob("*")}:
             _sync(folder)
         if final.exists():
@@ -99,13 +104,12 @@ class CheckpointFolder:
         _sync(self.directory)
 
     def _drop_old(self, newest: Path) -> None:
-        """Delete what is past `keep`, only when the newest is whole."""
-        if size_problems(newest):
-            return
-        for old in self.steps()[: -self.keep]:
-            doomed = old.with_name(old.name + _PARTIAL)
-            old.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        """Delete what is past `keep` and what killed saves left, after the newest is committed."""
+        older = [path for path in self.steps() if path.name <= newest.name]
+        for old in older[: -self.keep]:
+            old.rename(old.with_name(old.name + _PARTIAL))
+        for left in self.directory.glob(f"step_*{_PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def find(self, resume: str, report: Callable[[str], None]) -> Path | None:
         """The checkpoint to resume from, verified by all ranks together.
@@ -126,12 +130,28 @@ class CheckpointFolder:
                     "--resume auto for the newest whole one"
                 )
             return chosen
-        for candidate in reversed(self.steps()):
-            problems = verify(candidate)
+        names = _from_main([path.name for path in self.steps()])
+        for name in reversed(names):
+            problems = verify(self.directory / name)
             if not problems:
-                return candidate
-            report(f"passing over {candidate}: {'; '.join(problems[:3])}")
+                return self.directory / name
+            report(f"passing over {self.directory / name}: {'; '.join(problems[:3])}")
+        if names:
+            raise CheckpointError(
+                f"all {len(names)} checkpoints in {self.directory} are damaged; check the storage, "
+                "or begin anew with --resume none (they are then moved aside)"
+            )
         return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Take checkpoints past `step` out of the way: this run goes on from there another way."""
+        if _is_main():
+            for path in self.steps():
+                if int(path.name.removeprefix("step_")) > step:
+                    aside = path.with_name(f"superseded_{path.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+        dist.barrier()
 
     def set_aside(self, run_dir: Path) -> Path | None:
         """Move an earlier run's files out of the way of a new run that starts from nothing.
@@ -141,10 +161,11 @@ class CheckpointFolder:
         """
         target = None
         if _is_main() and (self.steps() or (run_dir / "metrics.jsonl").exists()):
-            number = 1 + sum(1 for _ in run_dir.glob("previous_*"))
+            numbers = [path.name.removeprefix("previous_") for path in run_dir.glob("previous_*")]
+            number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
             target = run_dir / f"previous_{number}"
             target.mkdir(parents=True)
-            for name in (FOLDER, "metrics.jsonl", "tensorboard", RESOLVED_CONFIG_NAME):
+            for name in _RUN_FILES:
                 if (run_dir / name).exists():
                     (run_dir / name).rename(target / name)
         dist.barrier()
@@ -176,7 +197,7 @@ def read_config(checkpoint: Path) -> RunConfig:
 def size_problems(checkpoint: Path) -> list[str]:
     """What is missing from a checkpoint or has another size than its manifest says."""
     try:
-        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        entries = _manifest(checkpoint)
     except (OSError, ValueError, KeyError):
         return [f"{MANIFEST} is missing or unreadable"]
     problems = []
@@ -189,41 +210,53 @@ def size_problems(checkpoint: Path) -> list[str]:
     return problems
 
 
+def _manifest(checkpoint: Path) -> Entries:
+    entries: Entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return entries
+
+
 def verify(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint: sizes, then checksums; empty when it is whole.
 
     Works on one process and as a collective; then every rank reads its share and all agree.
     """
-    problems = size_problems(checkpoint)
-    if not problems:
-        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        found = _collect_entries(checkpoint, [checkpoint / name for name in sorted(entries)])
-        problems = [
-            f"{name} differs from its checksum" for name in entries if found[name] != entries[name]
-        ]
+    problems = _from_main(size_problems(checkpoint))
+    if problems:
+        return problems
+    entries: Entries = _from_main(_manifest(checkpoint) if _is_main() else None)
+    found = _collect_entries(checkpoint, sorted(entries))
+    return [f"{name} differs from its checksum" for name in entries if found[name] != entries[name]]
+
+
+def _from_main(value: Any) -> Any:
+    """Rank 0's value on all ranks: one view for all, whatever a node's file system has cached."""
+    box = [value]
     if dist.is_initialized():
-        decision = [problems]
-        dist.broadcast_object_list(decision, src=0)  # one view for all, whatever each node cached
-        return decision[0]
-    return problems
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _file_names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _collect_entries(folder: Path, files: list[Path]) -> Entries:
+def _collect_entries(folder: Path, names: list[str]) -> Entries:
     """Size and xxh3 of every file; each rank reads and syncs its share, all get all."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine: Entries = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
-        for path in files[rank::world]
-    }
+    mine = {name: _entry(folder / name) for name in names[rank::world]}
     if world == 1:
         return mine
     gathered: list[Entries] = [{} for _ in range(world)]
     dist.all_gather_object(gathered, mine)
     return {name: entry for part in gathered for name, entry in sorted(part.items())}
+
+
+def _entry(path: Path) -> dict[str, str | int]:
+    """A file's manifest entry; one that this rank cannot read has no checksum to agree with."""
+    try:
+        return {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
+    except OSError as error:
+        return {"bytes": -1, "xxh3": f"unreadable: {error.strerror}"}
 
 
 def _checksum(path: Path) -> str:
@@ -289,4 +322,4 @@ def _sync(folder: Path) -> None:
 
 
 def _is_main() -> bool:
-    return dist.get_rank() == 0
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -34,7 +34,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": accumulation,
         "managed_gradient_accumulation": True,
-        "gradient_clipping": _clipping(config, precision),
+        "gradient_clipping": _clipping(config),
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "communication_data_type": precision,
@@ -59,11 +59,9 @@ def deepspeed_config(
     }
 
 
-def _clipping(config: RunConfig, precision: Precision) -> float:
-    """What DeepSpeed clips to; 0 where the engine clips, since DeepSpeed then reports no norm."""
-    if config.parallel.zero == 0 and precision == "fp32":
-        return 0.0
-    return config.optimizer.gradient_clipping
+def _clipping(config: RunConfig) -> float:
+    """What DeepSpeed clips to; 0 without ZeRO, where the engine clips."""
+    return config.optimizer.gradient_clipping if config.parallel.zero else 0.0
 
 
 def _accumulation_dtype(zero_stage: int, precision: Precision) -> Precision:

@@ -8,6 +8,7 @@ non-finite gradients does not reach the weights.
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from data_prep.loader import Batch
 from model.backward import joint_backward, sequential_backward
+from model.errors import CheckpointError
 from model.language_model import MultiTokenModel
 from model.loss import IGNORED, loss_and_predictions
 from pipeline.config import Precision, RunConfig
@@ -126,8 +128,8 @@ class Engine:
         undecayed = [p for name, p in parameters.items() if name.endswith(_UNDECAYED)]
         return torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": options.weight_decay},
-                {"params": undecayed, "weight_decay": 0.0},
+                {"params": decayed, "weight_decay": options.weight_decay, "decayed": True},
+                {"params": undecayed, "weight_decay": 0.0, "decayed": False},
             ],
             lr=options.learning_rate,
             betas=options.betas,
@@ -156,8 +158,10 @@ class Engine:
             return StepResult(head_losses, float("nan"), applied=False)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        grad_norm = self._apply()
-        return StepResult(head_losses, grad_norm, applied=True)
+        norm = self._apply()
+        if norm is None:
+            return StepResult(head_losses, float("nan"), applied=False)
+        return StepResult(head_losses, norm, applied=True)
 
     def _micro_step(self, batch: Batch, scales: Tensor) -> Tensor:
         """Forward and backward of one micro-batch; each head's local loss sum `[n]`."""
@@ -178,16 +182,28 @@ class Engine:
         self._engine.backward(remainder, scale_wrt_gas=False)
         return sums.float()
 
-    def _apply(self) -> float:
-        """Clip and step; returns the global gradient norm before clipping."""
-        if self._zero == 0 and self.dtype == torch.float32:
-            # DeepSpeed reports no norm in this one case, so it is clipped here.
+    def _apply(self) -> float | None:
+        """Clip and step.
+
+        Returns:
+            The global gradient norm before clipping; None when it overflowed (finite gradients
+            whose squares are not) and no step was taken. The same on all ranks.
+        """
+        if self._zero == 0:
+            # Without ZeRO DeepSpeed reports no norm, or one that misses tensor-parallel parts.
             limit = self.config.optimizer.gradient_clipping or float("inf")
-            norm = clip_grad_norm_(self.model.parameters(), max_norm=limit, mpu=self.topology)
+            norm = float(
+                clip_grad_norm_(self.model.parameters(), max_norm=limit, mpu=self.topology)
+            )
+            if not math.isfinite(norm):
+                self._discard_gradients()
+                return None
             self._engine.step()
-            return float(norm)
+            return norm
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return (
+            float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else None
+        )
 
     def _gradients_finite(self, head_losses: Tensor) -> bool:
         """Whether losses and gradients are finite on all ranks, agreed by all ranks."""
@@ -290,8 +306,22 @@ class Engine:
         self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, in the same layout."""
-        self._engine.load_checkpoint(str(directory), tag=TAG)
+        """Read what `save` wrote, in the same layout.
+
+        Raises:
+            CheckpointError: DeepSpeed finds no files of this layout there.
+        """
+        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
+        if loaded is None:
+            raise CheckpointError(
+                f"{directory} holds no files that DeepSpeed can load in this layout; use another "
+                "checkpoint"
+            )
+        # The checkpoint's optimizer brings its own settings; those of this run hold.
+        options = self.config.optimizer
+        for group in self._engine.optimizer.param_groups:
+            decay = options.weight_decay if group["decayed"] else 0.0
+            group.update(weight_decay=decay, betas=options.betas, eps=options.eps)
 
 
 def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
@@ -323,7 +353,7 @@ _UNDECAYED = ("layernorm.weight", "norm_weight")
 
 def _prepare_communication(topology: Topology) -> None:
     """Let DeepSpeed use the process group that exists."""
-    os.environ.setdefault("LOCAL_RANK", str(topology.info.local_rank))
+    os.environ["LOCAL_RANK"] = str(topology.device.index or 0)
     # On a CPU each rank would compile this op at start; a rank killed meanwhile leaves a lock
     # file behind that makes every later start on the machine wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -12,11 +12,16 @@ import torch.distributed as dist
 from data_prep.errors import DataError
 from data_prep.loader import ShardSet, TokenLoader
 from model.errors import CheckpointError, ConfigError
-from pipeline.checkpoint import CheckpointFolder, read_config
+from pipeline.checkpoint import WEIGHTS, CheckpointFolder, read_config
 from pipeline.config import RESOLVED_CONFIG_NAME, Device, Precision, RunConfig, to_yaml
 from pipeline.dry_run import describe
 from pipeline.engine import Engine
-from pipeline.launch import RankInfo, is_communication_error, start_process_group
+from pipeline.launch import (
+    RankInfo,
+    device_index,
+    is_communication_error,
+    start_process_group,
+)
 from pipeline.metrics_writers import open_metrics_log
 from pipeline.run_log import start_run_log
 from pipeline.state import Layout, TrainState, read_state, resume_problems
@@ -56,7 +61,7 @@ class Job:
         self.info = info
         self.kind: Device = device
         self.precision: Precision = precision
-        self.device = torch.device(f"cuda:{info.local_rank}" if device == "cuda" else "cpu")
+        self.device = torch.device("cpu")
         self.place = f"rank {info.rank}/{info.world_size}"
         self._watchdog: Watchdog | None = None
 
@@ -72,10 +77,14 @@ class Job:
         config = self.config
         start_run_log(config.run.dir, self.info.rank)
         shards = open_shards(config)
-        if self.device.type == "cuda":
+        if self.kind == "cuda":
+            index = device_index(self.info, torch.cuda.device_count(), os.environ)
+            self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         start_process_group(self.info, self.device, config.train.timeout_s)
-        topology = Topology(self.info, config.parallel.tensor, self.device)
+        topology = Topology(
+            self.info, config.parallel.tensor, self.device, timeout_s=config.train.timeout_s
+        )
         self.place = topology.describe()
         stop = StopRequest(self.device)
         state = self._new_state(shards, topology)
@@ -90,6 +99,8 @@ class Job:
         source = self._find_checkpoint(checkpoints, state)
         engine = Engine(config, topology, self.precision)
         state = self._restore(engine, source, state)
+        if source is not None:
+            checkpoints.set_aside_after(state.step)
         self._announce(topology, state, source)
         metrics = open_metrics_log(config, rank=self.info.rank, resumed_step=state.step)
         try:
@@ -165,7 +176,7 @@ class Job:
     def _restore(self, engine: Engine, source: Path | None, state: TrainState) -> TrainState:
         if source is None:
             return state
-        engine.load(source / "zero")
+        engine.load(source / WEIGHTS)
         return read_state(source)
 
     def _announce(self, topology: Topology, state: TrainState, source: Path | None) -> None:
@@ -255,11 +266,23 @@ def _samples(
     )
     if not config.eval.every_steps:
         return loader, None
-    try:
-        validation = ValidationSamples(
-            config, data_rank=topology.data_rank, data_size=topology.data_size
+    # Decided from the manifest alone, so that all ranks decide alike.
+    split = shards.manifest.splits.get(config.data.eval_split)
+    tokens = split.tokens if split else 0
+    windows = (tokens - config.model.future_tokens) // config.data.sequence_length
+    if windows < topology.data_size:
+        logger.warning(
+            "training without validation: %s has %d tokens in its split %r, less than a window of "
+            "data.sequence_length=%d for each of %d data-parallel ranks; make the shards again "
+            "with a larger --validation-fraction",
+            config.data.shards,
+            tokens,
+            config.data.eval_split,
+            config.data.sequence_length,
+            topology.data_size,
         )
-    except DataError as error:
-        logger.warning("training without validation: %s", error)
         return loader, None
+    validation = ValidationSamples(
+        config, data_rank=topology.data_rank, data_size=topology.data_size
+    )
     return loader, validation

@@ -1,6 +1,7 @@
 """How a process joins its job: its place from the launcher's variables, and the rendezvous."""
 
 import os
+import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple
@@ -47,14 +48,62 @@ def rank_info(environment: Mapping[str, str]) -> RankInfo:
     return RankInfo(0, 0, 1)
 
 
+def device_index(info: RankInfo, visible: int, environment: Mapping[str, str]) -> int:
+    """Which of the visible GPUs is this rank's.
+
+    Each rank takes the one of its local rank, unless Slurm shows every task a GPU of its own.
+
+    Raises:
+        ConfigError: there are more ranks on this node than GPUs.
+    """
+    if visible == 1 and "SLURM_STEP_ID" in environment and "SLURM_STEP_GPUS" in environment:
+        return 0
+    if info.local_rank >= visible:
+        raise ConfigError(
+            f"rank {info.rank}/{info.world_size} is number {info.local_rank} on its node, but only "
+            f"{visible} GPUs are visible there; each rank needs its own: start at most {visible} "
+            "ranks on each node, or check CUDA_VISIBLE_DEVICES"
+        )
+    return info.local_rank
+
+
+def rendezvous(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Address and port where the ranks meet: MASTER_ADDR and MASTER_PORT, or from Slurm's.
+
+    Under plain `srun` the first node of the step is the address, and the job's number makes the
+    port, so that two jobs that share a node do not meet.
+
+    Raises:
+        ConfigError: a step over several nodes whose names cannot be found out.
+    """
+    job = environment.get("SLURM_JOB_ID", "") if "SLURM_STEP_ID" in environment else ""
+    default_port = str(20000 + int(job) % 10000) if job.isdigit() else "29500"
+    port = environment.get("MASTER_PORT", default_port)
+    if "MASTER_ADDR" in environment:
+        return environment["MASTER_ADDR"], port
+    if not job or environment.get("SLURM_STEP_NUM_NODES", "1") == "1":
+        return "127.0.0.1", port
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        return shown.stdout.split()[0], port
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise ConfigError(
+            f"MASTER_ADDR is not set and SLURM_STEP_NODELIST={nodes!r} cannot be expanded; export "
+            "MASTER_ADDR=<name of the first node> before srun, as slurm/pretrain_7b.sh does"
+        ) from None
+
+
 def start_process_group(info: RankInfo, device: torch.device, timeout_s: float) -> None:
     """Join the job's process group: NCCL on GPUs, gloo on CPUs.
 
     Raises:
         ConfigError: the rendezvous failed (port taken, main node not reached).
     """
-    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    port = os.environ.setdefault("MASTER_PORT", "29500")
+    address, port = rendezvous(os.environ)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(

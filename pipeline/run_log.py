@@ -1,12 +1,9 @@
 """Where a run's log goes: rank 0 to the console, every rank to a file of its own."""
 
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
-
-import torch
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -46,6 +43,4 @@ def quieten_libraries() -> None:
     To be called before they are imported.
     """
     warnings.filterwarnings("ignore", module=r"megatron|deepspeed|torch")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,5 +1,7 @@
 """Which rank does what: the process groups, and DeepSpeed's view of them."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -12,6 +14,12 @@ class Topology:
 
     Also the `mpu` object that DeepSpeed asks for groups (megatron's own lacks names it wants).
 
+    Args:
+        info: this rank's place.
+        tensor_size: tensor-parallel size; divides the world size.
+        device: where this rank computes.
+        timeout_s: after this a collective that is not answered fails.
+
     Attributes:
         info: this rank's place.
         tensor_size: tensor-parallel size.
@@ -19,12 +27,17 @@ class Topology:
         device: where this rank computes.
     """
 
-    def __init__(self, info: RankInfo, tensor_size: int, device: torch.device) -> None:
+    def __init__(
+        self, info: RankInfo, tensor_size: int, device: torch.device, *, timeout_s: float = 600.0
+    ) -> None:
         self.info = info
         self.device = device
         self.tensor_size = tensor_size
         self.data_size = info.world_size // tensor_size
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_size)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_size,
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        )
         ranks: list[int] = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
         self._data_parallel_ranks = ranks
 

@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if info.rank == 0:  # every rank reads the same file and would say the same
             _say(f"error: {error}")
         return EXIT_USER_FAULT
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs that this run leaves alone
     # Imported late: DeepSpeed and megatron-core take seconds, and what is above needs neither.
     from pipeline.job import Job
 

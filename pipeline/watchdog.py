@@ -53,6 +53,7 @@ class Watchdog:
         self._finished = False
         self._thread: threading.Thread | None = None
         self._answered_s = time.monotonic()
+        self._woke_s = 0.0
         if topology.info.world_size > 1:
             # A connection of its own: the main thread's may be blocked inside a collective.
             shared: Any = dist.distributed_c10d._get_default_store()
@@ -86,14 +87,14 @@ class Watchdog:
         count, seen, seen_s = 0, None, time.monotonic()
         neighbour = (self._info.rank + 1) % self._info.world_size
         try:
-            while not self._stop.wait(_BEAT_S):
+            while not self._wait():
                 count += 1
                 self._beat(count)
                 if self._store.check([_VERDICT]):
                     self._decide(self._store.get(_VERDICT).decode())
                     return
                 beat = json.loads(self._store.get(_key(neighbour)))
-                if beat != seen:
+                if beat != seen or self._woke_s > seen_s:
                     seen, seen_s = beat, time.monotonic()
                 self._answered_s = time.monotonic()
                 silent_s = self._answered_s - seen_s
@@ -114,10 +115,22 @@ class Watchdog:
                     f"({str(error).splitlines()[0]})"
                 )
 
+    def _wait(self) -> bool:
+        """Sleep until the next beat; true when closed.
+
+        A sleep that took far too long means that this process was suspended, and the others with
+        it perhaps: their silence counts from now on.
+        """
+        before_s = time.monotonic()
+        closed = self._stop.wait(_BEAT_S)
+        if time.monotonic() - before_s > _BEAT_S + _GRACE_S:
+            self._woke_s = time.monotonic()
+        return closed
+
     def _watch_store(self) -> None:
         """A store whose process is frozen never answers and never fails; only a clock sees it."""
-        while not self._stop.wait(_BEAT_S) and not self._decided.is_set():
-            silent_s = time.monotonic() - self._answered_s
+        while not self._wait() and not self._decided.is_set():
+            silent_s = time.monotonic() - max(self._answered_s, self._woke_s)
             if silent_s > self._timeout_s:
                 self._decide(
                     "rank 0 or its launcher has not answered for "

@@ -81,7 +81,7 @@ class _RecordingEngine(Engine):
 
     recorded: dict[str, Tensor]
 
-    def _apply(self) -> float:
+    def _apply(self) -> float | None:
         self.recorded = {
             name: whole(name, gradient.detach().float().clone(), self.topology)
             for name, gradient in self.gradients()

@@ -166,3 +166,52 @@ def test_keeps_the_newest(config: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in checkpoints.glob("step_*"))
     assert names == ["step_00000009", "step_00000012"]
     assert (checkpoints / "latest").read_text().strip() == "step_00000012"
+
+
+def test_going_back_takes_another_way(config: Path, tmp_path: Path) -> None:
+    """Resuming from an older checkpoint sets the newer ones aside; retention never eats the new."""
+    run_dir = tmp_path / "run"
+    checkpoints = run_dir / "checkpoints"
+    assert run_job(tmp_path, [str(config)]).codes == [0]
+    older = checkpoints / "step_00000009"
+    arguments = [str(config), "--resume", str(older), "--set", "train.stop_at_step=10"]
+    assert run_job(tmp_path, arguments).codes == [0]
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == [
+        "latest",
+        "step_00000009",
+        "step_00000010",
+        "superseded_step_00000012",
+    ]
+    assert (checkpoints / "latest").read_text().strip() == "step_00000010"
+    assert [record["step"] for record in metrics_without_times(run_dir)] == list(range(1, 11))
+
+
+def test_all_checkpoints_damaged_is_no_new_start(config: Path, tmp_path: Path) -> None:
+    """When no checkpoint is whole, auto stops with an error and leaves the metrics alone."""
+    run_dir = tmp_path / "run"
+    assert run_job(tmp_path, [str(config), "--set", "train.stop_at_step=6"]).codes == [0]
+    before = (run_dir / "metrics.jsonl").read_text()
+    for manifest in run_dir.glob("checkpoints/step_*/manifest.json"):
+        manifest.unlink()
+    outcome = run_job(tmp_path, [str(config)])
+    assert outcome.codes == [2]
+    assert "all 2 checkpoints" in outcome.errors[0]
+    assert "--resume none" in outcome.errors[0]
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_optimizer_settings_of_the_resumed_run_hold(config: Path, tmp_path: Path) -> None:
+    """A weight decay that was changed for the resumed part is applied, not the saved one."""
+    weights = []
+    for decay in ("0.1", "10.0"):
+        run_dir = tmp_path / f"decay_{decay}"
+        base = [str(config), "--set", f"run.dir={run_dir}"]
+        assert run_job(tmp_path, [*base, "train.stop_at_step=4"]).codes == [0]
+        arguments = [*base, f"optimizer.weight_decay={decay}", "train.stop_at_step=8"]
+        assert run_job(tmp_path, arguments).codes == [0]
+        weights.append(_weights(run_dir, 1))
+    name = "heads.readout.weight"
+    assert weights[1][name].norm() < 0.99 * weights[0][name].norm()
+    norm = "heads.readout.norm_weight"  # not decayed, before or after
+    assert torch.allclose(weights[0][norm], weights[1][norm], atol=0.02)

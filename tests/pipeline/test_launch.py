@@ -1,0 +1,36 @@
+"""How a process finds its place: torchrun, Slurm, or alone."""
+
+import pytest
+
+from model.errors import ConfigError
+from pipeline.launch import RankInfo, device_index, rank_info, rendezvous
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "123456"}
+
+
+def test_rank_from_torchrun_then_slurm_then_alone() -> None:
+    """Torchrun's variables win; a batch script outside srun is one process."""
+    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+    torchrun = {"RANK": "3", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+    assert rank_info({}) == RankInfo(0, 0, 1)
+    assert rank_info(slurm) == RankInfo(0, 0, 1)
+    assert rank_info({**slurm, **STEP}) == RankInfo(5, 1, 8)
+    assert rank_info({**slurm, **STEP, **torchrun}) == RankInfo(3, 0, 4)
+
+
+def test_each_rank_has_a_gpu_of_its_own() -> None:
+    """The local rank's GPU; the only visible one when Slurm hands them out; else an error."""
+    assert device_index(RankInfo(5, 1, 8), 4, {}) == 1
+    assert device_index(RankInfo(5, 1, 8), 1, {**STEP, "SLURM_STEP_GPUS": "1"}) == 0
+    with pytest.raises(ConfigError, match="at most 1 ranks"):
+        device_index(RankInfo(1, 1, 2), 1, {})
+
+
+def test_rendezvous() -> None:
+    """Given variables win; under Slurm the job's number makes the port."""
+    assert rendezvous({}) == ("127.0.0.1", "29500")
+    assert rendezvous({"MASTER_ADDR": "a", "MASTER_PORT": "1"}) == ("a", "1")
+    assert rendezvous(STEP) == ("127.0.0.1", "23456")
+    several = {**STEP, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[1-2"}
+    with pytest.raises(ConfigError, match="export MASTER_ADDR"):
+        rendezvous(several)
