@@ -33,6 +33,7 @@ class MultiTokenModel(nn.Module):
         dtype: of the weights.
         activation_checkpointing: `none`; `full` keeps only each layer's input; `selective`
             recomputes the core attention alone.
+        transformer_engine: build the layers from Transformer Engine's modules (GPU only).
     """
 
     def __init__(
@@ -41,10 +42,13 @@ class MultiTokenModel(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         activation_checkpointing: Checkpointing = "none",
+        transformer_engine: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        layer_config = transformer_config(config, dtype=dtype)
+        layer_config = transformer_config(
+            config, dtype=dtype, transformer_engine=transformer_engine
+        )
         self.trunk = Trunk(
             layer_config,
             config.vocab_size,

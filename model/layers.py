@@ -22,7 +22,7 @@ Checkpointing = Literal["none", "full", "selective"]
 
 
 def transformer_config(
-    config: ModelConfig, *, dtype: torch.dtype = torch.float32
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, transformer_engine: bool = False
 ) -> TransformerConfig:
     """Megatron's configuration for a Llama-style layer on CPU or GPU.
 
@@ -53,18 +53,19 @@ def transformer_config(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        transformer_impl="transformer_engine" if transformer_engine else "local",
     )
 
 
-def layer_spec() -> Any:
-    """The layer's spec: Transformer Engine's modules on a GPU that has them, else megatron's own.
+def layer_spec(config: TransformerConfig) -> Any:
+    """The layer's spec: Transformer Engine's modules if the configuration says so, else megatron's.
 
     Both give parameters of the same names and shapes, so checkpoints move between them.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = ModuleSpec(module=CoreAttention)
-    if transformer_engine_available():
+    if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions import transformer_engine as te
 
         spec.submodules.input_layernorm = te.TENorm
@@ -77,7 +78,7 @@ def layer_spec() -> Any:
 
 
 def transformer_engine_available() -> bool:
-    """Whether layers are built from Transformer Engine: it is installed and there is a GPU."""
+    """Whether layers can be built from Transformer Engine: it is installed and there is a GPU."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -96,7 +97,7 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = checkpointing == "full"
-        self.block = build_module(layer_spec(), config=config, layer_number=number)
+        self.block = build_module(layer_spec(config), config=config, layer_number=number)
         self.block.self_attention.core_attention.recompute = checkpointing == "selective"
 
     def forward(self, hidden: Tensor, rotary: Tensor) -> Tensor:

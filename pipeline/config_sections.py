@@ -92,7 +92,22 @@ class BatchSection(Section):
 
 
 class TrainSection(Section):
-    """Length, arithmetic and limits of the training loop."""
+    """Length, arithmetic and limits of the training loop.
+
+    Attributes:
+        steps: optimizer steps of the whole run; the schedule's length.
+        stop_at_step: end this part of the run earlier, at the same schedule.
+        precision: auto = bf16 on a GPU, fp32 on a CPU.
+        device: auto = a GPU where there is one.
+        head_backward: sequential = one head at a time; joint = the reference.
+        activation_checkpointing: full = keep each layer's input only; selective = run the core
+            attention again.
+        loss_chunk_tokens: tokens of a micro-batch whose logits exist at once.
+        transformer_engine: use its layers on GPUs where it is installed.
+        timeout_s: after this an unanswered collective fails.
+        heartbeat_timeout_s: silence after which a rank counts as dead.
+        max_skipped_steps: steps in a row with gradients that are not finite before giving up.
+    """
 
     steps: PositiveInt
     stop_at_step: PositiveInt | None = None
@@ -101,6 +116,7 @@ class TrainSection(Section):
     head_backward: Literal["sequential", "joint"] = "sequential"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     loss_chunk_tokens: PositiveInt = 1024
+    transformer_engine: bool = True
     timeout_s: PositiveFloat = 600.0
     heartbeat_timeout_s: PositiveFloat = 40.0
     max_skipped_steps: Count = 5

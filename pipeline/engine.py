@@ -24,6 +24,7 @@ from data_prep.loader import Batch
 from model.backward import joint_backward, sequential_backward
 from model.errors import CheckpointError
 from model.language_model import MultiTokenModel
+from model.layers import transformer_engine_available
 from model.loss import IGNORED, loss_and_predictions
 from pipeline.config import Precision, RunConfig
 from pipeline.deepspeed_config import deepspeed_config
@@ -108,6 +109,7 @@ class Engine:
                 self.config.model,
                 dtype=self.dtype,
                 activation_checkpointing=self.config.train.activation_checkpointing,
+                transformer_engine=self._uses_transformer_engine(),
             )
         if not partitioned:
             model.to(self.topology.device)
@@ -119,6 +121,10 @@ class Engine:
                     weight = model.initial_weight(name, parameter.shape, self.config.run.seed)
                     parameter.data.copy_(weight)
         return model
+
+    def _uses_transformer_engine(self) -> bool:
+        wanted = self.config.train.transformer_engine and self.topology.device.type == "cuda"
+        return wanted and transformer_engine_available()
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.AdamW:
         """AdamW; matrices decay, norm weights do not."""
