@@ -45,7 +45,7 @@ check: $(installed) ## ruff, mypy --strict, the layering of imports, the README
 	$(python) -m pytest -q tests/test_layering.py tests/test_readme.py
 
 bench: $(installed) ## run every benchmark
-	@for file in benchmarks/*.py; do echo "== $$file"; $(python) "$$file"; done
+	@for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(python) "$$file"; done
 
 clean: ## remove caches, build outputs and the quickstart's run; .venv and other runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
