@@ -33,7 +33,7 @@ Entries = dict[str, dict[str, str | int]]
 class CheckpointFolder:
     """The checkpoints of one run, on a file system that all ranks share.
 
-    All methods but `newest` and `steps` are collectives: every rank calls them together.
+    All methods but `steps` are collectives: every rank calls them together.
 
     Args:
         run_dir: the run's folder.
@@ -98,8 +98,11 @@ class CheckpointFolder:
             shutil.rmtree(final)
         partial.rename(final)
         _sync(self.directory)
+        self._point_latest_at(final)
+
+    def _point_latest_at(self, checkpoint: Path) -> None:
         aside = self.directory / (LATEST + _PARTIAL)
-        _write_synced(aside, (final.name + "\n").encode())
+        _write_synced(aside, (checkpoint.name + "\n").encode())
         aside.replace(self.directory / LATEST)
         _sync(self.directory)
 
@@ -146,11 +149,14 @@ class CheckpointFolder:
     def set_aside_after(self, step: int) -> None:
         """Take checkpoints past `step` out of the way: this run goes on from there another way."""
         if _is_main():
-            for path in self.steps():
-                if int(path.name.removeprefix("step_")) > step:
-                    aside = path.with_name(f"superseded_{path.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
+            steps = self.steps()
+            newer = [path for path in steps if int(path.name.removeprefix("step_")) > step]
+            if newer and len(newer) < len(steps):
+                self._point_latest_at(steps[-len(newer) - 1])  # first: it must never dangle
+            for path in newer:
+                aside = path.with_name(f"superseded_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         dist.barrier()
 
     def set_aside(self, run_dir: Path) -> Path | None:

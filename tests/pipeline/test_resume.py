@@ -174,8 +174,11 @@ def test_going_back_takes_another_way(config: Path, tmp_path: Path) -> None:
     checkpoints = run_dir / "checkpoints"
     assert run_job(tmp_path, [str(config)]).codes == [0]
     older = checkpoints / "step_00000009"
-    arguments = [str(config), "--resume", str(older), "--set", "train.stop_at_step=10"]
-    assert run_job(tmp_path, arguments).codes == [0]
+    arguments = [str(config), "--resume", str(older), "--set"]
+    # Nothing is saved when there is nothing to train; latest must already name what is there.
+    assert run_job(tmp_path, [*arguments, "train.stop_at_step=9"]).codes == [0]
+    assert checkpoint_path(run_dir) == older
+    assert run_job(tmp_path, [*arguments, "train.stop_at_step=10"]).codes == [0]
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == [
         "latest",
