@@ -31,10 +31,14 @@ class Batch(NamedTuple):
             head k at t. -100 would mean ignored; windows overlap by n, so every target exists.
             Example with S = 3, n = 2 and the window [5, 6, 7, 8, 9]: tokens [5, 6, 7], labels
             [6, 7, 8] for head 1 and [7, 8, 9] for head 2.
+        documents: `[B, S]` int32, or None when not asked for; the number of each token's document
+            within its row: 0, 1, 2, ... A row that begins inside a document has the rest of that
+            document as document 0.
     """
 
     tokens: Tensor
     labels: Tensor
+    documents: Tensor | None = None
 
 
 class TokenLoader:

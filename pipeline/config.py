@@ -17,7 +17,6 @@ from pipeline.config_problems import plain_problems, shown, unknown_key
 from pipeline.config_sections import (
     BatchSection,
     CheckpointSection,
-    DataSection,
     EvalSection,
     LogSection,
     OptimizerSection,
@@ -27,9 +26,13 @@ from pipeline.config_sections import (
     Section,
     TrainSection,
 )
+from pipeline.data_section import DataSection
 from pipeline.yaml_text import dump_yaml, parse_yaml, yaml_fault
 
 RESOLVED_CONFIG_NAME = "config.yaml"
+
+# Keys whose value is itself a mapping.
+_MAPPINGS = ("data.weights",)
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -187,7 +190,7 @@ def _apply_override(raw: dict[Any, Any], text: str) -> str | None:
         value = parse_yaml(value_text)
     except yaml.YAMLError as error:
         return f"--set {text}: the value is not valid YAML ({yaml_fault(error)}); quote it as text"
-    if isinstance(value, dict):
+    if isinstance(value, dict) and key not in _MAPPINGS:
         return f"--set {text}: the value must be one value or a list; set the keys one by one"
     section, _, name = key.partition(".")
     current = raw.get(section)

@@ -54,17 +54,6 @@ class RunSection(Section):
         return name
 
 
-class DataSection(Section):
-    """Where tokens come from and how they are cut into samples."""
-
-    shards: FilePath
-    sequence_length: PositiveInt
-    tokenizer: FilePath | None = None
-    train_split: str = "train"
-    eval_split: str = "validation"
-    prefetch_steps: PositiveInt = 2
-
-
 class ParallelSection(Section):
     """How the model is spread over ranks; data parallelism takes the ranks that are left."""
 

@@ -242,7 +242,10 @@ class Engine:
             optimizer.averaged_gradients = {}
 
     def _to_device(self, batch: Batch) -> Batch:
-        return Batch(*(tensor.to(self.topology.device, non_blocking=True) for tensor in batch))
+        device = self.topology.device
+        return Batch(
+            *(part if part is None else part.to(device, non_blocking=True) for part in batch)
+        )
 
     def _global_sum(self, tensor: Any) -> Tensor:
         """Sum over the ranks that hold different data."""

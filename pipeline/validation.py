@@ -47,4 +47,4 @@ class ValidationSamples:
             rows = torch.arange(loader.micro_batch_size) + loader.micro_batch_size * self._rank
             padding = (first + rows) >= self.num_samples
             labels = batch.labels.masked_fill(padding[None, :, None], IGNORED)
-            yield Batch(batch.tokens, labels)
+            yield batch._replace(labels=labels)
