@@ -34,6 +34,7 @@ from data_prep.manifest import (
 )
 from data_prep.sources import (
     InputFile,
+    Reading,
     Unit,
     choose_unit_bytes,
     find_inputs,
@@ -113,6 +114,8 @@ def build(options: BuildOptions, observer: Observer) -> Manifest:
             shard_tokens=options.shard_tokens,
             source=options.source,
             on_bad=options.on_bad,
+            special_tokens=options.special_tokens,
+            max_document_bytes=options.max_document_bytes,
         )
         records = _run_units(job, units, options.workers or default_workers(), observer)
         return _commit(options, str(facts["spec"]), tokenizer, files, records, observer)
@@ -127,9 +130,9 @@ def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
     """The tokenizer, unless it is still to be trained."""
     spec = options.tokenizer
     if spec == "bytes":
-        return Tokenizer(bytes_tokenizer(), options.eos_token, "bytes")
+        return Tokenizer(bytes_tokenizer(), options.eos_token, "bytes", options.special_tokens)
     if not spec.startswith(TRAIN_PREFIX):
-        return read_tokenizer(Path(spec), options.eos_token)
+        return read_tokenizer(Path(spec), options.eos_token, options.special_tokens)
     if not spec.removeprefix(TRAIN_PREFIX).isdecimal():
         raise DataError(f"--tokenizer {spec}: the vocabulary is not a number; e.g. train:8192")
     return None
@@ -145,7 +148,7 @@ def _place_tokenizer(
             vocabulary = int(options.tokenizer.removeprefix(TRAIN_PREFIX))
             observer.say(f"training a tokenizer of {vocabulary:,} tokens on a sample of the input")
             write_whole(path, train_tokenizer(_training_texts(options, units), vocabulary))
-        return read_tokenizer(path, options.eos_token)
+        return read_tokenizer(path, options.eos_token, options.special_tokens)
     if not path.is_file() or path.read_bytes() != given.content:
         write_whole(path, given.content)
     return given
@@ -154,9 +157,10 @@ def _place_tokenizer(
 def _training_texts(options: BuildOptions, units: Sequence[Unit]) -> Iterator[str]:
     """Documents from the starts of evenly spread units, without those that are held out."""
     sampled = min(len(units), TRAINING_SAMPLE_UNITS)
+    reading = Reading(options.text_key, options.max_document_bytes)
     for number in range(sampled):
         budget = TRAINING_SAMPLE_CHARACTERS // sampled
-        for record in read_unit(units[number * len(units) // sampled], options.text_key):
+        for record in read_unit(units[number * len(units) // sampled], reading):
             if not record.text:
                 continue
             if not is_held_out(record.text.encode("utf-8"), options.validation_fraction):
@@ -302,6 +306,7 @@ def _commit(
         dtype="uint16" if dtype == "uint16" else "uint32",
         text_key=options.text_key,
         validation_fraction=options.validation_fraction,
+        special_tokens=options.special_tokens,
         totals=totals,
         splits=total_splits(tokenizer.sha256, tokenizer.eos_id, dtype, shards),
         shards=shards,
@@ -345,8 +350,8 @@ def _gather_rejects(output: Path, records: Sequence[UnitRecord]) -> None:
 def _check_rejects(options: BuildOptions, inputs: Sequence[InputEntry]) -> None:
     """Hold the bad records against the policy.
 
-    Only .jsonl records count against the limit: in a directory of files some binary ones are
-    normal, so they are counted and listed but do not fail the job.
+    Files that are one document each do not count against the limit: in a directory some binary
+    ones are normal, so they are counted and listed but do not fail the job.
     """
     listed = options.output / REJECTS
     everything = Ledger.total(entry.ledger for entry in inputs)
@@ -355,7 +360,7 @@ def _check_rejects(options: BuildOptions, inputs: Sequence[InputEntry]) -> None:
             f"{everything.rejects:,} records are bad (listed in {listed}); mend them, or use "
             "--on-bad skip"
         )
-    lines = Ledger.total(entry.ledger for entry in inputs if entry.kind == "jsonl")
+    lines = Ledger.total(entry.ledger for entry in inputs if entry.kind != "text")
     if lines.rejects > options.max_bad_fraction * lines.records:
         reasons = ", ".join(f"{count:,} {why}" for why, count in lines.rejects_by_reason.items())
         raise DataError(

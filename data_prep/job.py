@@ -10,7 +10,8 @@ from typing import Any
 from data_prep.atomic import write_whole
 from data_prep.errors import DataError
 from data_prep.manifest import FORMAT_VERSION
-from data_prep.sources import InputFile
+from data_prep.sources import LARGEST_DOCUMENT_BYTES, InputFile
+from data_prep.tokenizer import SpecialTokens
 from data_prep.unit import JOURNAL, BadRecordPolicy
 
 DESCRIPTION = "job.json"
@@ -36,6 +37,9 @@ class BuildOptions:
         unit_bytes: Input bytes in one unit of work; None = by the size of the input.
         eos_token: Name of the end-of-document token; None = the usual names.
         source: Name of this corpus in the paths of the shards.
+        special_tokens: Text that spells a special token is ordinary text, becomes the token's id,
+            or rejects the document.
+        max_document_bytes: A longer text file or record is rejected; it bounds the memory.
     """
 
     inputs: tuple[Path, ...]
@@ -52,6 +56,8 @@ class BuildOptions:
     unit_bytes: int | None = None
     eos_token: str | None = None
     source: str = "corpus"
+    special_tokens: SpecialTokens = "text"
+    max_document_bytes: int = LARGEST_DOCUMENT_BYTES
 
     def check(self) -> None:
         """Refuse values that cannot be meant.
@@ -70,6 +76,7 @@ class BuildOptions:
             ("workers", self.workers),
             ("shard-tokens", self.shard_tokens),
             ("unit-bytes", self.unit_bytes),
+            ("max-document-bytes", self.max_document_bytes),
         ):
             if value is not None and value < 1:
                 raise DataError(f"--{name} {value} is not a positive number")
@@ -92,6 +99,8 @@ def describe_job(
         "shard_tokens": options.shard_tokens,
         "unit_bytes": unit_bytes,
         "source": options.source,
+        "special_tokens": options.special_tokens,
+        "max_document_bytes": options.max_document_bytes,
         "inputs": {file.path: [file.kind, file.bytes, file.mtime_ns] for file in files},
     }
 

@@ -85,7 +85,7 @@ class InputEntry(_Entry):
     """One input file: as it was read, and what became of its records."""
 
     path: str
-    kind: Literal["jsonl", "text"]
+    kind: Literal["jsonl", "json", "text", "parquet", "arrow"]
     bytes: int
     mtime_ns: int
     ledger: Ledger
@@ -122,6 +122,7 @@ class Manifest(_Entry):
     dtype: Literal["uint16", "uint32"]
     text_key: str
     validation_fraction: float
+    special_tokens: Literal["text", "id", "reject"] = "text"
     totals: Ledger
     splits: dict[str, SplitEntry]
     shards: list[ShardEntry]

@@ -17,6 +17,7 @@ from data_prep.file_names import IGNORED_DIRECTORIES
 from data_prep.job import BuildOptions
 from data_prep.manifest import VALIDATION, Manifest
 from data_prep.progress import ProgressLine
+from data_prep.sources import LARGEST_DOCUMENT_BYTES
 
 EXIT_DATA_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -59,6 +60,8 @@ def parse_options(arguments: Sequence[str] | None) -> BuildOptions:
         unit_bytes=given.unit_bytes,
         eos_token=given.eos_token,
         source=given.source,
+        special_tokens=given.special_tokens,
+        max_document_bytes=given.max_document_bytes,
     )
 
 
@@ -116,6 +119,19 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--unit-bytes", type=int, metavar="N", help="input bytes per unit of work (by input size)")
     add("--eos-token", metavar="TOKEN", help="end of document (the usual names)")
     add("--source", default="corpus", metavar="NAME", help="folder name in shards/SPLIT (corpus)")
+    add(
+        "--special-tokens",
+        choices=("text", "id", "reject"),
+        default="text",
+        help="text that spells a special token is plain text, the token, or a reject (text)",
+    )
+    add(
+        "--max-document-bytes",
+        type=int,
+        default=LARGEST_DOCUMENT_BYTES,
+        metavar="N",
+        help="a longer file or record is rejected, to bound the memory (67108864)",
+    )
     return parser
 
 

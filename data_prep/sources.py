@@ -25,12 +25,14 @@ from data_prep.file_names import (
     looks_like_text,
 )
 
-Kind = Literal["jsonl", "text"]
+Kind = Literal["jsonl", "json", "text", "parquet", "arrow"]
 
 SMALLEST_UNIT_BYTES = 1 << 20
 LARGEST_UNIT_BYTES = 1 << 26
 UNITS_WANTED = 128
 SAMPLE_CHARACTERS = 80
+LARGEST_DOCUMENT_BYTES = 1 << 26
+SKIPPED_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -63,6 +65,18 @@ class Unit:
     def bytes(self) -> int:
         """Input bytes of this unit."""
         return sum(segment.end - segment.start for segment in self.segments)
+
+
+class Reading(NamedTuple):
+    """How records are read: the key of the text, and the size above which one is rejected."""
+
+    text_key: str
+    max_document_bytes: int = LARGEST_DOCUMENT_BYTES
+
+    @property
+    def too_long(self) -> str:
+        """The reason of a reject above the limit."""
+        return f"longer than --max-document-bytes {self.max_document_bytes}"
 
 
 class Record(NamedTuple):
@@ -157,7 +171,7 @@ def choose_unit_bytes(total_bytes: int) -> int:
     return min(max(wanted, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
 
 
-def read_unit(unit: Unit, text_key: str) -> Iterator[Record]:
+def read_unit(unit: Unit, reading: Reading) -> Iterator[Record]:
     """Yield every record of a unit in order, the bad ones with a reason.
 
     Raises:
@@ -165,9 +179,9 @@ def read_unit(unit: Unit, text_key: str) -> Iterator[Record]:
     """
     for segment in unit.segments:
         if segment.source.kind == "jsonl":
-            yield from _read_lines(segment, text_key)
+            yield from _read_lines(segment, reading)
         else:
-            yield _read_document(segment)
+            yield _read_document(segment, reading)
 
 
 def _walk(
@@ -244,13 +258,15 @@ def _open_unchanged(source: InputFile) -> BinaryIO:
         return file
 
 
-def _read_document(segment: Segment) -> Record:
+def _read_document(segment: Segment, reading: Reading) -> Record:
     """A whole file as one record."""
     try:
         with _open_unchanged(segment.source) as file:
-            content = file.read()
+            content = file.read(reading.max_document_bytes + 1)
     except OSError as error:
         return Record(segment.file, 0, None, f"unreadable: {error.strerror}")
+    if len(content) > reading.max_document_bytes:
+        return Record(segment.file, 0, None, reading.too_long, _sample(content))
     content = content.removeprefix(BYTE_ORDER_MARK)
     if b"\0" in content:
         return Record(segment.file, 0, None, "binary", _sample(content))
@@ -260,23 +276,38 @@ def _read_document(segment: Segment) -> Record:
         return Record(segment.file, 0, None, "not UTF-8", _sample(content))
 
 
-def _read_lines(segment: Segment, text_key: str) -> Iterator[Record]:
+def _read_lines(segment: Segment, reading: Reading) -> Iterator[Record]:
     """The lines that start in the segment's byte range."""
     try:
         with _open_unchanged(segment.source) as file:
             offset = segment.start
             if offset:
                 file.seek(offset - 1)
-                offset += len(file.readline()) - 1
+                offset += _skip_line(file) - 1
             while offset < segment.end:
-                line = file.readline()
+                line = file.readline(reading.max_document_bytes + 1)
                 if not line:
                     break
-                content = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line
-                yield _parse_line(segment.file, offset, content, text_key)
+                if len(line) > reading.max_document_bytes:
+                    yield Record(segment.file, offset, None, reading.too_long, _sample(line))
+                    if not line.endswith(b"\n"):
+                        offset += _skip_line(file)
+                else:
+                    content = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line
+                    yield _parse_line(segment.file, offset, content, reading.text_key)
                 offset += len(line)
     except OSError as error:
         raise DataError(f"cannot read {segment.source.path}: {error.strerror or error}") from error
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Go behind the next line end without holding the line; give the bytes passed."""
+    passed = 0
+    while part := file.readline(SKIPPED_BYTES):
+        passed += len(part)
+        if part.endswith(b"\n"):
+            break
+    return passed
 
 
 def _parse_line(file: int, offset: int, line: bytes, text_key: str) -> Record:

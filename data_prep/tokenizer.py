@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from data_prep.errors import DataError
 
 TokenArray = NDArray[Any]  # uint16 or uint32
+SpecialTokens = Literal["text", "id", "reject"]
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
@@ -33,8 +34,7 @@ SPLIT_PATTERN = (
 class Tokenizer:
     """A tokenizer.json with what a shard set needs to know about it.
 
-    Text that spells a special token is encoded as ordinary text; nothing is added but EOS, once
-    at the end of each document.
+    Nothing is added to a text but EOS, once at the end of each document.
 
     Attributes:
         content: The bytes of its tokenizer.json, as given.
@@ -46,24 +46,35 @@ class Tokenizer:
         dtype: How ids are stored: uint16 when all fit, else uint32.
         is_bytes: True for the tokenizer of plain bytes.
         is_lossless: True when decode(encode(text)) is text.
+        special_tokens: What becomes of a text that spells a special token: "text" encodes it as
+            ordinary text, "id" as the token, "reject" refuses the document.
+        special_names: The texts of the special tokens.
 
     Args:
         content: The bytes of a tokenizer.json.
         eos_token: Name of the end-of-document token; None = the first usual name it has.
         origin: Where the content came from, for messages.
+        special_tokens: As the attribute.
 
     Raises:
         DataError: Not a tokenizer.json, or no end-of-document token.
     """
 
-    def __init__(self, content: bytes, eos_token: str | None, origin: str) -> None:
+    def __init__(
+        self,
+        content: bytes,
+        eos_token: str | None,
+        origin: str,
+        special_tokens: SpecialTokens = "text",
+    ) -> None:
         try:
             self._backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise DataError(
                 f"--tokenizer {origin} is not a Hugging Face tokenizer.json ({error})"
             ) from error
-        self._backend.encode_special_tokens = True
+        # The library's flag says "encode them as text", not "recognise them".
+        self._backend.encode_special_tokens = special_tokens != "id"
         self._backend.no_truncation()
         self._backend.no_padding()
         self.content = content
@@ -74,6 +85,13 @@ class Tokenizer:
         self.dtype: np.dtype[Any] = token_dtype(self.max_token_id)
         self.is_bytes = content == bytes_tokenizer()
         self.is_lossless, self._can_cut = _promises(content)
+        self.special_tokens = special_tokens
+        added = self._backend.get_added_tokens_decoder().values()
+        self.special_names = tuple(token.content for token in added if token.special)
+
+    def find_special(self, text: str) -> str | None:
+        """The first special token that `text` spells, if any."""
+        return next((name for name in self.special_names if name in text), None)
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
         """Encode documents and append EOS to each.
@@ -86,7 +104,7 @@ class Tokenizer:
             including its EOS, `[len(texts)]`. Example with bytes: ["ab", ""] gives
             [97, 98, 256, 256] and [3, 1].
         """
-        if self.is_bytes:
+        if self.is_bytes and self.special_tokens != "id":
             pieces = [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
         else:
             pieces = self._encode_plain(texts)
@@ -105,7 +123,7 @@ class Tokenizer:
 
     def _encode_plain(self, texts: Sequence[str]) -> list[TokenArray]:
         """Ids of each text without EOS; a giant text goes through in parts, to bound memory."""
-        if not self._can_cut or max(map(len, texts), default=0) <= PART_CHARACTERS:
+        if not self._may_cut() or max(map(len, texts), default=0) <= PART_CHARACTERS:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
         return [
@@ -120,6 +138,11 @@ class Tokenizer:
             )
             for text in texts
         ]
+
+    def _may_cut(self) -> bool:
+        """A special token that is recognised could reach over the place of a cut."""
+        names = self.special_names if self.special_tokens == "id" else ()
+        return self._can_cut and not any("\n" in name for name in names)
 
     def _find_eos(self, wanted: str | None, origin: str) -> tuple[str, int]:
         for name in (wanted,) if wanted else USUAL_EOS_NAMES:
@@ -155,7 +178,9 @@ def token_dtype(max_token_id: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if max_token_id < 1 << 16 else np.dtype(np.uint32)
 
 
-def read_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
+def read_tokenizer(
+    path: Path, eos_token: str | None = None, special_tokens: SpecialTokens = "text"
+) -> Tokenizer:
     """Load a tokenizer.json, or the one in a directory (with its tokenizer_config.json).
 
     Raises:
@@ -169,7 +194,8 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> Tokenizer:
             f"--tokenizer {file}: {error.strerror}; give a tokenizer.json, a directory that holds "
             "one, train:VOCABULARY or bytes"
         ) from error
-    return Tokenizer(content, eos_token or _configured_eos(file.parent), str(file))
+    named = eos_token or _configured_eos(file.parent)
+    return Tokenizer(content, named, str(file), special_tokens)
 
 
 def bytes_tokenizer() -> bytes:

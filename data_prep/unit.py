@@ -25,11 +25,12 @@ from data_prep.manifest import (
     ShardEntry,
 )
 from data_prep.shards import ShardRows, write_shard
-from data_prep.sources import Record, Segment, Unit, read_unit
-from data_prep.tokenizer import TokenArray, Tokenizer
+from data_prep.sources import Reading, Record, Segment, Unit, read_unit
+from data_prep.tokenizer import SpecialTokens, TokenArray, Tokenizer
 
 JOURNAL = "journal"
 BATCH_CHARACTERS = 1 << 20
+SAMPLE_CHARACTERS = 80
 HASH_VALUES = 1 << 64
 
 BadRecordPolicy = Literal["skip", "fail"]
@@ -48,6 +49,8 @@ class UnitJob:
     shard_tokens: int
     source: str
     on_bad: BadRecordPolicy
+    special_tokens: SpecialTokens
+    max_document_bytes: int
 
 
 class UnitRecord(BaseModel):
@@ -68,13 +71,17 @@ def process_unit(job: UnitJob, unit: Unit) -> UnitRecord:
         DataError: A record was rejected under `on_bad="fail"`, an input changed, or the output
             cannot be written.
     """
-    tokenizer = _load_tokenizer(job.output / TOKENIZER, job.eos_token, job.tokenizer_sha256)
+    tokenizer = _load_tokenizer(
+        job.output / TOKENIZER, job.eos_token, job.tokenizer_sha256, job.special_tokens
+    )
     columns = {split: _Columns(tokenizer) for split in (TRAIN, VALIDATION)}
     counts = {segment.file: _Counts() for segment in unit.segments}
     rejects: list[tuple[Segment, Record]] = []
     sources = {segment.file: segment for segment in unit.segments}
-    for record in read_unit(unit, job.text_key):
+    for record in read_unit(unit, Reading(job.text_key, job.max_document_bytes)):
         count = counts[record.file]
+        if job.special_tokens == "reject":
+            record = _refuse_special(record, tokenizer)
         if record.text is None:
             count.rejects[record.reason] = count.rejects.get(record.reason, 0) + 1
             rejects.append((sources[record.file], record))
@@ -134,6 +141,16 @@ def is_held_out(content: bytes, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(content) < int(fraction * HASH_VALUES)
 
 
+def _refuse_special(record: Record, tokenizer: Tokenizer) -> Record:
+    """A document that spells a special token becomes a reject."""
+    name = tokenizer.find_special(record.text) if record.text else None
+    if record.text is None or name is None:
+        return record
+    start = max(0, record.text.find(name) - SAMPLE_CHARACTERS // 2)
+    sample = record.text[start : start + SAMPLE_CHARACTERS]
+    return record._replace(text=None, reason=f"spells {name!r}", sample=sample)
+
+
 def _choose_split(content: bytes, fraction: float) -> str:
     return VALIDATION if is_held_out(content, fraction) else TRAIN
 
@@ -143,9 +160,11 @@ def _journal_path(output: Path, unit: int) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(path: Path, eos_token: str, sha256: str) -> Tokenizer:
+def _load_tokenizer(
+    path: Path, eos_token: str, sha256: str, special_tokens: SpecialTokens
+) -> Tokenizer:
     """One tokenizer per process, whatever the number of units it works on."""
-    tokenizer = Tokenizer(path.read_bytes(), eos_token, os.fspath(path))
+    tokenizer = Tokenizer(path.read_bytes(), eos_token, os.fspath(path), special_tokens)
     if tokenizer.sha256 != sha256:
         raise DataError(f"{path} changed while the job was running; name a new --output")
     return tokenizer

@@ -23,6 +23,7 @@ from data_prep.manifest import Manifest, load_manifest
 from data_prep.progress import ProgressLine
 from data_prep.tokenizer import Tokenizer, read_tokenizer
 from data_prep.unit import is_held_out
+from data_prep.verify import find_problems
 
 Build = Callable[..., Manifest]
 Write = Callable[..., Path]
@@ -332,3 +333,23 @@ def test_tokenizer_file_is_copied_verbatim(
     assert (tmp_path / "b" / "tokenizer.json").read_bytes() == given.read_bytes() + b"\n\n"
     assert manifest.tokenizer.sha256 == read_tokenizer(tmp_path / "given.json").sha256
     assert stored_documents(tmp_path / "b", "train") == stored_documents(tmp_path / "a", "train")
+
+
+def test_special_token_text_follows_the_option(
+    tmp_path: Path, write_jsonl: Write, build_set: Build
+) -> None:
+    """Text that spells EOS is plain text, the id, or a reject, and each set verifies."""
+    path = write_jsonl(["a", "b <|endoftext|> c", "d"])
+    tokens, rejected = {}, {}
+    for mode in ("text", "id", "reject"):
+        manifest = build_set(
+            path, output=mode, special_tokens=mode, validation_fraction=0, max_bad_fraction=1
+        )
+        assert list(find_problems(tmp_path / mode)) == []
+        shards = ShardSet.open(tmp_path / mode, "train")
+        tokens[mode] = shards.read(0, shards.num_tokens).tolist()
+        rejected[mode] = manifest.totals.rejects_by_reason
+    assert tokens["text"] == [97, 256, *b"b <|endoftext|> c", 256, 100, 256]
+    assert tokens["id"] == [97, 256, *b"b ", 256, *b" c", 256, 100, 256]
+    assert tokens["reject"] == [97, 256, 100, 256]
+    assert rejected == {"text": {}, "id": {}, "reject": {"spells '<|endoftext|>'": 1}}

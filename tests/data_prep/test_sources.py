@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.sources import InputFile, choose_unit_bytes, find_inputs, plan_units, read_unit
+from data_prep.sources import (
+    InputFile,
+    Reading,
+    choose_unit_bytes,
+    find_inputs,
+    plan_units,
+    read_unit,
+)
 
 BAD_LINES = {
     b'{"text": "cut off': "malformed JSON",
@@ -24,13 +31,16 @@ BAD_LINES = {
 }
 
 
+READING = Reading("text")
+
+
 def read_all(path: Path, unit_bytes: int) -> list[tuple[int, str | None, str]]:
     """Every record of one file: offset, text, reason."""
     units = plan_units(find_inputs([path]), unit_bytes)
     return [
         (record.offset, record.text, record.reason)
         for unit in units
-        for record in read_unit(unit, "text")
+        for record in read_unit(unit, READING)
     ]
 
 
@@ -111,7 +121,7 @@ def test_files_of_a_directory_are_one_document_each(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     (unit,) = plan_units(find_inputs([tmp_path]), 1 << 20)
-    records = list(read_unit(unit, "text"))
+    records = list(read_unit(unit, READING))
     assert [record.text for record in records] == ["x = 1\r\n", None, None, ""]
     assert [record.reason for record in records] == ["", "not UTF-8", "binary", ""]
 
@@ -178,4 +188,22 @@ def test_an_input_that_changes_during_the_job_is_refused(write_jsonl: Callable[.
     (unit,) = plan_units(find_inputs([path]), 1 << 20)
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(DataError, match="changed while"):
-        list(read_unit(unit, "text"))
+        list(read_unit(unit, READING))
+
+
+@pytest.mark.parametrize("unit_bytes", [16, 1 << 20])
+def test_giant_records_are_rejected_and_cost_no_neighbour(tmp_path: Path, unit_bytes: int) -> None:
+    """A line or file above the limit is one reject with that reason; it is never held whole."""
+    reading = Reading("text", max_document_bytes=60)
+    lengths = (5, 48, 49, 2000, 6)  # with a frame of 11 bytes and the line end
+    lines = [b'{"text":"%s"}\n' % (b"x" * length) for length in lengths]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    (tmp_path / "b.txt").write_bytes(b"x" * 61)
+    (tmp_path / "c.txt").write_bytes(b"x" * 60)
+    records = [
+        record
+        for unit in plan_units(find_inputs([tmp_path]), unit_bytes)
+        for record in read_unit(unit, reading)
+    ]
+    assert [len(record.text or "") for record in records] == [5, 48, 0, 0, 6, 0, 60]
+    assert {record.reason for record in records} == {"", reading.too_long}

@@ -149,3 +149,15 @@ def test_truncation_in_the_file_is_ignored() -> None:
     tokenizer = Tokenizer(library.to_str().encode(), None, "file")
     flat, _ = tokenizer.encode_documents(["abcdefgh", "a"])
     assert flat.tolist() == [*b"abcdefgh", 256, *b"a", 256]
+
+
+@pytest.mark.parametrize("content", [BYTES.content, TRAINED.content], ids=["bytes", "trained"])
+def test_special_tokens_become_ids_when_asked(content: bytes) -> None:
+    """With "id" the text of a special token is that one id, and decoding still gives the text."""
+    tokenizer = Tokenizer(content, None, "", "id")
+    text = f"a{END_OF_TEXT}\nb"
+    ids = tokenizer.encode_documents([text])[0].tolist()
+    assert ids.count(tokenizer.eos_id) == 2
+    assert tokenizer.decode(ids[:-1]) == text
+    assert tokenizer.find_special(text) == END_OF_TEXT
+    assert tokenizer.find_special("a <|end of text|>") is None
