@@ -89,10 +89,10 @@ def _joint_loss(model: MultiTokenModel, tokens: Tensor, labels: Tensor) -> Tenso
     """The textbook's loss: whole logits of every head, torch's cross-entropy, one sum."""
     norm, unembedding = model.heads.readout()
     trunk_output = model(tokens)
-    rotary = model.rotary.sequence(tokens.shape[1], tokens.device)
+    context = model.context(tokens.shape[1], tokens.device)
 
     def head_loss(head: int) -> Tensor:
-        hidden = model.heads.hidden(head, trunk_output, rotary)
+        hidden = model.heads.hidden(head, trunk_output, context)
         logits = model.heads.readout.normalize(hidden, norm).flatten(0, 1) @ unembedding.t()
         return F.cross_entropy(logits.float(), labels[head - 1].t().flatten())
 

@@ -36,7 +36,12 @@ class CoreAttention(nn.Module):
         self.cache: KVCache | None = None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         """Attend.
 
@@ -44,17 +49,24 @@ class CoreAttention(nn.Module):
             query: `[S, B, A, D]`, rotary applied.
             key: `[S, B, G, D]`, rotary applied.
             value: `[S, B, G, D]`.
-            attention_mask: unused; the mask is causal.
+            attention_mask: `[B, 1, S, S]` bool, true where a query sees a key; None: all keys
+                up to its own position. Not used while decoding.
 
         Returns:
             `[S, B, A * D]`.
         """
         if self.recompute and self.training and query.requires_grad:
             return checkpoint(
-                _causal_attention, query, key, value, use_reentrant=False, preserve_rng_state=False
+                _attention,
+                query,
+                key,
+                value,
+                attention_mask,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         if self.cache is None:
-            return _causal_attention(query, key, value)
+            return _attention(query, key, value, attention_mask)
         cached = self.cache.update(id(self), key, value)
         out = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
@@ -66,12 +78,13 @@ class CoreAttention(nn.Module):
         return _merge_heads(out)
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     out = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
         value.permute(1, 2, 0, 3),
-        is_causal=True,
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return _merge_heads(out)

@@ -39,6 +39,7 @@ def sequential_backward(
     scales: Tensor,
     *,
     chunk_tokens: int,
+    documents: Tensor | None = None,
 ) -> MicroBatchResult:
     """Forward and backward of every head in turn.
 
@@ -51,13 +52,14 @@ def sequential_backward(
         labels: `[n, B, S]`, -100 where ignored.
         scales: `[n]`, factor on each head's loss sum.
         chunk_tokens: tokens whose logits exist at once.
+        documents: `[B, S]`, the ones with which the trunk ran.
 
     Returns:
         Loss sums, and the scalar that delivers the shared gradients.
     """
     readout = model.heads.readout
     shared = readout()
-    rotary = model.rotary.sequence(trunk_output.shape[0], trunk_output.device)
+    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
     leaf = trunk_output.detach().requires_grad_(trunk_output.requires_grad)
     norm = shared.norm.detach().requires_grad_()
     unembedding = shared.unembedding.detach()
@@ -65,7 +67,7 @@ def sequential_backward(
     unembedding_gradient = torch.zeros_like(unembedding, dtype=dtype)
     sums = []
     for index, head in enumerate(model.heads.numbers):
-        normed = readout.normalize(model.heads.hidden(head, leaf, rotary), norm)
+        normed = readout.normalize(model.heads.hidden(head, leaf, context), norm)
         result = loss_and_gradients(
             normed.detach().flatten(0, 1),
             unembedding,
@@ -94,16 +96,17 @@ def joint_backward(
     scales: Tensor,
     *,
     chunk_tokens: int,
+    documents: Tensor | None = None,
 ) -> MicroBatchResult:
     """All heads forward in one graph, whose one backward is still to come; the reference.
 
     Arguments and result as in `sequential_backward`; every gradient arrives with `remainder`.
     """
     norm, unembedding = model.heads.readout()
-    rotary = model.rotary.sequence(trunk_output.shape[0], trunk_output.device)
+    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
     losses = []
     for index, head in enumerate(model.heads.numbers):
-        hidden = model.heads.hidden(head, trunk_output, rotary)
+        hidden = model.heads.hidden(head, trunk_output, context)
         normed = model.heads.readout.normalize(hidden, norm)
         losses.append(
             linear_cross_entropy(

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from model.layers import Checkpointing, Layer
+from model.layers import Checkpointing, Layer, LayerContext
 
 
 class ReadoutWeights(NamedTuple):
@@ -89,7 +89,7 @@ class Heads(nn.Module):
         )
         self.readout = Readout(config, vocab_size)
 
-    def hidden(self, head: int, trunk_output: Tensor, rotary: Tensor) -> Tensor:
+    def hidden(self, head: int, trunk_output: Tensor, context: LayerContext) -> Tensor:
         """Head layer `head` on the trunk's output, before the norm: `[S, B, H]` to `[S, B, H]`."""
-        output: Tensor = self.layers[str(head)](trunk_output, rotary)
+        output: Tensor = self.layers[str(head)](trunk_output, context)
         return output

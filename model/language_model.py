@@ -1,4 +1,4 @@
-"""The whole model: trunk, heads and the rotary table they share.
+"""The whole model: trunk, heads, and the positions and mask they share.
 
 Legend: B batch, S sequence, H hidden, V vocabulary, V' this rank's share of it.
 """
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from model.attention import CoreAttention
 from model.config import ModelConfig
+from model.documents import causal_mask_within, positions_within
 from model.heads import Heads
 from model.initialization import initial_weight
 from model.kv_cache import KVCache
-from model.layers import Checkpointing, transformer_config
+from model.layers import Checkpointing, LayerContext, transformer_config
 from model.loss import VocabularyShard
 from model.rotary import RotaryTable
 from model.sharding import mark_split_parameters
@@ -74,18 +75,46 @@ class MultiTokenModel(nn.Module):
         size = parallel_state.get_tensor_model_parallel_world_size()
         return VocabularyShard.of_rank(self.config.vocab_size // size, group)
 
-    def forward(self, tokens: Tensor, then: Callable[[Tensor], Any] | None = None) -> Any:
+    def context(
+        self, length: int, device: torch.device, documents: Tensor | None = None
+    ) -> LayerContext:
+        """Positions and mask of S positions, for the trunk's layers and every head's.
+
+        Args:
+            length: S.
+            device: where the layers run.
+            documents: `[B, S]` integers, rising along each row: which of the row's documents a
+                token belongs to. Positions then count from the start of each document, and none
+                sees another document. None: each row is one text.
+        """
+        if documents is None:
+            return LayerContext(self.rotary.sequence(length, device))
+        documents = documents.to(device)
+        assert documents.shape[1] == length, (documents.shape, length)
+        return LayerContext(
+            self.rotary.angles(positions_within(documents)), causal_mask_within(documents)
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        then: Callable[[Tensor], Any] | None = None,
+        *,
+        documents: Tensor | None = None,
+    ) -> Any:
         """Run the trunk, and with `then` what follows it, inside one forward of this module.
 
         Args:
             tokens: `[B, S]` int64 ids.
             then: computes from z what the caller wants of it.
+            documents: `[B, S]` which document of its row a token belongs to, see `context`; the
+                heads need the same ones.
 
         Returns:
             z `[S, B, H]`, or what `then(z)` returned.
         """
-        rotary = self.rotary.sequence(tokens.shape[1], tokens.device)
-        trunk_output = self.trunk(tokens, rotary)
+        context = self.context(tokens.shape[1], tokens.device, documents)
+        trunk_output = self.trunk(tokens, context)
         return trunk_output if then is None else then(trunk_output)
 
     @torch.no_grad()
@@ -111,9 +140,9 @@ class MultiTokenModel(nn.Module):
         """
         self.use_cache(cache)
         try:
-            rotary = self.rotary.angles(cache.begin(tokens.shape[1]))
-            trunk_output = self.trunk(tokens, rotary)
-            outputs = [self.heads.hidden(k, trunk_output, rotary) for k in heads]
+            context = LayerContext(self.rotary.angles(cache.begin(tokens.shape[1])))
+            trunk_output = self.trunk(tokens, context)
+            outputs = [self.heads.hidden(k, trunk_output, context) for k in heads]
         finally:
             self.use_cache(None)
         outputs = [output.transpose(0, 1) for output in outputs]

@@ -1,10 +1,10 @@
 """Transformer layers: megatron-core's, by layer spec, with our core attention.
 
-Legend: S sequence, B batch, H hidden.
+Legend: S sequence, B batch, H hidden, D head dimension.
 """
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,18 @@ from model.attention import CoreAttention
 from model.config import ModelConfig
 
 Checkpointing = Literal["none", "full", "selective"]
+
+
+class LayerContext(NamedTuple):
+    """What every layer needs besides its input, made once for a forward.
+
+    Attributes:
+        rotary: angles `[S, 1 or B, 1, D]`.
+        mask: `[B, 1, S, S]` bool, true where a query sees a key; None: all up to its position.
+    """
+
+    rotary: Tensor
+    mask: Tensor | None = None
 
 
 def transformer_config(
@@ -100,12 +112,12 @@ class Layer(nn.Module):
         self.block = build_module(layer_spec(config), config=config, layer_number=number)
         self.block.self_attention.core_attention.recompute = checkpointing == "selective"
 
-    def forward(self, hidden: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, context: LayerContext) -> Tensor:
         """Run the layer.
 
         Args:
             hidden: `[S, B, H]`.
-            rotary: angles `[S, 1 or B, 1, D]`.
+            context: positions and mask of the rows.
 
         Returns:
             `[S, B, H]`.
@@ -119,10 +131,12 @@ class Layer(nn.Module):
                 hidden = hidden.detach().requires_grad_()
             # Without dropout there is no random state to keep.
             return checkpoint(
-                self._run, hidden, rotary, use_reentrant=True, preserve_rng_state=False
+                self._run, hidden, context, use_reentrant=True, preserve_rng_state=False
             )
-        return self._run(hidden, rotary)
+        return self._run(hidden, context)
 
-    def _run(self, hidden: Tensor, rotary: Tensor) -> Tensor:
-        output, _ = self.block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+    def _run(self, hidden: Tensor, context: LayerContext) -> Tensor:
+        output, _ = self.block(
+            hidden_states=hidden, attention_mask=context.mask, rotary_pos_emb=context.rotary
+        )
         return output

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from model.layers import Checkpointing, Layer
+from model.layers import Checkpointing, Layer, LayerContext
 
 
 class Trunk(nn.Module):
@@ -42,17 +42,17 @@ class Trunk(nn.Module):
             {str(index): Layer(config, index + 1, checkpointing=checkpointing) for index in layers}
         )
 
-    def forward(self, tokens: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, context: LayerContext) -> Tensor:
         """Embed and transform.
 
         Args:
             tokens: `[B, S]` int64 ids.
-            rotary: angles `[S, 1 or B, 1, D]`.
+            context: positions and mask of the rows.
 
         Returns:
             z `[S, B, H]`, the same on all tensor-parallel ranks.
         """
         hidden = self.embedding(tokens).transpose(0, 1).contiguous()
         for layer in self.layers.values():
-            hidden = layer(hidden, rotary)
+            hidden = layer(hidden, context)
         return hidden

@@ -274,11 +274,11 @@ class Engine:
 
     def _evaluate_batch(self, labels: Tensor, trunk_output: Tensor) -> Tensor:
         """`[3 * n]`: loss sums, target counts, and positions where heads 1 .. k all agree."""
-        rotary = self.model.rotary.sequence(trunk_output.shape[0], trunk_output.device)
+        context = self.model.context(trunk_output.shape[0], trunk_output.device)
         norm, unembedding = self.model.heads.readout()
         losses, predictions = [], []
         for head, targets in zip(self.model.heads.numbers, labels, strict=True):
-            hidden = self.model.heads.hidden(head, trunk_output, rotary)
+            hidden = self.model.heads.hidden(head, trunk_output, context)
             loss, best = loss_and_predictions(
                 self.model.heads.readout.normalize(hidden, norm).flatten(0, 1),
                 unembedding,

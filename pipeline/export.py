@@ -227,8 +227,8 @@ def _logits(model: "MultiTokenModel", tokens: "Tensor") -> "Tensor":
 
     with torch.no_grad():
         trunk_output = model(tokens)
-        rotary = model.rotary.sequence(tokens.shape[1], tokens.device)
-        hidden = [model.heads.hidden(k, trunk_output, rotary) for k in model.heads.numbers]
+        context = model.context(tokens.shape[1], tokens.device)
+        hidden = [model.heads.hidden(k, trunk_output, context) for k in model.heads.numbers]
         return model.logits(torch.stack(hidden).transpose(1, 2))
 
 

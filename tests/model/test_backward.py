@@ -11,26 +11,10 @@ from model.backward import MicroBatchResult, joint_backward, sequential_backward
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
 from model.loss import IGNORED
-from model.process_groups import ensure_single_process
-from tests.model.tiny import tiny_config, tiny_weights
+from tests.model.tiny import tiny_config, training_model
 
 BATCH, SEQUENCE, HEADS = 2, 10, 3
 Backward = Callable[..., MicroBatchResult]
-
-
-def training_model(
-    activation_checkpointing: Checkpointing = "none", heads: int = HEADS, layers: int = 5
-) -> MultiTokenModel:
-    """A tiny model in float64 in the state in which training has it; always the same weights."""
-    ensure_single_process()
-    config = tiny_config(layers=layers, future_tokens=heads)
-    model = MultiTokenModel(
-        config, dtype=torch.float64, activation_checkpointing=activation_checkpointing
-    )
-    with torch.no_grad():
-        for name, weight in tiny_weights(config).items():
-            model.get_parameter(name).copy_(weight)
-    return model
 
 
 def make_batch(heads: int = HEADS) -> tuple[Tensor, Tensor]:
@@ -83,10 +67,11 @@ def test_joint_gradients_are_those_of_plain_autograd() -> None:
     model.zero_grad()
     trunk_output = model(tokens)
     norm, unembedding = model.heads.readout()
-    rotary = model.rotary.sequence(SEQUENCE, tokens.device)
+    context = model.context(SEQUENCE, tokens.device)
     sums = []
     for head in model.heads.numbers:
-        hidden = model.heads.readout.normalize(model.heads.hidden(head, trunk_output, rotary), norm)
+        hidden = model.heads.hidden(head, trunk_output, context)
+        hidden = model.heads.readout.normalize(hidden, norm)
         logits = (hidden @ unembedding.t()).permute(1, 2, 0)  # [B, V, S]
         sums.append(torch.nn.functional.cross_entropy(logits, labels[head - 1], reduction="sum"))
     total = torch.stack(sums)

@@ -10,7 +10,9 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.hf_format import build_model
 from model.language_model import MultiTokenModel
+from model.layers import Checkpointing
 from model.parameter_shapes import parameter_shapes
+from model.process_groups import ensure_single_process
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -46,12 +48,27 @@ def tiny_model(
     return build_model(config, (weights or tiny_weights(config)).items(), dtype)
 
 
+def training_model(
+    activation_checkpointing: Checkpointing = "none", heads: int = 3, layers: int = 5
+) -> MultiTokenModel:
+    """A tiny model in float64 in the state in which training has it; always the same weights."""
+    ensure_single_process()
+    config = tiny_config(layers=layers, future_tokens=heads)
+    model = MultiTokenModel(
+        config, dtype=torch.float64, activation_checkpointing=activation_checkpointing
+    )
+    with torch.no_grad():
+        for name, weight in tiny_weights(config).items():
+            model.get_parameter(name).copy_(weight)
+    return model
+
+
 @torch.no_grad()
-def head_logits(model: MultiTokenModel, tokens: Tensor) -> Tensor:
+def head_logits(model: MultiTokenModel, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
     """`[n, B, S, V]` logits of all heads from the forward that training runs, without a cache."""
-    trunk_output = model(tokens)
-    rotary = model.rotary.sequence(tokens.shape[1], tokens.device)
-    hidden = [model.heads.hidden(k, trunk_output, rotary) for k in model.heads.numbers]
+    trunk_output = model(tokens, documents=documents)
+    context = model.context(tokens.shape[1], tokens.device, documents)
+    hidden = [model.heads.hidden(k, trunk_output, context) for k in model.heads.numbers]
     return model.logits(torch.stack(hidden).transpose(1, 2))
 
 

@@ -1,0 +1,144 @@
+"""Documents in one row: each is computed as if it were alone."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.backward import joint_backward, sequential_backward
+from model.documents import causal_mask_within, positions_within
+from model.language_model import MultiTokenModel
+from model.layers import Checkpointing
+from model.loss import IGNORED
+from tests.model.tiny import head_logits, tiny_config, tiny_model, training_model
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
+LENGTHS = ((4, 1, 5), (2, 8))  # of the documents of each row
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
+TOLERANCE = 1e-12  # float64; sums of masked and of shorter rows run in another order
+
+
+def parts() -> list[tuple[int, slice]]:
+    """Row and columns of every document."""
+    found = []
+    for row, lengths in enumerate(LENGTHS):
+        start = 0
+        for length in lengths:
+            found.append((row, slice(start, start + length)))
+            start += length
+    return found
+
+
+def masked_labels(heads: int) -> Tensor:
+    """Labels `[n, B, S]` that stay within their document, as the loader makes them."""
+    labels = torch.full((heads, *TOKENS.shape), IGNORED)
+    for row, place in parts():
+        for head in range(1, heads + 1):
+            last = place.stop - head
+            if last > place.start:
+                labels[head - 1, row, place.start : last] = TOKENS[
+                    row, place.start + head : place.stop
+                ]
+    return labels
+
+
+def test_positions_and_mask_of_a_row() -> None:
+    """Positions start again with each document; a query sees its own document up to itself."""
+    row = torch.tensor([[0, 0, 0, 1, 1, 2]], dtype=torch.int32)
+    assert positions_within(row).tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert causal_mask_within(row)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_document_in_a_row_is_the_document_alone(kv_heads: int, heads: int) -> None:
+    """Logits of every head, with grouped and with full keys."""
+    model = tiny_model(tiny_config(kv_heads=kv_heads, future_tokens=heads))
+    packed = head_logits(model, TOKENS, DOCUMENTS)
+    for row, place in parts():
+        alone = head_logits(model, TOKENS[row : row + 1, place])
+        torch.testing.assert_close(packed[:, row, place], alone[:, 0], rtol=0, atol=TOLERANCE)
+
+
+def test_one_document_is_a_plain_row() -> None:
+    """With one document a row, the mask and its positions change nothing."""
+    model = tiny_model(tiny_config())
+    plain = head_logits(model, TOKENS)
+    one = head_logits(model, TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
+    torch.testing.assert_close(one, plain, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("place", range(10))
+def test_another_token_changes_its_own_document_alone(place: int) -> None:
+    """Exactly nothing changes in the row's other documents, nor before the token, for any head."""
+    model = tiny_model(tiny_config())
+    changed = TOKENS.clone()
+    changed[0, place] = 19
+    difference = head_logits(model, changed, DOCUMENTS) - head_logits(model, TOKENS, DOCUMENTS)
+    reached = (DOCUMENTS[0] == DOCUMENTS[0, place]) & (torch.arange(10) >= place)
+    assert bool((difference[:, 0, ~reached] == 0).all())
+    assert bool((difference[:, 0, reached].abs().amax(-1) > 1e-6).all())
+    assert bool((difference[:, 1] == 0).all())
+
+
+def test_positions_alone_do_not_keep_documents_apart() -> None:
+    """With positions that start again but the plain mask, an earlier document changes later ones.
+
+    Resetting positions is sometimes taken for document masking; this is what it lacks.
+    """
+    model = tiny_model(tiny_config())
+
+    def outputs(tokens: Tensor) -> Tensor:
+        context = model.context(10, tokens.device, DOCUMENTS)._replace(mask=None)
+        trunk_output = model.trunk(tokens, context)
+        return torch.stack([model.heads.hidden(k, trunk_output, context) for k in (1, 4)])
+
+    changed = TOKENS.clone()
+    changed[0, 0] = 19
+    difference = (outputs(changed) - outputs(TOKENS))[:, :, 0].abs().amax(-1)
+    assert bool((difference[:, 4:] > 1e-3).all())
+
+
+def gradients(
+    model: MultiTokenModel, rows: Sequence[tuple[Tensor, Tensor, Tensor | None]], sequential: bool
+) -> dict[str, Tensor]:
+    """Every parameter's gradient after micro-batches of tokens, labels and documents."""
+    backward = sequential_backward if sequential else joint_backward
+    model.zero_grad()
+    scales = torch.linspace(0.5, 2.0, len(model.heads.numbers), dtype=torch.float64)
+    for tokens, labels, documents in rows:
+        trunk_output = model(tokens, documents=documents)
+        backward(
+            model, trunk_output, labels, scales, chunk_tokens=7, documents=documents
+        ).remainder.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_gradients_of_a_row_are_those_of_its_documents(
+    checkpointing: Checkpointing, sequential: bool, heads: int
+) -> None:
+    """Of every parameter, against one micro-batch for each document, whatever is recomputed."""
+    labels = masked_labels(heads)
+    model = training_model(checkpointing, heads=heads)
+    packed = gradients(model, [(TOKENS, labels, DOCUMENTS)], sequential)
+    alone = [
+        (TOKENS[row : row + 1, place], labels[:, row : row + 1, place], None)
+        for row, place in parts()
+    ]
+    expected = gradients(training_model(heads=heads), alone, sequential=False)
+    assert packed.keys() == expected.keys()
+    assert len(packed) == len(list(model.parameters()))
+    for name, wanted in expected.items():
+        assert float(wanted.abs().max()) > 1e-6, name
+        torch.testing.assert_close(packed[name], wanted, rtol=0, atol=TOLERANCE)
