@@ -1,18 +1,24 @@
 """Core attention on torch's scaled_dot_product_attention, in the place of megatron's.
 
 Megatron's `DotProductAttention` needs CUDA and materialises the scores. This one runs torch's flash
-kernels on GPU and CPU, and reads a KV cache when decoding.
+kernels on GPU and CPU, torch's flex attention for rows of several documents on a GPU, and reads a
+KV cache when decoding.
 
 Legend: S sequence, B batch, A attention heads, G key-value heads, D head dimension; A and G are
 this tensor-parallel rank's share.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from model.documents import AttentionMask
 from model.kv_cache import KVCache
 
 
@@ -40,7 +46,7 @@ class CoreAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: AttentionMask | None = None,
         **_: Any,
     ) -> Tensor:
         """Attend.
@@ -49,8 +55,8 @@ class CoreAttention(nn.Module):
             query: `[S, B, A, D]`, rotary applied.
             key: `[S, B, G, D]`, rotary applied.
             value: `[S, B, G, D]`.
-            attention_mask: `[B, 1, S, S]` bool, true where a query sees a key; None: all keys
-                up to its own position. Not used while decoding.
+            attention_mask: which keys a query sees; None: all up to its own position. Not used
+                while decoding.
 
         Returns:
             `[S, B, A * D]`.
@@ -78,7 +84,9 @@ class CoreAttention(nn.Module):
         return _merge_heads(out)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+    if isinstance(mask, BlockMask):
+        return _block_attention(query, key, value, mask)
     out = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
@@ -88,6 +96,27 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return _merge_heads(out)
+
+
+def _block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """The same, visiting only the blocks of queries and keys that the mask lists."""
+    attend: Callable[..., Tensor] = flex_attention
+    if query.is_cuda:
+        attend = _compiled_flex_attention()
+    out = attend(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        block_mask=mask,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return _merge_heads(out)
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Flex attention as one kernel; uncompiled it materialises the scores."""
+    return torch.compile(flex_attention)
 
 
 def _merge_heads(out: Tensor) -> Tensor:

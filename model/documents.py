@@ -3,11 +3,21 @@
 Positions alone do not keep documents apart: rotary embeddings only turn queries and keys, and a
 query still sees every key before it. It is the mask that does.
 
-Legend: B batch, S sequence.
+The mask has two forms. On the CPU it is a bool per query and key. On a GPU it lists blocks of
+128 x 128 queries and keys for torch's flex attention, which visits only the blocks in which some
+query sees some key and keeps no scores, so memory stays linear in S.
+
+Legend: B batch, S sequence, N blocks in a row.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+AttentionMask = Tensor | BlockMask
+BLOCK = 128  # torch's default, for which its kernels are tuned
+SMALLEST_HEAD = 16  # head dimension from which torch's flex attention has GPU kernels
 
 
 def positions_within(documents: Tensor) -> Tensor:
@@ -25,14 +35,63 @@ def positions_within(documents: Tensor) -> Tensor:
     return places - starts.cummax(dim=1).values
 
 
-def causal_mask_within(documents: Tensor) -> Tensor:
-    """Which keys each query sees: those of its own document, up to itself.
+def attention_mask(documents: Tensor, head_dim: int) -> AttentionMask:
+    """Which keys each query sees, those of its own document up to itself, as the device wants it.
 
     Args:
         documents: `[B, S]` integers, rising along each row.
+        head_dim: of queries and keys.
 
     Returns:
-        `[B, 1, S, S]` bool, queries before keys.
+        Blocks on a GPU, bools on a CPU and for heads that flex attention cannot take.
     """
+    if documents.is_cuda and head_dim >= SMALLEST_HEAD:
+        return blocks_within(documents)
+    return bools_within(documents)
+
+
+def bools_within(documents: Tensor) -> Tensor:
+    """The mask as `[B, 1, S, S]` bool, queries before keys, true where a query sees a key."""
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return same.tril().unsqueeze(1)
+
+
+def blocks_within(documents: Tensor) -> BlockMask:
+    """The mask as blocks, from the documents at the blocks' borders alone.
+
+    Documents rise along a row. So a block of queries sees something of an earlier block of keys
+    when that one's last document is the queries' first one, and all of it when the keys' first
+    document is the queries' last one. Asking the mask about every pair of positions, as torch's
+    `create_block_mask` does, gives the same lists and takes S x S memory.
+
+    Args:
+        documents: `[B, S]` integers, rising along each row.
+    """
+    length = documents.shape[1]
+    blocks = -(-length // BLOCK)
+    padded = F.pad(documents, (0, blocks * BLOCK - length))
+    first = padded[:, ::BLOCK]  # [B, N]
+    last = torch.cat([padded[:, BLOCK - 1 : -1 : BLOCK], documents[:, -1:]], dim=1)
+    earlier = torch.ones(blocks, blocks, dtype=torch.bool, device=documents.device).tril(-1)
+    seen = (last[:, None, :] == first[:, :, None]) & earlier
+    whole = (first[:, None, :] == last[:, :, None]) & earlier
+    whole[:, length // BLOCK :] = False  # the last queries, when they do not fill their block
+    partial = (seen & ~whole) | torch.eye(blocks, dtype=torch.bool, device=documents.device)
+
+    def visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[row, query] == documents[row, key])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(partial),
+        *_listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(length, length),
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen blocks `[B, N, N]` as counts `[B, 1, N]` and numbers, those first, `[B, 1, N, N]`."""
+    chosen = blocks.unsqueeze(1).to(torch.int32)
+    order = chosen.argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)

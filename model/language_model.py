@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.attention import CoreAttention
 from model.config import ModelConfig
-from model.documents import causal_mask_within, positions_within
+from model.documents import attention_mask, positions_within
 from model.heads import Heads
 from model.initialization import initial_weight
 from model.kv_cache import KVCache
@@ -92,7 +92,8 @@ class MultiTokenModel(nn.Module):
         documents = documents.to(device)
         assert documents.shape[1] == length, (documents.shape, length)
         return LayerContext(
-            self.rotary.angles(positions_within(documents)), causal_mask_within(documents)
+            self.rotary.angles(positions_within(documents)),
+            attention_mask(documents, self.config.head_dim),
         )
 
     def forward(

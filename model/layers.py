@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import CoreAttention
 from model.config import ModelConfig
+from model.documents import AttentionMask
 
 Checkpointing = Literal["none", "full", "selective"]
 
@@ -26,11 +27,11 @@ class LayerContext(NamedTuple):
 
     Attributes:
         rotary: angles `[S, 1 or B, 1, D]`.
-        mask: `[B, 1, S, S]` bool, true where a query sees a key; None: all up to its position.
+        mask: which keys a query sees; None: all up to its own position.
     """
 
     rotary: Tensor
-    mask: Tensor | None = None
+    mask: AttentionMask | None = None
 
 
 def transformer_config(

@@ -176,14 +176,24 @@ class Engine:
 
             def joint(trunk_output: Tensor) -> tuple[Tensor, Tensor]:
                 return joint_backward(
-                    self.model, trunk_output, batch.labels, scales, chunk_tokens=chunk
+                    self.model,
+                    trunk_output,
+                    batch.labels,
+                    scales,
+                    chunk_tokens=chunk,
+                    documents=batch.documents,
                 )
 
-            sums, remainder = self._engine(batch.tokens, joint)
+            sums, remainder = self._engine(batch.tokens, joint, documents=batch.documents)
         else:
-            trunk_output = self._engine(batch.tokens)
+            trunk_output = self._engine(batch.tokens, documents=batch.documents)
             sums, remainder = sequential_backward(
-                self.model, trunk_output, batch.labels, scales, chunk_tokens=chunk
+                self.model,
+                trunk_output,
+                batch.labels,
+                scales,
+                chunk_tokens=chunk,
+                documents=batch.documents,
             )
         self._engine.backward(remainder, scale_wrt_gas=False)
         return sums.float()
@@ -242,9 +252,11 @@ class Engine:
             optimizer.averaged_gradients = {}
 
     def _to_device(self, batch: Batch) -> Batch:
-        device = self.topology.device
+        device, documents = self.topology.device, batch.documents
         return Batch(
-            *(part if part is None else part.to(device, non_blocking=True) for part in batch)
+            batch.tokens.to(device, non_blocking=True),
+            batch.labels.to(device, non_blocking=True),
+            None if documents is None else documents.to(device, non_blocking=True),
         )
 
     def _global_sum(self, tensor: Any) -> Tensor:
@@ -263,8 +275,8 @@ class Engine:
         with torch.no_grad():
             for batch in batches:
                 batch = self._to_device(batch)
-                evaluate = functools.partial(self._evaluate_batch, batch.labels)
-                sums += self._engine(batch.tokens, evaluate)
+                evaluate = functools.partial(self._evaluate_batch, batch)
+                sums += self._engine(batch.tokens, evaluate, documents=batch.documents)
         self._engine.train()
         losses, counts, agreed = self._global_sum(sums).view(3, heads)
         positions = agreed[0].clamp(min=1)
@@ -272,12 +284,12 @@ class Engine:
             (losses / counts.clamp(min=1)).tolist(), float((agreed / positions).sum())
         )
 
-    def _evaluate_batch(self, labels: Tensor, trunk_output: Tensor) -> Tensor:
+    def _evaluate_batch(self, batch: Batch, trunk_output: Tensor) -> Tensor:
         """`[3 * n]`: loss sums, target counts, and positions where heads 1 .. k all agree."""
-        context = self.model.context(trunk_output.shape[0], trunk_output.device)
+        context = self.model.context(trunk_output.shape[0], trunk_output.device, batch.documents)
         norm, unembedding = self.model.heads.readout()
         losses, predictions = [], []
-        for head, targets in zip(self.model.heads.numbers, labels, strict=True):
+        for head, targets in zip(self.model.heads.numbers, batch.labels, strict=True):
             hidden = self.model.heads.hidden(head, trunk_output, context)
             loss, best = loss_and_predictions(
                 self.model.heads.readout.normalize(hidden, norm).flatten(0, 1),
@@ -288,8 +300,9 @@ class Engine:
             )
             losses.append(loss)
             predictions.append(best.view(trunk_output.shape[:2]))
-        counts = (labels != IGNORED).sum((1, 2))
-        agreed = agreement_counts(torch.stack(predictions), (labels[0] != IGNORED).t())
+        valid = batch.labels != IGNORED
+        counts = valid.sum((1, 2))
+        agreed = agreement_counts(torch.stack(predictions), valid.transpose(1, 2))
         return torch.cat([torch.stack(losses).double(), counts.double(), agreed.double()])
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -338,20 +351,23 @@ def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
 
     Head k at position t and head 1 at position t + k - 1 predict the same token t + k. With three
     heads, position t counts for k = 3 when head 2 at t equals head 1 at t+1 and head 3 at t equals
-    head 1 at t+2. Positions whose comparison would leave the window are left out.
+    head 1 at t+2. Positions whose comparison would leave the window are left out. A token past the
+    end of the position's document is no agreement: decoding stops there.
 
     Args:
         predictions: `[n, S, B]` most likely tokens.
-        valid: `[S, B]` bool, false for padding.
+        valid: `[n, S, B]` bool, whether head k has a target at t: false for padding, and with
+            masked documents past the document's end.
 
     Returns:
         `[n]` counts, never rising; the first is the number of positions compared.
     """
     heads, length = predictions.shape[0], predictions.shape[1]
     compared = length - heads + 1
-    agree = valid[:compared].clone()
+    agree = valid[0, :compared].clone()
     counts = []
     for index in range(heads):
+        agree &= valid[index, :compared]
         agree &= predictions[index, :compared] == predictions[0, index : index + compared]
         counts.append(agree.sum())
     return torch.stack(counts)

@@ -26,6 +26,7 @@ class Case:
     bucket: int = DEFAULT_BUCKET
     backward: str = "sequential"
     checkpointing: str = "none"
+    documents: bool = False
 
 
 def engine_config(case: Case) -> RunConfig:
@@ -44,7 +45,11 @@ def engine_config(case: Case) -> RunConfig:
                 "future_tokens": HEADS,
                 "head_weights": [1.0, 0.5, 2.0],
             },
-            "data": {"shards": "unused", "sequence_length": SEQUENCE},
+            "data": {
+                "shards": "unused",
+                "sequence_length": SEQUENCE,
+                "document_mask": case.documents,
+            },
             "parallel": {
                 "tensor": case.tensor,
                 "zero": case.zero,
@@ -78,13 +83,41 @@ def global_batch(step: int) -> tuple[Tensor, Tensor]:
     return window[:, :SEQUENCE], labels
 
 
+def global_documents(step: int) -> Tensor:
+    """Numbers `[B, S]` of a step's documents, which are of any length from one token on."""
+    generator = torch.Generator().manual_seed(100 + step)
+    starts = torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator) < 0.3
+    starts[:, 0] = False
+    return starts.cumsum(1, dtype=torch.int32)
+
+
+def within_documents(labels: Tensor, documents: Tensor) -> Tensor:
+    """Labels without the targets that lie in another document than their position."""
+    labels, length = labels.clone(), documents.shape[1]
+    for head in range(1, labels.shape[0] + 1):
+        # past the row's end its last document may go on, and here it does
+        reached = documents[:, [min(t + head, length - 1) for t in range(length)]]
+        labels[head - 1][reached != documents] = -100
+    return labels
+
+
 def local_batches(step: int, case: Case, data_rank: int) -> list[Batch]:
     """One rank's micro-batches of a step, dealt as the loader deals them."""
     tokens, labels = global_batch(step)
+    documents = global_documents(step) if case.documents else None
+    if documents is not None:
+        labels = within_documents(labels, documents)
     data_size = case.world // case.tensor
     micro = GLOBAL_BATCH // (data_size * case.accumulation)
     starts = [(a * data_size + data_rank) * micro for a in range(case.accumulation)]
-    return [Batch(tokens[s : s + micro], labels[:, s : s + micro]) for s in starts]
+    return [
+        Batch(
+            tokens[s : s + micro],
+            labels[:, s : s + micro],
+            None if documents is None else documents[s : s + micro],
+        )
+        for s in starts
+    ]
 
 
 def whole(name: str, part: Tensor, topology: Topology) -> Tensor:

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from model.backward import joint_backward, sequential_backward
-from model.documents import causal_mask_within, positions_within
+from model.documents import BLOCK, blocks_within, bools_within, positions_within
 from model.language_model import MultiTokenModel
-from model.layers import Checkpointing
+from model.layers import Checkpointing, LayerContext
 from model.loss import IGNORED
 from tests.model.tiny import head_logits, tiny_config, tiny_model, training_model
 
@@ -47,7 +50,7 @@ def test_positions_and_mask_of_a_row() -> None:
     """Positions start again with each document; a query sees its own document up to itself."""
     row = torch.tensor([[0, 0, 0, 1, 1, 2]], dtype=torch.int32)
     assert positions_within(row).tolist() == [[0, 1, 2, 0, 1, 0]]
-    assert causal_mask_within(row)[0, 0].int().tolist() == [
+    assert bools_within(row)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -142,3 +145,50 @@ def test_gradients_of_a_row_are_those_of_its_documents(
     for name, wanted in expected.items():
         assert float(wanted.abs().max()) > 1e-6, name
         torch.testing.assert_close(packed[name], wanted, rtol=0, atol=TOLERANCE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4 * BLOCK), st.data())
+def test_blocks_are_those_of_every_pair_of_positions(length: int, data: st.DataObject) -> None:
+    """The lists made from the blocks' borders equal torch's, which asks about all S x S pairs."""
+    starts = data.draw(st.lists(st.lists(st.integers(1, length)), min_size=1, max_size=2))
+    documents = torch.zeros(len(starts), length + 1, dtype=torch.int32)
+    for row, places in enumerate(starts):
+        documents[row, places] = 1
+    documents = documents.cumsum(1, dtype=torch.int32)[:, :length]
+    every_pair = bools_within(documents)
+    found = blocks_within(documents)
+    expected = create_block_mask(
+        lambda row, _, query, key: every_pair[row, 0, query, key],
+        len(starts),
+        None,
+        length,
+        length,
+        device="cpu",
+    )
+    assert found.seq_lengths == expected.seq_lengths
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        for part in ("num_blocks", "indices"):
+            name = f"{kind}_{part}"
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@torch.no_grad()
+def test_blocks_give_the_outputs_of_bools(kv_heads: int, checkpointing: Checkpointing) -> None:
+    """Flex attention (here without its kernel) in every layer of trunk and heads.
+
+    It has no backward on a CPU.
+    """
+    model = training_model(checkpointing, kv_heads=kv_heads)
+    bools = model.context(10, TOKENS.device, DOCUMENTS)
+    assert isinstance(bools.mask, Tensor)
+    blocks = bools._replace(mask=blocks_within(DOCUMENTS))
+
+    def outputs(context: LayerContext) -> Tensor:
+        trunk_output = model.trunk(TOKENS, context)
+        return torch.stack([model.heads.hidden(k, trunk_output, context) for k in (1, 2, 3)])
+
+    torch.testing.assert_close(outputs(blocks), outputs(bools), rtol=0, atol=TOLERANCE)

@@ -49,11 +49,14 @@ def tiny_model(
 
 
 def training_model(
-    activation_checkpointing: Checkpointing = "none", heads: int = 3, layers: int = 5
+    activation_checkpointing: Checkpointing = "none",
+    heads: int = 3,
+    layers: int = 5,
+    kv_heads: int = 2,
 ) -> MultiTokenModel:
     """A tiny model in float64 in the state in which training has it; always the same weights."""
     ensure_single_process()
-    config = tiny_config(layers=layers, future_tokens=heads)
+    config = tiny_config(layers=layers, future_tokens=heads, kv_heads=kv_heads)
     model = MultiTokenModel(
         config, dtype=torch.float64, activation_checkpointing=activation_checkpointing
     )

@@ -2,11 +2,12 @@
 
 Each case is compared with the joint loss of one process without ZeRO over four optimizer steps;
 one step would not show gradients that leak into the next one. The second step leaves some targets
-of head 2 out, unevenly over the ranks, so that a normalisation by local counts would show.
+of head 2 out, unevenly over the ranks, so that a normalisation by local counts would show. Cases
+with masked documents, whose rows lack targets of every head, have a reference of their own.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -66,13 +67,21 @@ OTHER_CASES = [
     Case(world=2, zero=3, checkpointing="selective"),
     Case(world=2, tensor=2, zero=1, accumulation=2, checkpointing="full"),
 ]
+DOCUMENT_CASES = [
+    Case(documents=True),
+    Case(world=2, zero=1, documents=True),
+    Case(world=2, zero=2, accumulation=2, documents=True, backward="joint", bucket=TINY_BUCKET),
+    Case(world=2, zero=3, documents=True, checkpointing="full"),
+    Case(world=2, tensor=2, documents=True, checkpointing="selective"),
+    Case(world=4, tensor=2, zero=3, accumulation=2, documents=True, bucket=TINY_BUCKET),
+]
 
 
 def _name(case: Case) -> str:
     bucket = "tiny" if case.bucket == TINY_BUCKET else "default"
     return (
         f"world{case.world}-tp{case.tensor}-zero{case.zero}-acc{case.accumulation}-{bucket}"
-        f"-{case.backward}-{case.checkpointing}"
+        f"-{case.backward}-{case.checkpointing}{'-documents' * case.documents}"
     )
 
 
@@ -102,8 +111,8 @@ def _train(case: Case) -> list[Step]:
 
 
 @cache
-def _reference() -> list[Step]:
-    return run_ranks(1, _train, REFERENCE)[0]
+def _reference(documents: bool) -> list[Step]:
+    return run_ranks(1, _train, replace(REFERENCE, documents=documents))[0]
 
 
 def _relative(actual: Any, expected: Any) -> float:
@@ -111,11 +120,13 @@ def _relative(actual: Any, expected: Any) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("case", ZERO_CASES + TENSOR_CASES + OTHER_CASES, ids=_name)
+@pytest.mark.parametrize(
+    "case", ZERO_CASES + TENSOR_CASES + OTHER_CASES + DOCUMENT_CASES, ids=_name
+)
 def test_layout_gives_the_gradients_of_one_process(case: Case) -> None:
     """Head losses, every parameter's gradient and the global norm agree over four steps."""
     ranks = run_ranks(case.world, _train, case)
-    for step, expected in zip(ranks[0], _reference(), strict=True):
+    for step, expected in zip(ranks[0], _reference(case.documents), strict=True):
         assert _relative(step.head_losses, expected.head_losses) < TOLERANCE
         assert _relative(step.grad_norm, expected.grad_norm) < TOLERANCE
         assert step.gradients.keys() == expected.gradients.keys()

@@ -1,0 +1,57 @@
+"""Evaluation by the engine: losses and head agreement, with and without masked documents."""
+
+import os
+
+import pytest
+import torch
+
+from data_prep.loader import Batch
+from pipeline.engine import Engine, EvalResult, agreement_counts
+from pipeline.launch import rank_info
+from pipeline.topology import Topology
+from tests.engine_cases import Case, engine_config, global_batch, global_documents, within_documents
+from tests.harness import run_ranks
+
+
+def test_agreement_of_heads() -> None:
+    """Worked example: three heads, five positions of one row.
+
+    Head 2 at t must predict what head 1 predicts at t+1, and head 3 what head 1 predicts at t+2.
+    Of the three positions that can be compared, 0 and 2 agree for head 2 and only 0 for head 3.
+    """
+    predictions = torch.tensor([[7, 8, 9, 5, 6], [8, 0, 5, 6, 0], [9, 5, 0, 0, 0]]).unsqueeze(2)
+    valid = torch.ones(3, 5, 1, dtype=torch.bool)
+    assert agreement_counts(predictions, valid).tolist() == [3, 2, 1]
+
+
+def test_agreement_ends_with_the_document() -> None:
+    """The same, where tokens 3 and 4 begin another document: head 3 at 0 and head 2 at 1 reach it.
+
+    Position 2 has no target at all and is not compared.
+    """
+    predictions = torch.tensor([[7, 8, 9, 5, 6], [8, 9, 5, 6, 0], [9, 5, 0, 0, 0]]).unsqueeze(2)
+    valid = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [0, 0, 0, 1, 1]]).bool().unsqueeze(2)
+    assert agreement_counts(predictions, valid).tolist() == [2, 1, 0]
+
+
+def _evaluate(case: Case) -> tuple[EvalResult, EvalResult]:
+    """Of rows of several documents, and of the documents as rows of their own."""
+    topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
+    engine = Engine(engine_config(case), topology, "fp32")
+    tokens, labels = global_batch(0)
+    documents = global_documents(0)
+    labels = within_documents(labels, documents)
+    alone = []
+    for row in range(len(tokens)):
+        for document in documents[row].unique():
+            place = documents[row] == document
+            alone.append(Batch(tokens[row : row + 1, place], labels[:, row : row + 1, place]))
+    assert len(alone) > 2 * len(tokens)
+    return engine.evaluate([Batch(tokens, labels, documents)]), engine.evaluate(alone)
+
+
+@pytest.mark.parametrize("case", [Case(documents=True), Case(2, tensor=2, zero=3, documents=True)])
+def test_documents_are_evaluated_as_if_alone(case: Case) -> None:
+    """The losses of all heads, up to the rounding of fp32."""
+    for packed, alone in run_ranks(case.world, _evaluate, case):
+        assert packed.head_losses == pytest.approx(alone.head_losses, rel=1e-5)
