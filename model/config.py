@@ -6,6 +6,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
+from model.rope_scaling import RopeScaling
+
 _FFN_MULTIPLE = 256
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -55,6 +57,7 @@ class ModelConfig(BaseModel):
         ffn_hidden_size: width of the feed-forward layer; 8/3 of the hidden size, rounded up to a
             multiple of 256, unless given.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: scaling of those frequencies, for a model that was imported with one.
         norm_eps: epsilon of every RMSNorm.
         init_std: standard deviation of the initial weights.
         embedding_init_std: the same for the embedding; `init_std` unless given. A small model
@@ -72,6 +75,7 @@ class ModelConfig(BaseModel):
     kv_heads: PositiveInt = Field(default_factory=_default_kv_heads)
     ffn_hidden_size: PositiveInt = Field(default_factory=_default_ffn_hidden_size)
     rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)
     embedding_init_std: float = Field(default_factory=_default_embedding_init_std, gt=0)

@@ -31,6 +31,7 @@ from model.export_folder import (
     write_record,
     written_aside,
 )
+from model.hf_config import CONFIG_NAME, llama_config
 from model.hf_names import EXTRA_HEADS, hf_names, hf_shapes, join, split
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import checked_parameters, parameter_shapes
@@ -98,32 +99,12 @@ def hf_settings(description: ExportDescription) -> dict[str, dict[str, Any]]:
     """
     model, eos_id = description.model, description.eos_id
     return {
-        "config.json": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.hidden_size,
-            "intermediate_size": model.ffn_hidden_size,
-            "num_hidden_layers": model.trunk_layers + 1,
-            "num_attention_heads": model.attention_heads,
-            "num_key_value_heads": model.kv_heads,
-            "head_dim": model.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": description.sequence_length,
-            "initializer_range": model.init_std,
-            "rms_norm_eps": model.norm_eps,
-            "rope_theta": model.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "use_cache": True,
-            "bos_token_id": eos_id,
-            "eos_token_id": eos_id,
-            # transformers 4 reads torch_dtype, transformers 5 dtype
-            "torch_dtype": _HF_DTYPES[description.dtype],
-            "dtype": _HF_DTYPES[description.dtype],
-        },
+        CONFIG_NAME: llama_config(
+            model,
+            sequence_length=description.sequence_length,
+            dtype=_HF_DTYPES[description.dtype],
+        )
+        | {"bos_token_id": eos_id, "eos_token_id": eos_id},
         "generation_config.json": {"bos_token_id": eos_id, "eos_token_id": eos_id},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

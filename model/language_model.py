@@ -63,7 +63,7 @@ class MultiTokenModel(nn.Module):
             first_layer=config.trunk_layers + 1,
             checkpointing=activation_checkpointing,
         )
-        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
         self._attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
         self.to(dtype)  # megatron makes the norms of its local layers in float32
         mark_split_parameters(self)

@@ -6,6 +6,8 @@ Legend: S sequence, B batch, D head dimension.
 import torch
 from torch import Tensor
 
+from model.rope_scaling import RopeScaling
+
 
 class RotaryTable:
     """Angles of the rotary embedding for any positions, in float32.
@@ -16,12 +18,14 @@ class RotaryTable:
     Args:
         head_dim: D, even.
         theta: base of the geometric progression of wavelengths.
+        scaling: of the frequencies; None = none.
     """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> None:
         assert head_dim % 2 == 0, head_dim
         self.head_dim = head_dim
         self.theta = theta
+        self.scaling = scaling
         self._sequences: dict[tuple[int, torch.device], Tensor] = {}
 
     def angles(self, positions: Tensor) -> Tensor:
@@ -36,6 +40,8 @@ class RotaryTable:
         """
         exponents = torch.arange(0, self.head_dim, 2, device=positions.device).float()
         frequencies = 1.0 / self.theta ** (exponents / self.head_dim)
+        if self.scaling is not None:
+            frequencies = self.scaling.apply(frequencies)
         angles = positions.float().unsqueeze(-1) * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         if positions.dim() == 1:

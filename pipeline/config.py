@@ -32,7 +32,7 @@ from pipeline.yaml_text import dump_yaml, parse_yaml, yaml_fault
 RESOLVED_CONFIG_NAME = "config.yaml"
 
 # Keys whose value is itself a mapping.
-_MAPPINGS = ("data.weights",)
+_MAPPINGS = ("data.weights", "model.rope_scaling")
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -101,12 +101,22 @@ def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[s
     return []
 
 
+def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
+    if train.freeze == "none" or model.future_tokens > 1:
+        return []
+    return [
+        "train.freeze=trunk leaves nothing to train with model.future_tokens=1, since head 1 "
+        "belongs to the frozen model; set model.future_tokens to 2 or more, or train.freeze=none"
+    ]
+
+
 def _problems_between(sections: Mapping[str, Any]) -> list[str]:
     """Broken rules between sections; a rule waits until the sections it needs are sound."""
     rules: tuple[tuple[Callable[..., list[str]], tuple[str, str]], ...] = (
         (_tensor_parallel_problems, ("model", "parallel")),
         (_window_problems, ("model", "data")),
         (_schedule_problems, ("train", "schedule")),
+        (_freeze_problems, ("model", "train")),
     )
     problems = []
     for rule, needed in rules:
@@ -286,6 +296,8 @@ def settings_without_effect(
         )
     if config.model.future_tokens == 1 and config.train.head_backward == "joint":
         lines.append("train.head_backward=joint: with 1 head it is the same as sequential")
+    if config.train.init_heads == "fresh" and config.train.init_from is None:
+        lines.append("train.init_heads=fresh: train.init_from=null, all of the model is fresh")
     if device == "cpu" and config.train.precision == "bf16":
         lines.append("train.precision=bf16: on a CPU it saves memory, but no time")
     return lines

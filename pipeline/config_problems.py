@@ -45,7 +45,8 @@ def plain_problems(section: str, error: ValidationError, known_keys: Collection[
             text = str(fault["ctx"]["error"])
             problems += [f"{section}.{line}" for line in text.splitlines()]
         elif fault["type"] in {"extra_forbidden", "invalid_key"}:
-            problems.append(unknown_key(f"{section}.{fault['loc'][-1]}", known_keys))
+            path = ".".join([section, *map(str, fault["loc"])])
+            problems.append(unknown_key(path, known_keys))
         else:
             problems.append(_one_value(key, fault["type"], fault["input"], fault.get("ctx", {})))
     return problems
@@ -98,6 +99,8 @@ def _one_value(key: str, kind: str, value: object, context: Mapping[str, Any]) -
     setting = f"{key}={shown(value)}"
     if kind == "missing" and key.endswith("]"):
         return f"{key} is missing: the list is too short; give every value of it"
+    if kind == "missing" and key.count(".") > 1:
+        return f"{key} is missing and has no default; add it to the YAML"
     if kind == "missing":
         return f"{key} is missing and has no default; add it to the YAML or pass --set {key}=VALUE"
     if kind == "too_long":

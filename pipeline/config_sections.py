@@ -96,6 +96,11 @@ class TrainSection(Section):
         timeout_s: after this an unanswered collective fails.
         heartbeat_timeout_s: silence after which a rank counts as dead.
         max_skipped_steps: steps in a row with gradients that are not finite before giving up.
+        init_from: folder of a Hugging Face Llama, or of an export of ours, whose weights a new
+            run begins with; without effect on a resumed one.
+        init_heads: heads that the folder lacks: copy = of its last layer; fresh = untrained.
+        freeze: trunk = train heads 2 .. n alone and leave the next-token model (embedding, trunk,
+            head 1, final norm, unembedding) as it was imported.
     """
 
     steps: PositiveInt
@@ -109,6 +114,19 @@ class TrainSection(Section):
     timeout_s: PositiveFloat = 600.0
     heartbeat_timeout_s: PositiveFloat = 40.0
     max_skipped_steps: Count = 5
+    init_from: FilePath | None = None
+    init_heads: Literal["copy", "fresh"] = "copy"
+    freeze: Literal["none", "trunk"] = "none"
+
+    @field_validator("freeze")
+    @classmethod
+    def _freezes_what_was_trained(cls, freeze: str, info: ValidationInfo) -> str:
+        if freeze == "trunk" and "init_from" in info.data and info.data["init_from"] is None:
+            raise ValueError(
+                "freeze=trunk would train heads on a model that was never trained; set "
+                "train.init_from to the folder of one, or train.freeze=none"
+            )
+        return freeze
 
     @field_validator("stop_at_step")
     @classmethod

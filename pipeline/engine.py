@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data_prep.loader import Batch
 from model.backward import joint_backward, sequential_backward
 from model.errors import CheckpointError
+from model.hf_import import ImportedWeights
 from model.language_model import MultiTokenModel
 from model.layers import transformer_engine_available
 from model.loss import IGNORED, loss_and_predictions
@@ -69,9 +70,16 @@ class Engine:
         config: the run.
         topology: the grid of ranks.
         precision: arithmetic of weights and activations.
+        imported: initial weights from elsewhere, see `model.hf_import`; None = all fresh.
     """
 
-    def __init__(self, config: RunConfig, topology: Topology, precision: Precision) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        precision: Precision,
+        imported: ImportedWeights | None = None,
+    ) -> None:
         self.config = config
         self.topology = topology
         self.dtype = _DTYPES[precision]
@@ -82,7 +90,7 @@ class Engine:
             device="cuda" if topology.device.type == "cuda" else "cpu",
         )
         _prepare_communication(topology)
-        model = self._build_model(settings)
+        model = self._build_model(settings, imported)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._build_optimizer(model),
@@ -94,7 +102,9 @@ class Engine:
         self._zero = config.parallel.zero
         self._weights = torch.tensor(config.model.loss_weights, device=topology.device)
 
-    def _build_model(self, settings: dict[str, Any]) -> MultiTokenModel:
+    def _build_model(
+        self, settings: dict[str, Any], imported: ImportedWeights | None
+    ) -> MultiTokenModel:
         partitioned = self.config.parallel.zero == 3
         context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if partitioned:
@@ -118,8 +128,10 @@ class Engine:
                 [parameter], modifier_rank=0, enabled=partitioned
             ):
                 if not partitioned or self.topology.data_rank == 0:
-                    weight = model.initial_weight(name, parameter.shape, self.config.run.seed)
-                    parameter.data.copy_(weight)
+                    fresh = functools.partial(
+                        model.initial_weight, name, parameter.shape, self.config.run.seed
+                    )
+                    parameter.data.copy_(imported(name, fresh) if imported else fresh())
         return model
 
     def _uses_transformer_engine(self) -> bool:

@@ -24,6 +24,7 @@ from pipeline.launch import (
 )
 from pipeline.metrics_writers import open_metrics_log
 from pipeline.run_log import start_run_log
+from pipeline.starting_weights import imported_weights
 from pipeline.state import Layout, TrainState, read_state, resume_problems
 from pipeline.stopping import StopRequest
 from pipeline.throughput import Throughput
@@ -97,7 +98,8 @@ class Job:
         )
         checkpoints = CheckpointFolder(config.run.dir, config.checkpoint.keep)
         source = self._find_checkpoint(checkpoints, state)
-        engine = Engine(config, topology, self.precision)
+        imported = imported_weights(config, shards, topology) if source is None else None
+        engine = Engine(config, topology, self.precision, imported)
         state = self._restore(engine, source, state)
         if source is not None:
             checkpoints.set_aside_after(state.step)
@@ -248,6 +250,16 @@ def model_problems(saved: RunConfig, current: RunConfig) -> list[str]:
         f"model.{key}: saved with {before[key]}, this run has {now[key]}"
         for key in fixed
         if before[key] != now[key]
+    ] + _freeze_problems(saved, current)
+
+
+def _freeze_problems(saved: RunConfig, current: RunConfig) -> list[str]:
+    before, now = saved.train.freeze, current.train.freeze
+    if before == now:
+        return []
+    return [
+        f"train.freeze: saved with {before}, this run has {now}, and the optimizer's states would "
+        "not fit; export the checkpoint and begin a run with train.init_from"
     ]
 
 

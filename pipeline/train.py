@@ -28,6 +28,7 @@ from pipeline.config import (
 from pipeline.dry_run import describe
 from pipeline.launch import RankInfo, rank_info
 from pipeline.run_log import quieten_libraries
+from pipeline.starting_weights import planned_import
 from pipeline.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         data_parallel_size(config, info.world_size)
         device, precision = _resolve(config)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         if info.rank == 0:  # every rank reads the same file and would say the same
             _say(f"error: {error}")
         return EXIT_USER_FAULT
@@ -117,7 +118,10 @@ def _print_dry_run(config: RunConfig, world_size: int) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is not an error
     # One process cannot hold a tensor-parallel model; the smallest world that can is assumed.
     world_size = max(world_size, config.parallel.tensor)
+    imported = planned_import(config)
     print(describe(config, world_size=world_size, device=device, precision=precision))
+    for line in imported:
+        print(line)
 
 
 def _say(message: str) -> None:

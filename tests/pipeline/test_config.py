@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from model.errors import ConfigError
+from model.rope_scaling import RopeScaling
 from pipeline.config import (
     RunConfig,
     data_parallel_size,
@@ -369,3 +370,34 @@ def test_shipped_configurations(name: str, world_size: int, tokens: int) -> None
     config = load_config(path)
     assert config.model.future_tokens == 4
     assert config.tokens_per_step(data_parallel_size(config, world_size)) == tokens
+
+
+def test_rope_scaling_is_one_value(small: Path) -> None:
+    """It is set as a whole, survives the resolved YAML, and a parameter too many is named."""
+    setting = "model.rope_scaling={rope_type: linear, factor: 2}"
+    config = load_config(small, [setting])
+    assert config.model.rope_scaling == RopeScaling(rope_type="linear", factor=2.0)
+    small.write_text(to_yaml(config))
+    assert load_config(small) == config
+    (line,) = refusal(small, setting.replace("}", ", beta: 3}"))
+    assert line.startswith("model.rope_scaling.beta is not a known key")
+    (line,) = refusal(small, setting.replace(", factor: 2", ""))
+    assert line.startswith("model.rope_scaling.factor is missing")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train.freeze=trunk"], "train.freeze=trunk would train heads on a model that was never"),
+        (
+            ["train.freeze=trunk", "train.init_from=llama", "model.future_tokens=1"],
+            "train.freeze=trunk leaves nothing to train with model.future_tokens=1",
+        ),
+    ],
+)
+def test_freezing_needs_a_trained_model_and_heads_to_train(
+    small: Path, settings: list[str], words: str
+) -> None:
+    """A frozen trunk that nobody trained, or nothing left to train, is refused."""
+    (line,) = refusal(small, *settings)
+    assert line.startswith(words)

@@ -1,0 +1,185 @@
+"""A model's sizes as the `config.json` of a Hugging Face Llama, and back."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.rope_scaling import RopeScaling
+
+CONFIG_NAME = "config.json"
+
+_KEYS = {
+    "hidden_size": "hidden_size",
+    "attention_heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+# What transformers takes where config.json says nothing.
+_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+_DEFAULT_THETA = 10000.0
+# What our layers are; a file that says otherwise is of another model.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+}
+
+
+class LlamaSizes(NamedTuple):
+    """What a `config.json` says of a Llama.
+
+    Attributes:
+        layers: all of them; the last one is head 1.
+        vocab_size: rows of the embedding.
+        tied: whether the embedding also is the unembedding.
+        keys: the keys of `ModelConfig` whose values it fixes.
+    """
+
+    layers: int
+    vocab_size: int
+    tied: bool
+    keys: dict[str, Any]
+
+
+def llama_config(config: ModelConfig, *, sequence_length: int, dtype: str) -> dict[str, Any]:
+    """`config.json` of trunk and head 1, without what concerns tokens and classes.
+
+    Args:
+        config: the model.
+        sequence_length: positions it was trained on.
+        dtype: of the weights, under torch's name.
+    """
+    scaling = config.rope_scaling
+    positions = sequence_length
+    if scaling is not None and scaling.original_max_position_embeddings is not None:
+        stretched = int(scaling.original_max_position_embeddings * scaling.factor)
+        positions = max(positions, stretched)
+    parameters = {"rope_type": "default"} if scaling is None else scaling.parameters()
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.trunk_layers + 1,
+        **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": positions,
+        "initializer_range": config.init_std,
+        "rope_theta": config.rope_theta,
+        # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters
+        **({} if scaling is None else {"rope_scaling": scaling.parameters()}),
+        "rope_parameters": {**parameters, "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        # transformers 4 reads torch_dtype, transformers 5 dtype
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+def read_llama_config(directory: Path) -> LlamaSizes:
+    """The sizes of the Llama in a folder.
+
+    Raises:
+        ConfigError: there is no readable `config.json`, or it is of a model that is not a plain
+            Llama; all that is in the way, in one line.
+    """
+    path = directory / CONFIG_NAME
+    content = _read(path)
+    if problems := _unsupported(content):
+        raise ConfigError(
+            f"{path} is not of a Llama that can be imported: {'; '.join(problems)}; give a model "
+            "of Hugging Face's plain Llama architecture"
+        )
+    values = _DEFAULTS | {key: value for key, value in content.items() if value is not None}
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    needed = ("num_hidden_layers", "vocab_size", *_KEYS.values())
+    if missing := [key for key in needed if not _is_number(values.get(key))]:
+        raise ConfigError(f"{path} has no number for {', '.join(missing)}; give a whole model")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if values.get("head_dim", hidden // heads) * heads != hidden:
+        raise ConfigError(
+            f"{path} has head_dim={values['head_dim']}, which is not hidden_size / "
+            f"num_attention_heads = {hidden} / {heads}; such attention heads are not built here, "
+            "give a model without them"
+        )
+    theta, scaling = _rope(path, values)
+    keys = {ours: values[theirs] for ours, theirs in _KEYS.items()}
+    return LlamaSizes(
+        layers=values["num_hidden_layers"],
+        vocab_size=values["vocab_size"],
+        tied=bool(values.get("tie_word_embeddings", False)),
+        keys=keys | {"rope_theta": theta, "rope_scaling": scaling},
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; give a folder with a Hugging Face Llama: {CONFIG_NAME} and "
+            "its safetensors files"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give a whole model") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a mapping; give a whole model")
+    return content
+
+
+def _unsupported(content: dict[str, Any]) -> list[str]:
+    problems = []
+    for key, allowed in _REQUIRED.items():
+        value = content.get(key, _DEFAULTS.get(key))
+        if value not in allowed:
+            shown = "set" if isinstance(value, dict) else json.dumps(value)
+            problems.append(f"{key} is {shown}, must be {json.dumps(allowed[0])}")
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _rope(path: Path, values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary frequencies, from the keys of transformers 4 or 5."""
+    parameters = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    theta = parameters.pop("rope_theta", values.get("rope_theta", _DEFAULT_THETA))
+    older = parameters.pop("type", "default")
+    kind = parameters.pop("rope_type", older)
+    if parameters.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise ConfigError(
+            f"{path} rotates only a part of each attention head (partial_rotary_factor), which is "
+            "not built here; give a model that rotates all of it"
+        )
+    if kind == "default":
+        return float(theta), None
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(
+            f"{path} scales rotary frequencies by rope_type={kind!r}; default, linear and llama3 "
+            "can be imported, give a model with one of these"
+        )
+    if kind == "llama3":
+        parameters.setdefault(
+            "original_max_position_embeddings", values.get("max_position_embeddings")
+        )
+    else:
+        parameters.pop("original_max_position_embeddings", None)  # of no effect on a linear one
+    try:
+        return float(theta), RopeScaling.model_validate({"rope_type": kind, **parameters})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(["rope_scaling", *map(str, fault["loc"])])
+        raise ConfigError(
+            f"{path}: {where}: {fault['msg'].removeprefix('Value error, ')}; give a whole model"
+        ) from error

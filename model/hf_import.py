@@ -1,0 +1,286 @@
+"""Initial weights out of a Hugging Face Llama, or out of one of our exports with its extra heads.
+
+    file                                run
+    embed_tokens, norm, lm_head         embedding, final norm, unembedding
+    layers 0 .. N-2                     trunk layers 0 .. N-2
+    layer N-1, the last one             head 1
+    extra_heads.k (our exports)         head k, as many as the folder has
+                                        further heads: copies of layer N-1, or fresh ones
+
+So a Llama of N layers starts a run of N - 1 + n layers. Tensors are read one at a time, each rank
+keeps its tensor-parallel slice. Of a vocabulary larger than the file's the last rows are fresh.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.errors import CheckpointError, ConfigError
+from model.export_folder import RECORD_NAME, read_record, verify_files
+from model.hf_config import read_llama_config
+from model.hf_names import EXTRA_HEADS, hf_names, hf_shapes, join
+from model.parameter_shapes import parameter_shapes
+from model.rope_scaling import RopeScaling
+from model.sharding import placement_of, take_slice
+
+NewHeads = Literal["copy", "fresh"]
+
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_EXTRA_NAME = f"{EXTRA_HEADS}.safetensors"
+_EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+_UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # buffers that older files carry along
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HEAD = re.compile(r"heads\.layers\.(\d+)\.")
+
+
+class LlamaFolder:
+    """A folder with a Llama, looked at but not read: sizes, and where each tensor lies.
+
+    Args:
+        directory: the folder.
+
+    Attributes:
+        directory: the folder.
+        sizes: what its config.json says.
+        heads: how many heads it holds; 1 unless it is one of our exports.
+
+    Raises:
+        ConfigError: it is not a Llama that can be imported.
+        CheckpointError: a file is missing or unreadable.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sizes = read_llama_config(directory)
+        self.heads = 1
+        if self.sizes.layers < 2:
+            raise ConfigError(
+                f"{directory} has 1 layer, which becomes head 1 and leaves no trunk; give a model "
+                "of at least 2 layers"
+            )
+        files = _model_files(directory)
+        if (directory / RECORD_NAME).is_file():
+            self.heads = read_record(directory).future_tokens
+            files += [directory / _EXTRA_NAME] if self.heads > 1 else []
+        self._files = {name: path for path in files for name in _tensor_names(path)}
+
+    @property
+    def trunk_layers(self) -> int:
+        """Layers below its heads."""
+        return self.sizes.layers - 1
+
+    def verify(self) -> None:
+        """Read every file of one of our exports and compare it with its checksum.
+
+        A folder of others has no checksums to compare with.
+
+        Raises:
+            CheckpointError: naming the first file that differs.
+        """
+        if (self.directory / RECORD_NAME).is_file():
+            verify_files(self.directory, read_record(self.directory))
+
+    def differences(self, config: ModelConfig) -> dict[str, Any]:
+        """Keys of the model's configuration that do not fit, with the value each must have."""
+        wanted = {"layers": self.trunk_layers + config.future_tokens, **self.sizes.keys}
+        wanted = {key: value for key, value in wanted.items() if getattr(config, key) != value}
+        if config.vocab_size < self.sizes.vocab_size:
+            wanted["vocab_size"] = self.sizes.vocab_size
+        return wanted
+
+    def check(self, config: ModelConfig) -> None:
+        """See to it that a model of these sizes can take the folder's weights.
+
+        Raises:
+            ConfigError: naming every key that differs, with the value to set.
+            CheckpointError: a tensor is missing, has another shape, or is not a Llama's.
+        """
+        if wanted := self.differences(config):
+            listed = "; ".join(
+                f"model.{key}={_shown(getattr(config, key))} must be {_shown(value)}"
+                for key, value in wanted.items()
+            )
+            settings = " ".join(_setting(key, value) for key, value in wanted.items())
+            raise ConfigError(
+                f"{self.directory} has {self.sizes.layers} layers, so trunk and "
+                f"{config.future_tokens} heads make {self.trunk_layers + config.future_tokens}; "
+                f"its sizes are not this run's: {listed}; set them in the YAML or with "
+                f"--set {settings}"
+            )
+        self._check_tensors(config)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in the type it is stored in."""
+        if name == _UNEMBEDDING and self.sizes.tied:
+            name = _EMBEDDING
+        with _opened(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def _check_tensors(self, config: ModelConfig) -> None:
+        unused = {name for name in self._files if _UNUSED.fullmatch(name)}
+        if self.sizes.tied:
+            unused.add(_UNEMBEDDING)
+        wanted = dict(self._expected_shapes(config))
+        foreign = sorted(set(self._files) - wanted.keys() - unused)
+        # Heads that the run leaves out are no strangers.
+        foreign = [name for name in foreign if not name.startswith(f"{EXTRA_HEADS}.")]
+        if foreign:
+            raise CheckpointError(
+                f"{self.directory}: tensor {foreign[0]}"
+                + (f" and {len(foreign) - 1} more are" if len(foreign) > 1 else " is")
+                + " not a plain Llama's, so the model would not be the same; give a model "
+                "without them"
+            )
+        for name, shape in wanted.items():
+            if name not in self._files:
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} is missing; give a whole model"
+                )
+            with _opened(self._files[name]) as file:
+                found = file.get_slice(name)
+                kind, found_shape = found.get_dtype(), tuple(found.get_shape())
+            if found_shape != shape:
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} has shape {found_shape}, its config.json "
+                    f"gives {shape}; give a whole model"
+                )
+            if kind not in _FLOATS:
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} is stored as {kind}; give a model in "
+                    "bfloat16, float16 or float32"
+                )
+
+    def _expected_shapes(self, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the tensors that are taken from the folder."""
+        stored = config.model_copy(update={"vocab_size": self.sizes.vocab_size})
+        for name, shape in parameter_shapes(stored).items():
+            if head_of(name) > self.heads:
+                continue
+            names = hf_names(name, config)
+            for hf_name, hf_shape in zip(names, hf_shapes(name, shape, config), strict=True):
+                if not (hf_name == _UNEMBEDDING and self.sizes.tied):
+                    yield hf_name, hf_shape
+
+
+class ImportedWeights:
+    """Where a run's parameters begin: in a Llama's folder, and the rest as `fresh` says.
+
+    Args:
+        folder: the Llama, checked against `config`.
+        config: the run's model.
+        new_heads: what heads that the folder lacks are: copies of its last layer, or fresh.
+        tensor_rank: this rank's place among `tensor_size` tensor-parallel ranks.
+        tensor_size: tensor-parallel size.
+    """
+
+    def __init__(
+        self,
+        folder: LlamaFolder,
+        config: ModelConfig,
+        *,
+        new_heads: NewHeads = "copy",
+        tensor_rank: int = 0,
+        tensor_size: int = 1,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.new_heads = new_heads
+        self._tensor_rank = tensor_rank
+        self._tensor_size = tensor_size
+
+    def __call__(self, name: str, fresh: Callable[[], Tensor]) -> Tensor:
+        """This rank's part of a parameter.
+
+        Args:
+            name: full parameter name.
+            fresh: gives this rank's part of the value that an untrained model begins with.
+
+        Returns:
+            float32 tensor on the CPU.
+        """
+        head = head_of(name)
+        if head > self.folder.heads:
+            if self.new_heads == "fresh":
+                return fresh()
+            name = name.replace(f"heads.layers.{head}.", "heads.layers.1.", 1)
+        parts = [self.folder.tensor(hf_name) for hf_name in hf_names(name, self.config)]
+        if parts[0].shape[0] < self._rows(name):
+            return self._padded(parts[0], fresh())
+        whole = join(name, parts, self.config)
+        part = take_slice(whole, placement_of(name), self._tensor_rank, self._tensor_size)
+        return part.to(torch.float32, copy=True)
+
+    def _rows(self, name: str) -> int:
+        vocabulary = name in ("trunk.embedding.weight", "heads.readout.weight")
+        return self.config.vocab_size if vocabulary else 0
+
+    def _padded(self, stored: Tensor, fresh: Tensor) -> Tensor:
+        """This rank's rows of an embedding: those of the file, then fresh ones."""
+        start = self._tensor_rank * fresh.shape[0]
+        rows = stored[start : start + fresh.shape[0]]
+        fresh[: rows.shape[0]] = rows.to(fresh.dtype)
+        return fresh
+
+
+def head_of(name: str) -> int:
+    """Number of the head that a parameter belongs to; 0 for trunk, embedding and readout."""
+    match = _HEAD.match(name)
+    return int(match[1]) if match else 0
+
+
+def _model_files(directory: Path) -> list[Path]:
+    """The safetensors files of the Llama itself."""
+    single, index = directory / _SINGLE_NAME, directory / _INDEX_NAME
+    if single.is_file():
+        return [single]
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        return [directory / name for name in sorted(set(weight_map.values()))]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has neither {_SINGLE_NAME} nor {_INDEX_NAME}; load the model with "
+            "transformers and save it again by save_pretrained, which writes them"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} cannot be read ({type(error).__name__}: {error}); give a whole model"
+        ) from error
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; give a whole model")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); give a whole model") from error
+
+
+def _plain(value: Any) -> Any:
+    return value.parameters() if isinstance(value, RopeScaling) else value
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML in one line."""
+    plain = _plain(value)
+    if isinstance(plain, dict):
+        return "{" + ", ".join(f"{key}: {part}" for key, part in plain.items()) + "}"
+    return "null" if plain is None else str(plain)
+
+
+def _setting(key: str, value: Any) -> str:
+    setting = f"model.{key}={_shown(value)}"
+    return f"'{setting}'" if " " in setting else setting
