@@ -108,7 +108,7 @@ def _line(point: Point, result: Measurement) -> str:
 def _section(workload: Workload, results: Results, device: str) -> str:
     """The Markdown between a device's markers."""
     parts = [
-        f"{_hardware(device)}; {_versions()}; {date.today().isoformat()}. "
+        f"{hardware(device)}; {versions()}; {date.today().isoformat()}. "
         f"{workload.layers} layers in all, hidden size {workload.hidden_size}, "
         f"{workload.batch} x {workload.sequence} tokens, "
         f"{'bf16' if device == 'cuda' else 'fp32'}, loss chunks of {workload.chunk_tokens} tokens."
@@ -147,7 +147,8 @@ def _table(results: Results, vocabulary: int) -> str:
     return "\n".join(rows)
 
 
-def _hardware(device: str) -> str:
+def hardware(device: str) -> str:
+    """The device's name, for a table."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     names = [
@@ -158,7 +159,8 @@ def _hardware(device: str) -> str:
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Of what a measurement depends on."""
     return f"torch {torch.__version__}, megatron-core {version('megatron-core')}"
 
 
@@ -173,8 +175,8 @@ def _write(output: Path, section: str, workload: Workload, results: Results, dev
     readme.write_text(f"{before}{begin}\n{section}\n{end}{after}")
     raw = {
         "date": date.today().isoformat(),
-        "hardware": _hardware(device),
-        "versions": _versions(),
+        "hardware": hardware(device),
+        "versions": versions(),
         "workload": asdict(workload),
         "points": [asdict(point) | asdict(result) for point, result in results.items()],
     }

@@ -63,7 +63,7 @@ class CoreAttention(nn.Module):
         """
         if self.recompute and self.training and query.requires_grad:
             return checkpoint(
-                _attention,
+                attend,
                 query,
                 key,
                 value,
@@ -72,7 +72,7 @@ class CoreAttention(nn.Module):
                 preserve_rng_state=False,
             )
         if self.cache is None:
-            return _attention(query, key, value, attention_mask)
+            return attend(query, key, value, attention_mask)
         cached = self.cache.update(id(self), key, value)
         out = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
@@ -84,9 +84,10 @@ class CoreAttention(nn.Module):
         return _merge_heads(out)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+    """Attention without a cache; arguments and result as in `CoreAttention.forward`."""
     if isinstance(mask, BlockMask):
-        return _block_attention(query, key, value, mask)
+        return attend_blocks(query, key, value, mask, compiled=query.is_cuda)
     out = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
@@ -98,12 +99,16 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | 
     return _merge_heads(out)
 
 
-def _block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """The same, visiting only the blocks of queries and keys that the mask lists."""
-    attend: Callable[..., Tensor] = flex_attention
-    if query.is_cuda:
-        attend = _compiled_flex_attention()
-    out = attend(
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, compiled: bool
+) -> Tensor:
+    """The same with a mask in blocks.
+
+    Compiled, one kernel visits the listed blocks alone; the first call makes the kernel, which
+    takes seconds. Uncompiled it asks the mask about every pair of positions.
+    """
+    function = _compiled_flex_attention() if compiled else _flex_attention()
+    out = function(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
         value.permute(1, 2, 0, 3),
@@ -113,10 +118,13 @@ def _block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask)
     return _merge_heads(out)
 
 
+def _flex_attention() -> Callable[..., Tensor]:
+    return flex_attention
+
+
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Flex attention as one kernel; uncompiled it materialises the scores."""
-    return torch.compile(flex_attention)
+    return torch.compile(_flex_attention())
 
 
 def _merge_heads(out: Tensor) -> Tensor:

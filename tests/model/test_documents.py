@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -14,7 +15,9 @@ from model.documents import BLOCK, blocks_within, bools_within, positions_within
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing, LayerContext
 from model.loss import IGNORED
-from tests.model.tiny import head_logits, tiny_config, tiny_model, training_model
+from model.sharding import placement_of, take_slice
+from tests.harness import run_ranks
+from tests.model.tiny import head_logits, tiny_config, tiny_model, tiny_weights, training_model
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
 LENGTHS = ((4, 1, 5), (2, 8))  # of the documents of each row
@@ -44,6 +47,14 @@ def masked_labels(heads: int) -> Tensor:
                     row, place.start + head : place.stop
                 ]
     return labels
+
+
+def documents_alone(labels: Tensor) -> list[tuple[Tensor, Tensor, None]]:
+    """Tokens and labels of each document as a row of its own."""
+    return [
+        (TOKENS[row : row + 1, place], labels[:, row : row + 1, place], None)
+        for row, place in parts()
+    ]
 
 
 def test_positions_and_mask_of_a_row() -> None:
@@ -135,11 +146,7 @@ def test_gradients_of_a_row_are_those_of_its_documents(
     labels = masked_labels(heads)
     model = training_model(checkpointing, heads=heads)
     packed = gradients(model, [(TOKENS, labels, DOCUMENTS)], sequential)
-    alone = [
-        (TOKENS[row : row + 1, place], labels[:, row : row + 1, place], None)
-        for row, place in parts()
-    ]
-    expected = gradients(training_model(heads=heads), alone, sequential=False)
+    expected = gradients(training_model(heads=heads), documents_alone(labels), sequential=False)
     assert packed.keys() == expected.keys()
     assert len(packed) == len(list(model.parameters()))
     for name, wanted in expected.items():
@@ -192,3 +199,43 @@ def test_blocks_give_the_outputs_of_bools(kv_heads: int, checkpointing: Checkpoi
         return torch.stack([model.heads.hidden(k, trunk_output, context) for k in (1, 2, 3)])
 
     torch.testing.assert_close(outputs(blocks), outputs(bools), rtol=0, atol=TOLERANCE)
+
+
+def _on_two_ranks(kv_heads: int) -> tuple[Tensor, Tensor, float]:
+    """With the model split over two tensor-parallel ranks.
+
+    Returns:
+        Difference of this rank's logits between documents in a row and alone, that between two
+        rows that differ in document 0, `[n, S, V']`, and the largest difference of a gradient.
+    """
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    config = tiny_config(kv_heads=kv_heads, future_tokens=3)
+    model = MultiTokenModel(config, dtype=torch.float64)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    with torch.no_grad():
+        for name, weight in tiny_weights(config).items():
+            part = take_slice(weight, placement_of(name), rank, 2)
+            model.get_parameter(name).copy_(part)
+    packed = head_logits(model, TOKENS, DOCUMENTS)
+    alone = packed.clone()
+    for row, place in parts():
+        alone[:, row, place] = head_logits(model, TOKENS[row : row + 1, place])[:, 0]
+    changed = TOKENS.clone()
+    changed[0, 0] = 19
+    other = head_logits(model, changed, DOCUMENTS)
+    labels = masked_labels(3)
+    found = gradients(model, [(TOKENS, labels, DOCUMENTS)], sequential=True)
+    found = {name: gradient.clone() for name, gradient in found.items()}
+    expected = gradients(model, documents_alone(labels), sequential=False)
+    worst = max(float((found[name] - wanted).abs().max()) for name, wanted in expected.items())
+    return packed - alone, (packed - other)[:, 0], worst
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_documents_stay_apart_under_tensor_parallelism(kv_heads: int) -> None:
+    """Logits and gradients are those of the documents alone, and no document reaches another."""
+    for difference, reached, gradient in run_ranks(2, _on_two_ranks, kv_heads):
+        assert float(difference.abs().max()) < TOLERANCE
+        assert float(gradient) < TOLERANCE
+        assert bool((reached[:, 4:] == 0).all())
+        assert bool((reached[:, :4].abs().amax(-1) > 1e-6).all())
