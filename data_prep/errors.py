@@ -3,3 +3,7 @@
 
 class DataError(Exception):
     """Input that cannot be read, or a shard set that cannot be trained on."""
+
+
+class BadRecordsError(DataError):
+    """More records are bad than the limit allows; all others are on disk, and nothing is lost."""

@@ -46,19 +46,20 @@ class ShardEntry(_Entry):
 
 
 class Ledger(_Entry):
-    """Counts that add up: records = documents + empty + rejects."""
+    """Counts that add up: records = documents + empty + duplicates + rejects."""
 
     records: int = 0
     documents: int = 0
     empty: int = 0
+    duplicates: int = 0
     rejects: int = 0
     rejects_by_reason: dict[str, int] = {}
     text_bytes: int = 0
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
-        if self.records != self.documents + self.empty + self.rejects:
-            raise ValueError("records is not documents + empty + rejects")
+        if self.records != self.documents + self.empty + self.duplicates + self.rejects:
+            raise ValueError("records is not documents + empty + duplicates + rejects")
         if self.rejects != sum(self.rejects_by_reason.values()):
             raise ValueError("rejects is not the sum over its reasons")
         return self
@@ -75,6 +76,7 @@ class Ledger(_Entry):
             records=sum(entry.records for entry in entries),
             documents=sum(entry.documents for entry in entries),
             empty=sum(entry.empty for entry in entries),
+            duplicates=sum(entry.duplicates for entry in entries),
             rejects=sum(entry.rejects for entry in entries),
             rejects_by_reason=dict(sorted(reasons.items())),
             text_bytes=sum(entry.text_bytes for entry in entries),
@@ -82,8 +84,9 @@ class Ledger(_Entry):
 
 
 class InputEntry(_Entry):
-    """One input file: as it was read, and what became of its records."""
+    """One input file: its source, how it was read, and what became of its records."""
 
+    source: str = ""
     path: str
     kind: Literal["jsonl", "json", "text", "parquet", "arrow"]
     bytes: int
@@ -112,8 +115,27 @@ class SplitEntry(_Entry):
     fingerprint: str
 
 
+class SourceEntry(_Entry):
+    """Totals of one source.
+
+    Attributes:
+        name: The folder of its shards below each split.
+        weight: Its share of a mixture, relative to the other sources; None = by tokens. No shard
+            depends on it.
+        text_key: The key of the text in its records.
+        totals: Its ledger.
+        splits: Totals and fingerprint of its part of each split.
+    """
+
+    name: str
+    weight: float | None = None
+    text_key: str = "text"
+    totals: Ledger
+    splits: dict[str, SplitEntry]
+
+
 class Manifest(_Entry):
-    """The whole description of a shard set."""
+    """The whole description of a shard set; shards and inputs follow the order of the sources."""
 
     format: Literal["headway-shards"] = "headway-shards"
     version: Literal[1] = 1
@@ -123,10 +145,19 @@ class Manifest(_Entry):
     text_key: str
     validation_fraction: float
     special_tokens: Literal["text", "id", "reject"] = "text"
+    dedup: Literal["none", "exact"] = "none"
     totals: Ledger
     splits: dict[str, SplitEntry]
+    sources: list[SourceEntry] = []
     shards: list[ShardEntry]
     inputs: list[InputEntry]
+
+    def text_key_of(self, entry: InputEntry) -> str:
+        """The key of the text in the records of one input file."""
+        return next(
+            (source.text_key for source in self.sources if source.name == entry.source),
+            self.text_key,
+        )
 
     @property
     def itemsize(self) -> int:
@@ -149,20 +180,22 @@ def order_fingerprint(
 
 
 def total_splits(
-    tokenizer_sha256: str, eos_id: int, dtype: str, shards: Sequence[ShardEntry]
+    tokenizer_sha256: str, eos_id: int, dtype: str, shards: Iterable[ShardEntry]
 ) -> dict[str, SplitEntry]:
     """Totals and fingerprint per split; both splits are named even when one is empty."""
-    splits = {}
-    for split in (TRAIN, VALIDATION):
-        members = [shard for shard in shards if shard.split == split]
-        splits[split] = SplitEntry(
-            shards=len(members),
-            rows=sum(shard.rows for shard in members),
-            tokens=sum(shard.tokens for shard in members),
-            bytes=sum(shard.bytes for shard in members),
-            fingerprint=order_fingerprint(tokenizer_sha256, eos_id, dtype, members),
+    members: dict[str, list[ShardEntry]] = {split: [] for split in (TRAIN, VALIDATION)}
+    for shard in shards:
+        members[shard.split].append(shard)
+    return {
+        split: SplitEntry(
+            shards=len(entries),
+            rows=sum(shard.rows for shard in entries),
+            tokens=sum(shard.tokens for shard in entries),
+            bytes=sum(shard.bytes for shard in entries),
+            fingerprint=order_fingerprint(tokenizer_sha256, eos_id, dtype, entries),
         )
-    return splits
+        for split, entries in members.items()
+    }
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -197,14 +230,28 @@ def load_manifest(directory: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    tokenizer = manifest.tokenizer
-    if manifest.fingerprint != order_fingerprint(
-        tokenizer.sha256, tokenizer.eos_id, manifest.dtype, manifest.shards
-    ) or manifest.splits != total_splits(
-        tokenizer.sha256, tokenizer.eos_id, manifest.dtype, manifest.shards
-    ):
+    if not _is_consistent(manifest):
         raise DataError(
             f"{path} was changed by hand: its totals or fingerprint do not follow from its shards; "
             "make the shards again"
         )
     return manifest
+
+
+def _is_consistent(manifest: Manifest) -> bool:
+    """True when fingerprint and totals follow from the shards."""
+    facts = (manifest.tokenizer.sha256, manifest.tokenizer.eos_id, manifest.dtype)
+    by_source: dict[str, list[ShardEntry]] = {source.name: [] for source in manifest.sources}
+    if manifest.sources and not {shard.source for shard in manifest.shards} <= by_source.keys():
+        return False
+    if manifest.sources:
+        for shard in manifest.shards:
+            by_source[shard.source].append(shard)
+    return (
+        manifest.fingerprint == order_fingerprint(*facts, manifest.shards)
+        and manifest.splits == total_splits(*facts, manifest.shards)
+        and all(
+            source.splits == total_splits(*facts, by_source[source.name])
+            for source in manifest.sources
+        )
+    )

@@ -18,7 +18,7 @@ class ProgressLine:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("encoding"),
+            TextColumn("{task.fields[verb]}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[rates]}"),
@@ -29,22 +29,27 @@ class ProgressLine:
         self._task: TaskID | None = None
         self._total_bytes = self._bytes = self._tokens = self._rejects = 0
         self._started_s = self._printed_s = 0.0
+        self._verb = ""
 
     def say(self, message: str) -> None:
         """Print a step of the build."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    def start(self, total_bytes: int, units: int) -> None:
-        """Encoding starts."""
-        self._total_bytes = total_bytes
+    def start(self, verb: str, total_bytes: int, units: int) -> None:
+        """A phase starts; the one before it is done."""
+        self.close()
+        self._verb, self._total_bytes = verb, total_bytes
+        self._bytes = self._tokens = self._rejects = 0
         self._started_s = self._printed_s = time.monotonic()
-        self.say(f"encoding {total_bytes / 1e6:,.1f} MB in {units:,} units")
+        self.say(f"{verb} {total_bytes / 1e6:,.1f} MB in {units:,} units")
         if self._console.is_terminal:
             self._bar.start()
-            self._task = self._bar.add_task("", total=max(total_bytes, 1), rates="")
+            self._task = self._bar.add_task(
+                "", total=max(total_bytes, 1), rates="", verb=self._verb
+            )
 
-    def finish_unit(self, input_bytes: int, tokens: int, rejects: int) -> None:
-        """A unit is on disk."""
+    def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
+        """More is on disk."""
         self._bytes += input_bytes
         self._tokens += tokens
         self._rejects += rejects
@@ -52,16 +57,19 @@ class ProgressLine:
             self._bar.update(self._task, completed=self._bytes, rates=self._rates())
         elif time.monotonic() - self._printed_s >= SECONDS_BETWEEN_LINES:
             self._printed_s = time.monotonic()
-            self.say(
-                f"encoding {100 * self._bytes / max(self._total_bytes, 1):3.0f} % {self._rates()}"
-            )
+            share = self._bytes / max(self._total_bytes, 1)
+            left_s = self._elapsed_s() * (1 / share - 1) if share else 0.0
+            self.say(f"{self._verb} {100 * share:3.0f} % {self._rates()}, {_clock(left_s)} left")
 
     def close(self) -> None:
         """Leave the terminal clean and print the rates of what was done."""
         if self._task is not None:
             self._bar.stop()
+            self._bar.remove_task(self._task)
+            self._task = None
         if self._bytes:
-            self.say(f"encoded {self._rates()} in {self._elapsed_s():.1f} s")
+            self.say(f"{self._verb}: {self._rates()} in {self._elapsed_s():.1f} s")
+            self._bytes = 0
 
     def _elapsed_s(self) -> float:
         return max(time.monotonic() - self._started_s, 1e-9)
@@ -73,3 +81,9 @@ class ProgressLine:
             f"{self._tokens:,} tokens at {self._tokens / elapsed_s:,.0f} tokens/s, "
             f"{self._rejects:,} rejects"
         )
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds. Example: 3661 is 1:01:01."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

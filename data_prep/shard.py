@@ -12,29 +12,31 @@ if __name__ == "__main__" and not __package__:
 from rich.console import Console
 
 from data_prep.build import REJECTS, build
-from data_prep.errors import DataError
+from data_prep.data_config import read_config
+from data_prep.errors import BadRecordsError, DataError
 from data_prep.file_names import IGNORED_DIRECTORIES
-from data_prep.job import BuildOptions
 from data_prep.manifest import VALIDATION, Manifest
+from data_prep.options import BuildOptions
 from data_prep.progress import ProgressLine
-from data_prep.sources import LARGEST_DOCUMENT_BYTES
 
 EXIT_DATA_ERROR = 1
+EXIT_BAD_RECORDS = 3
 EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit status."""
-    options = parse_options(arguments)
     progress = ProgressLine(Console(stderr=True))
     try:
         try:
+            options = parse_options(arguments)
             manifest = build(options, progress)
         finally:
             progress.close()
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_DATA_ERROR
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return EXIT_BAD_RECORDS if isinstance(error, BadRecordsError) else EXIT_DATA_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -43,31 +45,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None) -> BuildOptions:
-    """Turn the command line into options."""
-    given = _make_parser().parse_args(arguments)
-    return BuildOptions(
-        inputs=tuple(given.input),
-        output=given.output,
-        tokenizer=given.tokenizer,
-        workers=given.workers,
-        validation_fraction=given.validation_fraction,
-        globs=tuple(given.glob),
-        exclude=tuple(given.exclude),
-        text_key=given.text_key,
-        on_bad=given.on_bad,
-        max_bad_fraction=given.max_bad_fraction,
-        shard_tokens=given.shard_tokens,
-        unit_bytes=given.unit_bytes,
-        eos_token=given.eos_token,
-        source=given.source,
-        special_tokens=given.special_tokens,
-        max_document_bytes=given.max_document_bytes,
-    )
+    """Turn the command line, and the file that it names, into options.
+
+    Raises:
+        DataError: The file is at fault, or the output or the tokenizer is not named.
+    """
+    given = vars(_make_parser().parse_args(arguments))
+    config: Path | None = given.pop("config", None)
+    options = read_config(config) if config else {}
+    if given.keys() & {"inputs", "source"}:
+        options.pop("sources", None)
+    options |= {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    missing = [name for name in ("output", "tokenizer") if name not in options]
+    if missing:
+        named = " and ".join(f"--{name}" for name in missing)
+        raise DataError(f"{named} is missing; give it here or in a --config file")
+    return BuildOptions(**options)
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    """The options; those that are not given stay out, so that a file or a default can say."""
     parser = argparse.ArgumentParser(
         prog="python data_prep/shard.py",
+        argument_default=argparse.SUPPRESS,
         description=(
             "Tokenize .jsonl files, text files and directories of source files into Arrow shards "
             "with a held-out split. Killed at any point, the same command finishes the rest. "
@@ -75,20 +77,20 @@ def _make_parser() -> argparse.ArgumentParser:
         ),
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, type=Path, metavar="PATH", action="extend")
-    add("--output", required=True, type=Path, metavar="DIR")
+    add("--config", type=Path, metavar="FILE", help="YAML with any of these options, and sources")
+    add("--input", dest="inputs", nargs="+", type=Path, metavar="PATH", action="extend")
+    add("--output", type=Path, metavar="DIR")
     add(
         "--tokenizer",
-        required=True,
         metavar="FILE|train:8192|bytes",
         help="a tokenizer.json or a directory with one; one trained on the input; or plain bytes",
     )
     add("--workers", type=int, metavar="N", help="processes (default: the cores it may use)")
-    add("--validation-fraction", type=float, default=0.01, metavar="F", help="(0.01)")
+    add("--validation-fraction", type=float, metavar="F", help="(0.01)")
     add(
         "--glob",
+        dest="globs",
         nargs="+",
-        default=[],
         action="extend",
         metavar="PATTERN",
         help="files to take from directories (default: names that look like text or source)",
@@ -96,39 +98,41 @@ def _make_parser() -> argparse.ArgumentParser:
     add(
         "--exclude",
         nargs="+",
-        default=[],
         action="extend",
         metavar="PATTERN",
         help="files and folders to leave out of directories",
     )
-    add("--text-key", default="text", metavar="KEY", help="key of the text in .jsonl (text)")
+    add("--text-key", metavar="KEY", help="key of the text in .jsonl (text)")
+    add(
+        "--dedup",
+        nargs="?",
+        const="exact",
+        choices=("none", "exact"),
+        help="exact: of documents with the same text keep the first, over all sources (none)",
+    )
     add(
         "--on-bad",
         choices=("skip", "fail"),
-        default="skip",
         help="count and list bad records, or stop at the first (skip)",
     )
     add(
         "--max-bad-fraction",
         type=float,
-        default=0.001,
         metavar="F",
         help="largest share of bad .jsonl records that is still accepted (0.001)",
     )
-    add("--shard-tokens", type=int, default=1 << 27, metavar="N", help="(134217728)")
+    add("--shard-tokens", type=int, metavar="N", help="(134217728)")
     add("--unit-bytes", type=int, metavar="N", help="input bytes per unit of work (by input size)")
     add("--eos-token", metavar="TOKEN", help="end of document (the usual names)")
-    add("--source", default="corpus", metavar="NAME", help="folder name in shards/SPLIT (corpus)")
+    add("--source", metavar="NAME", help="folder name in shards/SPLIT for --input (corpus)")
     add(
         "--special-tokens",
         choices=("text", "id", "reject"),
-        default="text",
         help="text that spells a special token is plain text, the token, or a reject (text)",
     )
     add(
         "--max-document-bytes",
         type=int,
-        default=LARGEST_DOCUMENT_BYTES,
         metavar="N",
         help="a longer file or record is rejected, to bound the memory (67108864)",
     )
@@ -140,7 +144,8 @@ def summarize(manifest: Manifest, output: Path) -> str:
     totals = manifest.totals
     lines = [
         f"{totals.records:,} records = {totals.documents:,} documents + {totals.empty:,} empty + "
-        f"{totals.rejects:,} rejects"
+        + (f"{totals.duplicates:,} duplicates + " if manifest.dedup == "exact" else "")
+        + f"{totals.rejects:,} rejects"
     ]
     if totals.rejects:
         reasons = ", ".join(f"{count:,} {why}" for why, count in totals.rejects_by_reason.items())
@@ -155,6 +160,13 @@ def summarize(manifest: Manifest, output: Path) -> str:
                 f"note: no document fell into the held-out {manifest.validation_fraction:g}; "
                 "raise --validation-fraction to evaluate on this corpus"
             )
+    if len(manifest.sources) > 1:
+        lines += [
+            f"source {source.name}: {source.totals.documents:,} documents, "
+            f"{sum(split.tokens for split in source.splits.values()):,} tokens"
+            + ("" if source.weight is None else f", weight {source.weight:g}")
+            for source in manifest.sources
+        ]
     num_tokens = sum(split.tokens for split in manifest.splits.values())
     lines.append(
         f"tokenizer: {manifest.tokenizer.vocab_size:,} tokens, {manifest.dtype}, "

@@ -5,16 +5,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import orjson
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_prep.atomic import whole_file, write_whole
+from data_prep.atomic import whole_file
+from data_prep.dedup import find_duplicates
 from data_prep.errors import DataError
+from data_prep.journal import UnitRecord, find_finished, record_finished, rejects_path
 from data_prep.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -24,16 +25,23 @@ from data_prep.manifest import (
     Ledger,
     ShardEntry,
 )
+from data_prep.options import BadRecordPolicy, Dedup
+from data_prep.phase import Done
+from data_prep.plan import unit_list
 from data_prep.shards import ShardRows, write_shard
 from data_prep.sources import Reading, Record, Segment, Unit, read_unit
 from data_prep.tokenizer import SpecialTokens, TokenArray, Tokenizer
 
-JOURNAL = "journal"
 BATCH_CHARACTERS = 1 << 20
 SAMPLE_CHARACTERS = 80
 HASH_VALUES = 1 << 64
 
-BadRecordPolicy = Literal["skip", "fail"]
+
+class UnitSource(NamedTuple):
+    """What a unit must know about its source."""
+
+    name: str
+    text_key: str
 
 
 @dataclass(frozen=True)
@@ -44,27 +52,28 @@ class UnitJob:
     job_id: str
     tokenizer_sha256: str
     eos_token: str
-    text_key: str
+    sources: tuple[UnitSource, ...]
     validation_fraction: float
     shard_tokens: int
-    source: str
     on_bad: BadRecordPolicy
     special_tokens: SpecialTokens
     max_document_bytes: int
+    dedup: Dedup
 
 
-class UnitRecord(BaseModel):
-    """The journal entry of a finished unit: its shards, and a ledger per input file."""
+def encode_unit(job: UnitJob, number: int) -> Done:
+    """Do the unit of this number, unless its journal entry is there already."""
+    done = find_finished(job.output, job.job_id, number)
+    if done is None:
+        planned = unit_list(job.output, job.job_id)[number]
+        done = process_unit(job, planned.unit, job.sources[planned.source])
+    return Done(
+        tokens=sum(shard.tokens for shard in done.shards),
+        rejects=sum(ledger.rejects for ledger in done.ledgers.values()),
+    )
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    unit: int
-    job_id: str
-    shards: list[ShardEntry]
-    ledgers: dict[int, Ledger]
-
-
-def process_unit(job: UnitJob, unit: Unit) -> UnitRecord:
+def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     """Do one unit; when this returns, its shards and its journal entry are on disk.
 
     Raises:
@@ -78,8 +87,13 @@ def process_unit(job: UnitJob, unit: Unit) -> UnitRecord:
     counts = {segment.file: _Counts() for segment in unit.segments}
     rejects: list[tuple[Segment, Record]] = []
     sources = {segment.file: segment for segment in unit.segments}
-    for record in read_unit(unit, Reading(job.text_key, job.max_document_bytes)):
+    duplicates = find_duplicates(job.output, unit.number) if job.dedup == "exact" else frozenset()
+    reading = Reading(source.text_key, job.max_document_bytes)
+    for index, record in enumerate(read_unit(unit, reading)):
         count = counts[record.file]
+        if index in duplicates:
+            count.duplicates += 1
+            continue
         if job.special_tokens == "reject":
             record = _refuse_special(record, tokenizer)
         if record.text is None:
@@ -97,7 +111,9 @@ def process_unit(job: UnitJob, unit: Unit) -> UnitRecord:
     shards = [
         entry
         for split, documents in columns.items()
-        for entry in _write_split(job, unit.number, tokenizer, split, documents.finish())
+        for entry in _write_split(
+            job, source.name, unit.number, tokenizer, split, documents.finish()
+        )
     ]
     _write_rejects(job.output, unit.number, rejects)
     done = UnitRecord(
@@ -106,26 +122,8 @@ def process_unit(job: UnitJob, unit: Unit) -> UnitRecord:
         shards=shards,
         ledgers={file: count.ledger() for file, count in counts.items()},
     )
-    write_whole(_journal_path(job.output, unit.number), done.model_dump_json().encode())
+    record_finished(job.output, done)
     return done
-
-
-def find_finished(output: Path, job_id: str, unit: int) -> UnitRecord | None:
-    """The journal entry of a unit, if it is of this job and its files are there in full size."""
-    try:
-        done = UnitRecord.model_validate_json(_journal_path(output, unit).read_bytes())
-        whole = all((output / entry.path).stat().st_size == entry.bytes for entry in done.shards)
-    except (OSError, ValidationError):
-        return None
-    rejected = sum(ledger.rejects for ledger in done.ledgers.values())
-    if rejected and not rejects_path(output, unit).is_file():
-        return None
-    return done if whole and done.unit == unit and done.job_id == job_id else None
-
-
-def rejects_path(output: Path, unit: int) -> Path:
-    """Where a unit lists its rejected records, until they are gathered into one file."""
-    return output / JOURNAL / f"{unit:05d}.rejects.jsonl"
 
 
 def rejection(path: str, record: Record) -> DataError:
@@ -155,10 +153,6 @@ def _choose_split(content: bytes, fraction: float) -> str:
     return VALIDATION if is_held_out(content, fraction) else TRAIN
 
 
-def _journal_path(output: Path, unit: int) -> Path:
-    return output / JOURNAL / f"{unit:05d}.json"
-
-
 @lru_cache(maxsize=1)
 def _load_tokenizer(
     path: Path, eos_token: str, sha256: str, special_tokens: SpecialTokens
@@ -174,15 +168,17 @@ def _load_tokenizer(
 class _Counts:
     documents: int = 0
     empty: int = 0
+    duplicates: int = 0
     text_bytes: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
 
     def ledger(self) -> Ledger:
         rejected = sum(self.rejects.values())
         return Ledger(
-            records=self.documents + self.empty + rejected,
+            records=self.documents + self.empty + self.duplicates + rejected,
             documents=self.documents,
             empty=self.empty,
+            duplicates=self.duplicates,
             rejects=rejected,
             rejects_by_reason=dict(sorted(self.rejects.items())),
             text_bytes=self.text_bytes,
@@ -234,7 +230,7 @@ class _Columns:
 
 
 def _write_split(
-    job: UnitJob, unit: int, tokenizer: Tokenizer, split: str, rows: ShardRows | None
+    job: UnitJob, source: str, unit: int, tokenizer: Tokenizer, split: str, rows: ShardRows | None
 ) -> Iterator[ShardEntry]:
     """Write the shards of one split of a unit: one, or more when over the cap."""
     if rows is None:
@@ -247,14 +243,14 @@ def _write_split(
         "dtype": str(rows.tokens.dtype),
         "eos_id": str(tokenizer.eos_id),
         "eos": "one after each document",
-        "source": job.source,
+        "source": source,
         "split": split,
     }
     for part, piece in enumerate(_cut(rows, job.shard_tokens)):
         suffix = f"-{part:03d}" if part else ""
-        path = f"shards/{split}/{job.source}/{unit:05d}{suffix}.arrow"
+        path = f"shards/{split}/{source}/{unit:05d}{suffix}.arrow"
         written = write_shard(job.output / path, piece, metadata)
-        yield ShardEntry.of(path, split, job.source, unit, written)
+        yield ShardEntry.of(path, split, source, unit, written)
 
 
 def _cut(rows: ShardRows, limit_tokens: int) -> Iterator[ShardRows]:

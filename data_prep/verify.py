@@ -149,7 +149,8 @@ def _decodes_back(rows: ShardRows, row: int, tokenizer: Tokenizer, manifest: Man
         return True
     text = tokenizer.decode(ids)
     number = int(rows.src[row])
-    source = _source_text(number, manifest.inputs[number], int(rows.row[row]), manifest.text_key)
+    entry = manifest.inputs[number]
+    source = _source_text(number, entry, int(rows.row[row]), manifest.text_key_of(entry))
     if source is not None:
         return source == text
     again, _ = tokenizer.encode_documents([text])

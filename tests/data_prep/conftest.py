@@ -8,8 +8,8 @@ import orjson
 import pytest
 
 from data_prep.build import build
-from data_prep.job import BuildOptions
 from data_prep.manifest import Manifest
+from data_prep.options import BuildOptions
 
 LINE = "def return self the of loss naïve été 数据 token 🎉 while import None 12345 == \n\t"
 WORDS = LINE.split(" ")
@@ -21,11 +21,11 @@ class Silence:
     def say(self, message: str) -> None:
         """Ignore a step."""
 
-    def start(self, total_bytes: int, units: int) -> None:
+    def start(self, verb: str, total_bytes: int, units: int) -> None:
         """Ignore the start."""
 
-    def finish_unit(self, input_bytes: int, tokens: int, rejects: int) -> None:
-        """Ignore a unit."""
+    def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
+        """Ignore progress."""
 
 
 def make_texts(count: int, seed: int) -> list[str]:

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from data_prep.build import build
 from data_prep.errors import DataError
-from data_prep.job import BuildOptions
 from data_prep.loader import ShardSet
 from data_prep.manifest import Manifest, load_manifest
+from data_prep.options import BuildOptions
 from data_prep.progress import ProgressLine
 from data_prep.tokenizer import Tokenizer, read_tokenizer
 from data_prep.unit import is_held_out

@@ -45,6 +45,7 @@ def forge(directory: Path, change: Callable[[ShardRows], ShardRows]) -> None:
         "shards": shards,
         "fingerprint": order_fingerprint(*facts),
         "splits": total_splits(*facts),
+        "sources": [manifest.sources[0].model_copy(update={"splits": total_splits(*facts)})],
     }
     write_manifest(directory, manifest.model_copy(update=changed))
 
@@ -124,7 +125,7 @@ def test_damage_is_named(directory: Path, capsys: pytest.CaptureFixture[str]) ->
     layout["totals"]["records"] += 1
     manifest.write_text(json.dumps(layout))
     assert main([str(directory)]) == 1
-    assert "not documents + empty + rejects" in capsys.readouterr().err
+    assert "not documents + empty + duplicates + rejects" in capsys.readouterr().err
     manifest.unlink()
     assert main([str(directory)]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1

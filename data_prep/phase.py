@@ -1,0 +1,87 @@
+"""A phase of a build: numbered items that any number of workers do in any order."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Done(NamedTuple):
+    """What one finished item adds to the progress."""
+
+    tokens: int = 0
+    rejects: int = 0
+
+
+class Observer(Protocol):
+    """Watches a build; the command line shows a progress line with it."""
+
+    def say(self, message: str) -> None:
+        """A step of the build, in words."""
+
+    def start(self, verb: str, total_bytes: int, units: int) -> None:
+        """A phase starts; `total_bytes` of input are still to be read."""
+
+    def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
+        """More of the phase is on disk."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Items 0 .. len(sizes) - 1; each is done when its result is on disk.
+
+    Doing an item twice, even at the same time in two processes, gives the same bytes under the
+    same names. So which worker does what decides about time only.
+
+    Attributes:
+        name: Names the phase in claims; letters only.
+        verb: Names it to people, for example "encoding".
+        work: Does one item; can be sent to another process.
+        is_finished: Whether the result of an item is on disk.
+        sizes: Input bytes of each item, `[items]`.
+    """
+
+    name: str
+    verb: str
+    work: Callable[[int], Done]
+    is_finished: Callable[[int], bool]
+    sizes: NDArray[np.int64]
+
+
+class Crew(Protocol):
+    """The processes that work on a job.
+
+    Attributes:
+        shares_output: True when other crews may write to the same output at the same time.
+    """
+
+    shares_output: bool
+
+    def run(self, phase: Phase, observer: Observer) -> None:
+        """Return when every item of the phase is on disk.
+
+        Raises:
+            DataError: An item cannot be done.
+        """
+
+    def turn(self, output: Path, name: str) -> AbstractContextManager[None]:
+        """Hold back the other crews of this output in a step that only one should do."""
+
+
+def announce(phase: Phase, missing: NDArray[np.int64], observer: Observer) -> None:
+    """Tell how much of a phase is left."""
+    total = len(phase.sizes)
+    if 0 < len(missing) < total:
+        observer.say(f"{total - len(missing):,} of {total:,} units are already on disk")
+    if len(missing):
+        observer.start(phase.verb, int(phase.sizes[missing].sum()), len(missing))
+
+
+def missing_items(phase: Phase) -> NDArray[np.int64]:
+    """The items that are not on disk, in order."""
+    numbers = range(len(phase.sizes))
+    return np.array([item for item in numbers if not phase.is_finished(item)], dtype=np.int64)
