@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.language_model import MultiTokenModel
-from model.loss import linear_cross_entropy, loss_and_gradients
+from model.loss import linear_cross_entropy, loss_and_gradients, loss_and_predictions
 
 
 class MicroBatchResult(NamedTuple):
@@ -61,29 +61,44 @@ def sequential_backward(
     shared = readout()
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
     leaf = trunk_output.detach().requires_grad_(trunk_output.requires_grad)
-    norm = shared.norm.detach().requires_grad_()
+    norm = shared.norm.detach().requires_grad_(shared.norm.requires_grad)
     unembedding = shared.unembedding.detach()
-    dtype = torch.promote_types(unembedding.dtype, torch.float32)
-    unembedding_gradient = torch.zeros_like(unembedding, dtype=dtype)
+    unembedding_gradient = None
+    if shared.unembedding.requires_grad:
+        dtype = torch.promote_types(unembedding.dtype, torch.float32)
+        unembedding_gradient = torch.zeros_like(unembedding, dtype=dtype)
     sums = []
     for index, head in enumerate(model.heads.numbers):
         normed = readout.normalize(model.heads.hidden(head, leaf, context), norm)
+        hidden, targets = normed.detach().flatten(0, 1), _sequence_first(labels[index])
+        if not normed.requires_grad and unembedding_gradient is None:  # nothing of it is trained
+            loss, _ = loss_and_predictions(
+                hidden, unembedding, targets, shard=model.shard, chunk_tokens=chunk_tokens
+            )
+            sums.append(loss)
+            continue
         result = loss_and_gradients(
-            normed.detach().flatten(0, 1),
+            hidden,
             unembedding,
-            _sequence_first(labels[index]),
+            targets,
             shard=model.shard,
             scale=scales[index],
             weight_gradient=unembedding_gradient,
             chunk_tokens=chunk_tokens,
         )
-        normed.backward(result.hidden_gradient.view_as(normed))
+        if normed.requires_grad:
+            normed.backward(result.hidden_gradient.view_as(normed))
         sums.append(result.loss_sum)
     remainder = _deliver(
         [
             (trunk_output, leaf.grad),
             (shared.norm, norm.grad),
-            (shared.unembedding, unembedding_gradient.to(unembedding.dtype)),
+            (
+                shared.unembedding,
+                None
+                if unembedding_gradient is None
+                else unembedding_gradient.to(unembedding.dtype),
+            ),
         ]
     )
     return MicroBatchResult(torch.stack(sums), remainder)
@@ -144,7 +159,8 @@ def _deliver(pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     """The scalar whose backward gives every tensor of a pair its gradient."""
     wanted = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
     if not wanted:  # only the head layers are trained, and they have their gradients
-        return pairs[0][0].new_zeros((), dtype=torch.float32, requires_grad=True)
+        # A zero with a graph, as DeepSpeed asks of a loss; its leaf is nobody's parameter.
+        return pairs[0][0].new_zeros((), dtype=torch.float32, requires_grad=True) * 1.0
     gradients = [torch.zeros_like(tensor) if grad is None else grad for tensor, grad in wanted]
     remainder: Tensor = _Deliver.apply(gradients, *(tensor for tensor, _ in wanted))
     return remainder

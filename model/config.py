@@ -186,7 +186,7 @@ class ModelConfig(BaseModel):
         """All parameters: 2VH + L * (layer) + H, whatever the number of heads."""
         return self.parameter_count().total
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, *, frozen: bool = False) -> float:
         """Floating point operations of one training step per input token.
 
         A product with a matrix of P parameters costs 2P per token forward and 4P backward:
@@ -199,12 +199,21 @@ class ModelConfig(BaseModel):
         on average half of the sequence. The embedding is a look-up. Recomputation under
         activation checkpointing is not counted: utilisation from this figure is of useful work.
 
+        With all but heads 2 .. n frozen, only their layers cost a whole backward, their readouts
+        the half of one that leads to the hidden states, and everything else its forward.
+
         Args:
             sequence_length: S, tokens of one sample.
+            frozen: only heads 2 .. n are trained.
         """
         matrices = self.layers * self._matrix_parameters_per_layer()
         readouts = self.future_tokens * self.vocab_size * self.hidden_size
         attention = 12 * self.layers * self.hidden_size * sequence_length / 2
+        if frozen:
+            heads = self.future_tokens - 1
+            trained = heads / self.layers
+            backward = 4 * matrices * trained + 2 * readouts * heads / self.future_tokens
+            return 2 * (matrices + readouts) + backward + attention * (1 + 2 * trained) / 3
         return 6 * (matrices + readouts) + attention
 
     def check_tensor_parallel(self, size: int) -> list[str]:

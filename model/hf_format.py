@@ -34,7 +34,7 @@ from model.export_folder import (
 from model.hf_config import CONFIG_NAME, llama_config
 from model.hf_names import EXTRA_HEADS, hf_names, hf_shapes, join, split
 from model.language_model import MultiTokenModel
-from model.parameter_shapes import checked_parameters, parameter_shapes
+from model.parameter_shapes import checked_parameters, head_of, parameter_shapes
 from model.process_groups import ensure_single_process
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -276,6 +276,5 @@ def _our_parameters(
 
 
 def _which_head(name: str) -> str:
-    if not name.startswith("heads.layers."):
-        return ""
-    return f" of head {name.split('.')[2]}"
+    head = head_of(name)
+    return f" of head {head}" if head else ""

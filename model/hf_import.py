@@ -26,7 +26,7 @@ from model.errors import CheckpointError, ConfigError
 from model.export_folder import RECORD_NAME, read_record, verify_files
 from model.hf_config import read_llama_config
 from model.hf_names import EXTRA_HEADS, hf_names, hf_shapes, join
-from model.parameter_shapes import parameter_shapes
+from model.parameter_shapes import head_of, parameter_shapes
 from model.rope_scaling import RopeScaling
 from model.sharding import placement_of, take_slice
 
@@ -38,7 +38,6 @@ _EXTRA_NAME = f"{EXTRA_HEADS}.safetensors"
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # buffers that older files carry along
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_HEAD = re.compile(r"heads\.layers\.(\d+)\.")
 
 
 class LlamaFolder:
@@ -228,12 +227,6 @@ class ImportedWeights:
         rows = stored[start : start + fresh.shape[0]]
         fresh[: rows.shape[0]] = rows.to(fresh.dtype)
         return fresh
-
-
-def head_of(name: str) -> int:
-    """Number of the head that a parameter belongs to; 0 for trunk, embedding and readout."""
-    match = _HEAD.match(name)
-    return int(match[1]) if match else 0
 
 
 def _model_files(directory: Path) -> list[Path]:

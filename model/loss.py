@@ -64,7 +64,7 @@ def loss_and_gradients(
     *,
     shard: VocabularyShard,
     scale: Tensor | float,
-    weight_gradient: Tensor,
+    weight_gradient: Tensor | None,
     chunk_tokens: int,
 ) -> LossAndGradient:
     """Cross-entropy of `hidden @ weight.T` against labels, with both gradients.
@@ -75,7 +75,8 @@ def loss_and_gradients(
         labels: `[T]` global token ids; `IGNORED` positions count for nothing.
         shard: which rows `weight` is.
         scale: factor on the gradients (head weight over the global count of valid targets).
-        weight_gradient: `[V', H]`, added to in place; float32 keeps sums over heads exact.
+        weight_gradient: `[V', H]`, added to in place; float32 keeps sums over heads exact. None:
+            the unembedding is frozen.
         chunk_tokens: tokens whose logits exist at once.
 
     Returns:
@@ -88,6 +89,8 @@ def loss_and_gradients(
         losses, logit_gradient = _chunk(hidden[part], weight, labels[part], shard, scale)
         loss_sum += losses.sum()
         torch.mm(logit_gradient, weight, out=hidden_gradient[part])
+        if weight_gradient is None:
+            continue
         if weight_gradient.dtype == hidden.dtype:
             weight_gradient.addmm_(logit_gradient.t(), hidden[part])
         else:
@@ -128,7 +131,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shard: VocabularyShard,
         chunk_tokens: int,
     ) -> Tensor:
-        weight_gradient = torch.zeros_like(weight, dtype=_softmax_dtype(weight))
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros_like(weight, dtype=_softmax_dtype(weight))
         result = loss_and_gradients(
             hidden,
             weight,
@@ -138,7 +143,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_gradient=weight_gradient,
             chunk_tokens=chunk_tokens,
         )
-        ctx.save_for_backward(result.hidden_gradient, weight_gradient.to(weight.dtype))
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.to(weight.dtype)
+        ctx.save_for_backward(result.hidden_gradient, weight_gradient)
         return result.loss_sum
 
     @staticmethod
@@ -148,7 +155,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (grad_output,) = grad_outputs
         return (
             hidden_gradient * grad_output.to(hidden_gradient.dtype),
-            weight_gradient * grad_output.to(weight_gradient.dtype),
+            None
+            if weight_gradient is None
+            else weight_gradient * grad_output.to(weight_gradient.dtype),
             None,
             None,
             None,

@@ -4,6 +4,7 @@ Legend: V vocabulary, H hidden, F feed-forward, A attention heads, G key-value h
 dimension.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
+
+_HEAD = re.compile(r"heads\.layers\.(\d+)\.")
+
+
+def head_of(name: str) -> int:
+    """Number of the head that a parameter is a layer of; 0 for trunk, embedding and readout."""
+    match = _HEAD.match(name)
+    return int(match[1]) if match else 0
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -64,6 +64,13 @@ class RunConfig(Section):
         """The step after which this run stops: train.stop_at_step, else train.steps."""
         return self.train.stop_at_step or self.train.steps
 
+    @property
+    def flops_per_token(self) -> float:
+        """Floating point operations of one training step per input token."""
+        return self.model.flops_per_token(
+            self.data.sequence_length, frozen=self.train.freeze == "trunk"
+        )
+
     def global_batch_size(self, data_parallel_size: int) -> int:
         """Samples of one optimizer step over all ranks."""
         return self.batch.micro_size * self.batch.accumulation * data_parallel_size

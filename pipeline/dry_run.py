@@ -28,7 +28,7 @@ def describe(config: RunConfig, *, world_size: int, device: Device, precision: P
     data_size = data_parallel_size(config, world_size)
     model, count = config.model, config.model.parameter_count()
     tokens = config.tokens_per_step(data_size)
-    flops = model.flops_per_token(config.data.sequence_length)
+    flops = config.flops_per_token
     settings = deepspeed_config(
         config, data_parallel_size=data_size, precision=precision, device=device
     )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data_prep.loader import Batch
 from model.backward import joint_backward, sequential_backward
 from model.errors import CheckpointError
+from model.freezing import freeze_parameters
 from model.hf_import import ImportedWeights
 from model.language_model import MultiTokenModel
 from model.layers import transformer_engine_available
@@ -132,6 +133,7 @@ class Engine:
                         model.initial_weight, name, parameter.shape, self.config.run.seed
                     )
                     parameter.data.copy_(imported(name, fresh) if imported else fresh())
+        freeze_parameters(model, self.config.train.freeze)
         return model
 
     def _uses_transformer_engine(self) -> bool:
@@ -139,9 +141,9 @@ class Engine:
         return wanted and transformer_engine_available()
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW; matrices decay, norm weights do not."""
+        """AdamW over what is trained; matrices decay, norm weights do not."""
         options = self.config.optimizer
-        parameters = dict(model.named_parameters())
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         decayed = [p for name, p in parameters.items() if not name.endswith(_UNDECAYED)]
         undecayed = [p for name, p in parameters.items() if name.endswith(_UNDECAYED)]
         return torch.optim.AdamW(
@@ -197,6 +199,9 @@ class Engine:
                 )
 
             sums, remainder = self._engine(batch.tokens, joint, documents=batch.documents)
+            # DeepSpeed divides the gradient of what a forward returned by the accumulation, unless
+            # it has seen the loss before; without ZeRO it has not when the two are one tensor.
+            remainder = remainder * 1.0
         else:
             trunk_output = self._engine(batch.tokens, documents=batch.documents)
             sums, remainder = sequential_backward(
@@ -327,8 +332,10 @@ class Engine:
                 yield name, parameter.detach()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every gradient of this tensor-parallel rank, reduced and whole, before `_apply`."""
+        """Gradients of this rank's trained parameters, reduced and whole, before `_apply`."""
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if self._zero == 0:
                 assert parameter.grad is not None, name
                 yield name, parameter.grad

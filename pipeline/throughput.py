@@ -24,7 +24,7 @@ class Throughput:
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self._tokens_per_step = config.tokens_per_step(topology.data_size)
-        self._flops_per_token = config.model.flops_per_token(config.data.sequence_length)
+        self._flops_per_token = config.flops_per_token
         self._device = topology.device
         self._peak: float | None = None
         if self._device.type == "cuda":

@@ -10,14 +10,16 @@ What lies where (t tensor-parallel, d data-parallel rank; bf16 runs put `bf16_` 
     ZeRO 3        the same                       a padded share of each parameter, one after the
                                                  other
 
-Names and shapes, per optimizer group, are `param_shapes` in the model states. Files are mapped
+Names and shapes, per optimizer group, are `param_shapes` in the model states. What is frozen is in
+no optimizer: ZeRO 0 to 2 have it whole under `module`, ZeRO 3 in shares under
+`frozen_param_fragments`, all of them as the model computes with them. Files are mapped
 into memory and read with `weights_only`; DeepSpeed itself is not needed.
 """
 
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.freezing import is_trained
 from model.parameter_shapes import checked_parameters
 from model.sharding import merge_slices, placement_of
 
@@ -121,12 +124,25 @@ def _read_tensor_rank(directory: Path, rank: int) -> dict[str, _Part]:
     try:
         if model_states["param_shapes"] is None:
             return _without_zero(model_path, model_states)
-        return _with_zero(directory, rank, model_states["param_shapes"], optimizer_files)
+        trained = _with_zero(directory, rank, model_states["param_shapes"], optimizer_files)
+        return trained | _frozen(model_files, trained.keys())
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{model_path} is not laid out as this version of DeepSpeed writes it "
             f"({type(error).__name__}: {error}); use the versions in constraints.txt"
         ) from error
+
+
+def _frozen(paths: list[Path], trained: Collection[str]) -> dict[str, _Part]:
+    """Parameters that no optimizer has: whole in ZeRO 1 and 2, in ZeRO 3 a share in each file."""
+    states = [_load(path) for path in paths]
+    if not paths[0].name.startswith("zero_pp_rank"):
+        tensors = {k: v for k, v in states[0]["module"].items() if torch.is_tensor(v)}
+        return {k: _Part([v], tuple(v.shape)) for k, v in tensors.items() if k not in trained}
+    return {
+        name: _Part([state["frozen_param_fragments"][name] for state in states], tuple(shape))
+        for name, shape in (states[0]["frozen_param_shapes"] or {}).items()
+    }
 
 
 def _without_zero(path: Path, states: dict[str, Any]) -> dict[str, _Part]:
@@ -143,17 +159,22 @@ def _named_masters(
     """Master weights by name: the first group holds the matrices, the second the norm weights.
 
     Each is recognised by its place and confirmed by its value: rounded, it is the weight in use.
+    A frozen weight has no master and is what it is.
     """
-    matrices = [name for name, weight in weights.items() if weight.dim() > 1]
-    vectors = [name for name, weight in weights.items() if weight.dim() == 1]
-    masters = dict(zip(matrices + vectors, [t for group in groups for t in group], strict=False))
-    for name, weight in weights.items():
+    tensors = [tensor for group in groups for tensor in group]
+    trained = weights
+    if len(tensors) < len(weights):
+        trained = {name: w for name, w in weights.items() if is_trained(name, "trunk")}
+    matrices = [name for name, weight in trained.items() if weight.dim() > 1]
+    vectors = [name for name, weight in trained.items() if weight.dim() == 1]
+    masters = dict(zip(matrices + vectors, tensors, strict=False))
+    for name, weight in trained.items():
         if name not in masters or not torch.equal(masters[name].to(weight.dtype), weight):
             raise CheckpointError(
                 f"{path}: the optimizer's master weight of {name} is not the one of the model; "
                 "use a complete checkpoint"
             )
-    return masters
+    return weights | masters
 
 
 def _with_zero(

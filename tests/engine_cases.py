@@ -27,6 +27,7 @@ class Case:
     backward: str = "sequential"
     checkpointing: str = "none"
     documents: bool = False
+    freeze: str = "none"
 
 
 def engine_config(case: Case) -> RunConfig:
@@ -66,6 +67,9 @@ def engine_config(case: Case) -> RunConfig:
                 "head_backward": case.backward,
                 "activation_checkpointing": case.checkpointing,
                 "loss_chunk_tokens": 16,
+                "freeze": case.freeze,
+                # A frozen model must come from somewhere; engines are given the weights, or none.
+                "init_from": None if case.freeze == "none" else "unused",
             },
             "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
             "schedule": {"warmup_steps": 1},

@@ -123,6 +123,14 @@ def test_flops_count_the_unembedding_once_per_head() -> None:
     assert one.flops_per_token(128) == 6 * matrices + 6 * 8 * 64 * 128
 
 
+def test_flops_of_a_frozen_model_are_mostly_forwards() -> None:
+    """All forwards, two thirds of the usual backward of 2 heads, one half of their readouts'."""
+    model = ModelConfig(**{**SIZES, "future_tokens": 3})
+    layer = (model.flops_per_token(128) - 6 * 3 * 96 * 64) / 6 / 8  # with its attention
+    expected = 2 * (8 * layer + 3 * 96 * 64) + 2 * 4 * layer + 2 * 2 * 96 * 64
+    assert model.flops_per_token(128, frozen=True) == pytest.approx(expected, rel=1e-12)
+
+
 def test_tensor_parallel_sizes_are_checked_with_a_way_out() -> None:
     """Each size that cannot be divided is named with its nearest workable values."""
     config = ModelConfig(

@@ -62,6 +62,7 @@ TENSOR_CASES = [
 ] + [Case(world=4, tensor=2, zero=3, accumulation=2, bucket=TINY_BUCKET)]
 OTHER_CASES = [
     Case(world=2, zero=3, backward="joint"),
+    Case(world=2, zero=0, accumulation=2, backward="joint"),
     Case(world=2, zero=2, accumulation=2, backward="joint", bucket=TINY_BUCKET),
     Case(world=2, zero=3, accumulation=2, checkpointing="full", bucket=TINY_BUCKET),
     Case(world=2, zero=3, checkpointing="selective"),
@@ -76,12 +77,27 @@ DOCUMENT_CASES = [
     Case(world=4, tensor=2, zero=3, accumulation=2, documents=True, bucket=TINY_BUCKET),
 ]
 
+FROZEN_CASES = [
+    Case(world=world, tensor=tensor, zero=zero, accumulation=acc, freeze="trunk", **changes)
+    for world, tensor, zero, acc, changes in (
+        (1, 1, 0, 1, {}),
+        (2, 1, 0, 2, {"backward": "joint"}),
+        (2, 1, 1, 2, {"bucket": TINY_BUCKET}),
+        (2, 1, 2, 1, {"backward": "joint", "checkpointing": "selective"}),
+        (2, 2, 2, 2, {"bucket": TINY_BUCKET}),
+        (2, 1, 3, 2, {"checkpointing": "full"}),
+        (2, 2, 3, 1, {"backward": "joint", "checkpointing": "full"}),
+        (4, 2, 3, 2, {"bucket": TINY_BUCKET}),
+    )
+]
+
 
 def _name(case: Case) -> str:
     bucket = "tiny" if case.bucket == TINY_BUCKET else "default"
     return (
         f"world{case.world}-tp{case.tensor}-zero{case.zero}-acc{case.accumulation}-{bucket}"
         f"-{case.backward}-{case.checkpointing}{'-documents' * case.documents}"
+        + ("" if case.freeze == "none" else "-frozen")
     )
 
 
@@ -111,8 +127,8 @@ def _train(case: Case) -> list[Step]:
 
 
 @cache
-def _reference(documents: bool) -> list[Step]:
-    return run_ranks(1, _train, replace(REFERENCE, documents=documents))[0]
+def _reference(documents: bool, freeze: str) -> list[Step]:
+    return run_ranks(1, _train, replace(REFERENCE, documents=documents, freeze=freeze))[0]
 
 
 def _relative(actual: Any, expected: Any) -> float:
@@ -121,12 +137,14 @@ def _relative(actual: Any, expected: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    "case", ZERO_CASES + TENSOR_CASES + OTHER_CASES + DOCUMENT_CASES, ids=_name
+    "case",
+    ZERO_CASES + TENSOR_CASES + OTHER_CASES + DOCUMENT_CASES + FROZEN_CASES,
+    ids=_name,
 )
 def test_layout_gives_the_gradients_of_one_process(case: Case) -> None:
     """Head losses, every parameter's gradient and the global norm agree over four steps."""
     ranks = run_ranks(case.world, _train, case)
-    for step, expected in zip(ranks[0], _reference(case.documents), strict=True):
+    for step, expected in zip(ranks[0], _reference(case.documents, case.freeze), strict=True):
         assert _relative(step.head_losses, expected.head_losses) < TOLERANCE
         assert _relative(step.grad_norm, expected.grad_norm) < TOLERANCE
         assert step.gradients.keys() == expected.gradients.keys()
