@@ -1,9 +1,7 @@
 """A finished shard set, read as one stream of tokens with `preadv` at the recorded offsets."""
 
 import hashlib
-import os
-import threading
-from collections import OrderedDict
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,58 +11,78 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.manifest import TOKENIZER, Manifest, ShardEntry, load_manifest
+from data_prep.manifest import TOKENIZER, Manifest, ShardEntry, load_manifest, order_fingerprint
+from data_prep.shard_files import ShardFiles
 from data_prep.tokenizer import TokenArray
 
-MAX_OPEN_FILES = 64
 CHECKSUM_BLOCK_BYTES = 1 << 22
+# Document offsets are read in blocks of a page.
+OFFSETS_PER_READ = 512
 
 
 class ShardSet:
-    """One split of a shard set; made by `ShardSet.open`.
+    """One split of a shard set, or one source of it; made by `ShardSet.open`.
 
-    The token stream is the shards in manifest order, documents end to end. Nothing is mapped and
-    nothing but the manifest is kept in memory. Safe to share between threads.
+    The token stream is the shards in manifest order, documents end to end; a document lies in one
+    shard. Nothing is mapped and nothing but the manifest is kept in memory. Safe to share between
+    threads.
 
     Attributes:
         directory: Where the set lies.
         split: "train" or "validation".
         manifest: The whole manifest.
-        fingerprint: Changes when the token order of this split changes.
+        shards: Entries of the shards of this stream, in order.
+        sources: Names of the sources that have documents in it.
+        fingerprint: Changes when the token order of this stream changes.
         num_tokens: Length of the stream.
-        total_bytes: Size of the split's files.
+        num_documents: Documents in it.
+        total_bytes: Size of its files.
     """
 
-    def __init__(self, directory: Path, split: str, manifest: Manifest) -> None:
-        totals = manifest.splits[split]
+    def __init__(self, directory: Path, split: str, manifest: Manifest, source: str | None) -> None:
         self.directory = directory
         self.split = split
         self.manifest = manifest
-        self.fingerprint: str = totals.fingerprint
-        self.num_tokens: int = totals.tokens
-        self.total_bytes: int = totals.bytes
-        self._shards: Sequence[ShardEntry] = [
-            shard for shard in manifest.shards if shard.split == split
+        self.shards: Sequence[ShardEntry] = [
+            shard
+            for shard in manifest.shards
+            if shard.split == split and source in (None, shard.source)
         ]
-        sizes = [shard.tokens for shard in self._shards]
-        self._starts: NDArray[np.int64] = np.cumsum([0, *sizes], dtype=np.int64)
-        self._dtype: np.dtype[Any] = (
-            np.dtype(np.uint16) if manifest.dtype == "uint16" else np.dtype(np.uint32)
+        self.sources = tuple(dict.fromkeys(shard.source for shard in self.shards))
+        self.fingerprint: str = (
+            manifest.splits[split].fingerprint
+            if source is None
+            else order_fingerprint(
+                manifest.tokenizer.sha256, manifest.tokenizer.eos_id, manifest.dtype, self.shards
+            )
         )
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._lock = threading.Lock()
+        starts = [0]
+        for shard in self.shards:
+            starts.append(starts[-1] + shard.tokens)
+        self.num_tokens = starts[-1]
+        self.num_documents = sum(shard.rows for shard in self.shards)
+        self.total_bytes = sum(shard.bytes for shard in self.shards)
+        self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
+        self._starts = starts
+        self._files = ShardFiles(directory, self.shards)
 
     @classmethod
-    def open(cls, directory: Path | str, split: str, *, verify: bool = False) -> "ShardSet":
-        """Open a split after checking that every file of it is there in full size.
+    def open(
+        cls, directory: Path | str, split: str, source: str | None = None, *, verify: bool = False
+    ) -> "ShardSet":
+        """Open a split after checking that every file of it is there.
+
+        The size of a file is compared here too when files are few, and in any case before its
+        first byte is read.
 
         Args:
             directory: A directory that data_prep/shard.py made.
             split: "train" or "validation".
+            source: Only the documents of this source; None = of all.
             verify: Also compare all checksums (reads every file once).
 
         Raises:
-            DataError: The set is missing, incomplete, damaged, or has no such split.
+            DataError: The set is missing, incomplete, damaged, or has no such split or source.
         """
         directory = Path(directory)
         manifest = load_manifest(directory)
@@ -72,11 +90,20 @@ class ShardSet:
             raise DataError(
                 f"{directory} has no split {split!r}; it has {', '.join(manifest.splits)}"
             )
-        shards = cls(directory, split, manifest)
-        shards._check_files()
+        names = dict.fromkeys(shard.source for shard in manifest.shards)
+        if source is not None and source not in names:
+            raise DataError(f"{directory} has no source {source!r}; it has {', '.join(names)}")
+        shards = cls(directory, split, manifest, source)
+        shards._files.check()
+        shards._check_tokenizer()
         if verify:
             shards.verify()
         return shards
+
+    def of_source(self, source: str) -> "ShardSet":
+        """The stream of one source of this split; the files were checked when this was opened."""
+        assert source in self.sources, (source, self.sources)
+        return ShardSet(self.directory, self.split, self.manifest, source)
 
     @property
     def vocab_size(self) -> int:
@@ -112,25 +139,69 @@ class ShardSet:
         Raises:
             DataError: A file cannot be read or ends early.
         """
-        assert 0 <= start <= start + count <= self.num_tokens, (start, count, self.num_tokens)
-        out: TokenArray = np.empty(count, dtype=self._dtype)
-        done = 0
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while done < count:
-            first = start + done - int(self._starts[number])
-            length = min(count - done, self._shards[number].tokens - first)
-            self._read_shard(number, first, out[done : done + length])
-            done += length
-            number += 1
+        out: TokenArray = np.empty(count, dtype=self.dtype)
+        self.read_into(start, out)
         return out
 
+    def read_into(self, start: int, out: TokenArray) -> None:
+        """Fill `out` (contiguous, of this set's dtype) with the tokens from `start` on.
+
+        Raises:
+            DataError: A file cannot be read or ends early.
+        """
+        count = len(out)
+        assert 0 <= start <= start + count <= self.num_tokens, (start, count, self.num_tokens)
+        itemsize = self.dtype.itemsize
+        view = out.view(np.uint8).data
+        number = bisect_right(self._starts, start) - 1
+        while view:
+            shard = self.shards[number]
+            first = start - self._starts[number]
+            size = min(len(view), (shard.tokens - first) * itemsize)
+            self._files.read(number, view[:size], shard.values_offset + first * itemsize)
+            view = view[size:]
+            start += size // itemsize
+            number += 1
+
+    def document_starts(self, start: int, count: int) -> NDArray[np.int64]:
+        """Where documents start within tokens [start, start + count) of the stream.
+
+        Found in the shards' offsets, of which a few pages are read, and not by looking for
+        end-of-document tokens.
+
+        Returns:
+            Positions in the stream, rising.
+
+        Raises:
+            DataError: A file cannot be read or ends early.
+        """
+        end = start + count
+        assert 0 <= start <= end <= self.num_tokens, (start, count, self.num_tokens)
+        found: list[NDArray[np.int64]] = []
+        number = bisect_right(self._starts, start) - 1
+        while start < end:
+            base = self._starts[number]
+            last = min(end - base, self.shards[number].tokens)
+            found.append(self._starts_in_shard(number, start - base, last) + base)
+            start = base + last
+            number += 1
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of every document of the stream, end-of-document tokens included."""
+        parts = [
+            np.diff(self._offsets(number, 0, shard.rows + 1))
+            for number, shard in enumerate(self.shards)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
     def verify(self) -> None:
-        """Compare the checksum of every file of this split, whole.
+        """Compare the checksum of every file of this stream, whole.
 
         Raises:
             DataError: Naming the first damaged file.
         """
-        for shard in self._shards:
+        for shard in self.shards:
             path = self.directory / shard.path
             digest = xxhash.xxh3_128()
             try:
@@ -148,25 +219,9 @@ class ShardSet:
 
     def close(self) -> None:
         """Close all files; they open again when read."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self._files.close()
 
-    def _check_files(self) -> None:
-        for shard in self._shards:
-            path = self.directory / shard.path
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise DataError(
-                    f"{path} is missing ({error.strerror}); run the same data_prep/shard.py "
-                    "command again to make it, or copy the set again"
-                ) from error
-            if size != shard.bytes:
-                raise DataError(
-                    f"{path} has {size:,} bytes, the manifest says {shard.bytes:,}; run the same "
-                    "data_prep/shard.py command again to make it anew, or copy the set again"
-                )
+    def _check_tokenizer(self) -> None:
         try:
             content = self.tokenizer_path.read_bytes()
         except OSError as error:
@@ -179,35 +234,45 @@ class ShardSet:
                 "set again"
             )
 
-    def _read_shard(self, number: int, first: int, out: TokenArray) -> None:
-        """Fill `out` with tokens of one shard from its token `first` on."""
-        shard = self._shards[number]
-        view = out.view(np.uint8).data
-        position = shard.values_offset + first * self._dtype.itemsize
-        # The lock keeps another thread from closing the descriptor in between.
-        with self._lock:
-            try:
-                descriptor = self._descriptor(number)
-                while view:
-                    size = os.preadv(descriptor, [view], position)
-                    if size == 0:
-                        raise DataError(
-                            f"{self.directory / shard.path} ends at byte {position:,}; it was cut "
-                            "while in use: copy the set again"
-                        )
-                    view = view[size:]
-                    position += size
-            except OSError as error:
-                raise DataError(
-                    f"cannot read {self.directory / shard.path}: {error.strerror or error}"
-                ) from error
+    def _offsets(self, number: int, first: int, count: int) -> NDArray[np.int64]:
+        """Entries [first, first + count) of a shard's offsets: document r is [r] to [r + 1]."""
+        out = np.empty(count, np.int64)
+        position = self.shards[number].offsets_offset + first * out.itemsize
+        self._files.read(number, out.view(np.uint8).data, position)
+        return out
 
-    def _descriptor(self, number: int) -> int:
-        """An open file of a shard; the least recently used one is closed to stay in bounds."""
-        if number in self._files:
-            self._files.move_to_end(number)
-        else:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[number] = os.open(self.directory / self._shards[number].path, os.O_RDONLY)
-        return self._files[number]
+    def _starts_in_shard(self, number: int, first: int, end: int) -> NDArray[np.int64]:
+        """Document starts in tokens [first, end) of a shard."""
+        row = self._row_at(number, first)
+        rows = self.shards[number].rows
+        found: list[NDArray[np.int64]] = []
+        while row < rows:
+            block = self._offsets(number, row, min(OFFSETS_PER_READ, rows - row))
+            found.append(block[(block >= first) & (block < end)])
+            if block[-1] >= end:
+                break
+            row += len(block)
+        return np.concatenate(found)
+
+    def _row_at(self, number: int, token: int) -> int:
+        """A row at or before the document that holds `token`, by less than OFFSETS_PER_READ.
+
+        Guesses from the average length, then halves, in turn: a few reads for even lengths, and
+        twice the logarithm of the rows for any.
+        """
+        low, high = 0, self.shards[number].rows
+        low_token, high_token = 0, self.shards[number].tokens
+        guessing = True
+        while high - low >= OFFSETS_PER_READ:
+            share = (token - low_token) / (high_token - low_token) if guessing else 0.5
+            guessing = not guessing
+            row = low + int((high - low) * share) - OFFSETS_PER_READ // 2
+            row = min(max(row, low), high - OFFSETS_PER_READ + 1)
+            block = self._offsets(number, row, OFFSETS_PER_READ)
+            if block[0] > token:
+                high, high_token = row, int(block[0])
+            elif block[-1] <= token:
+                low, low_token = row + len(block) - 1, int(block[-1])
+            else:
+                return row + int(np.searchsorted(block, token, side="right")) - 1
+        return low

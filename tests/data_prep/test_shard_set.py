@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import shard_set
+from data_prep import shard_files, shard_set
 from data_prep.errors import DataError
 from data_prep.manifest import Manifest
 from data_prep.shard_set import ShardSet
@@ -46,7 +46,7 @@ def test_reads_cross_shard_borders(directory: Path) -> None:
 
 def test_open_files_stay_bounded(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With more shards than descriptors the oldest are closed, from several threads at once."""
-    monkeypatch.setattr(shard_set, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(shard_files, "MAX_OPEN_FILES", 3)
     before = len(os.listdir("/proc/self/fd"))
     shards = ShardSet.open(directory, "train")
     stream = shards.read(0, shards.num_tokens)
@@ -130,6 +130,78 @@ def test_another_tokenizer_is_refused(directory: Path) -> None:
 def test_a_shard_cut_while_in_use_is_an_error(directory: Path) -> None:
     """A file that shrinks after the check gives an error, never wrong tokens."""
     shards = ShardSet.open(directory, "train")
+    shards.read(0, 1)
     os.truncate(first_shard(directory), 100)
     with pytest.raises(DataError, match="was cut while in use"):
         shards.read(0, 10)
+
+
+def test_a_large_set_is_opened_by_its_listing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many shards a missing one is refused at open, a short one before its first byte."""
+    monkeypatch.setattr(shard_files, "MAX_SIZES_AT_OPEN", 3)
+    path = first_shard(directory)
+    content = path.read_bytes()
+    path.write_bytes(content + b"\0")
+    shards = ShardSet.open(directory, "train")
+    with pytest.raises(DataError, match=r"00000\.arrow has .* bytes, the manifest says"):
+        shards.read(0, 1)
+    assert shards.read(shards.num_tokens - 1, 1)[0] == shards.eos_id
+    path.unlink()
+    with pytest.raises(DataError, match=r"00000\.arrow is missing"):
+        ShardSet.open(directory, "train")
+
+
+@pytest.mark.parametrize("offsets_per_read", [2, 3, 7, 512])
+def test_document_starts_come_from_the_offsets(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, offsets_per_read: int
+) -> None:
+    """In any range, across shards, they are the places after end-of-document tokens."""
+    monkeypatch.setattr(shard_set, "OFFSETS_PER_READ", offsets_per_read)
+    shards = ShardSet.open(directory, "train")
+    stream = shards.read(0, shards.num_tokens)
+    starts = np.concatenate([[0], np.flatnonzero(stream == shards.eos_id)[:-1] + 1])
+    assert len(starts) == shards.num_documents
+    assert np.array_equal(np.cumsum(shards.document_lengths())[:-1], starts[1:])
+    generator = np.random.default_rng(1)
+    ranges = generator.integers(0, shards.num_tokens + 1, size=(300, 2))
+    ranges[:100, 1] = np.minimum(ranges[:100, 0] + 20, shards.num_tokens)
+    for start, end in np.sort(ranges, axis=1).tolist():
+        expected = starts[(starts >= start) & (starts < end)]
+        assert np.array_equal(shards.document_starts(start, end - start), expected)
+
+
+def test_offsets_of_uneven_documents_are_found_in_few_reads(
+    tmp_path: Path,
+    write_jsonl: Callable[..., Path],
+    build_set: Callable[..., Manifest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One giant document among thousands of short ones misleads the guess, not for long."""
+    texts = ["ab"] * 3000 + ["c" * 200_000] + [str(number) for number in range(3000)]
+    build_set(write_jsonl(texts, "uneven.jsonl"), output="uneven", validation_fraction=0)
+    monkeypatch.setattr(shard_set, "OFFSETS_PER_READ", 16)
+    shards = ShardSet.open(tmp_path / "uneven", "train")
+    assert len(shards.shards) == 1
+    reads = []
+    real = ShardSet._offsets
+    monkeypatch.setattr(ShardSet, "_offsets", lambda *args: reads.append(0) or real(*args))
+    stream = shards.read(0, shards.num_tokens)
+    for start in range(0, shards.num_tokens - 50, 997):
+        reads.clear()
+        found = shards.document_starts(start, 50)
+        ends = np.flatnonzero(stream[max(start - 1, 0) : start + 49] == shards.eos_id)
+        assert np.array_equal(found[found > 0], ends + max(start - 1, 0) + 1)
+        assert len(reads) <= 22
+
+
+def test_a_source_is_a_stream_of_its_own(directory: Path) -> None:
+    """With one source its stream and fingerprint are the split's; an unknown one is refused."""
+    whole = ShardSet.open(directory, "train")
+    (name,) = whole.sources
+    one = ShardSet.open(directory, "train", name)
+    assert one.fingerprint == whole.of_source(name).fingerprint == whole.fingerprint
+    assert np.array_equal(one.read(0, one.num_tokens), whole.read(0, whole.num_tokens))
+    with pytest.raises(DataError, match=r"no source 'web'; it has corpus"):
+        ShardSet.open(directory, "train", "web")
