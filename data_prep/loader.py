@@ -5,7 +5,8 @@ Legend: B rows of a micro-batch, S sequence length, n heads (future tokens).
 
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.errors import DataError
+from data_prep.mixture import Mixture, MixtureSegment, block_counts
 from data_prep.permutation import Permutation
+from data_prep.rows import PackingName, cut_rows
 from data_prep.shard_set import ShardSet
 
 __all__ = ["Batch", "ShardSet", "TokenLoader"]
 
 POLL_S = 0.1
+IGNORED = -100
 
 
 class Batch(NamedTuple):
@@ -28,12 +32,13 @@ class Batch(NamedTuple):
     Attributes:
         tokens: `[B, S]` int64.
         labels: `[n, B, S]` int64; labels[k - 1, b, t] is the token t + k of row b, the target of
-            head k at t. -100 would mean ignored; windows overlap by n, so every target exists.
-            Example with S = 3, n = 2 and the window [5, 6, 7, 8, 9]: tokens [5, 6, 7], labels
-            [6, 7, 8] for head 1 and [7, 8, 9] for head 2.
+            head k at t. -100 = no target: padding, and with `documents` a token of another
+            document. Example with S = 3, n = 2 and the row [5, 6, 7, 8, 9]: tokens [5, 6, 7],
+            labels [6, 7, 8] for head 1 and [7, 8, 9] for head 2; if a document ends with the 7,
+            [6, 7, -100] and [7, -100, -100].
         documents: `[B, S]` int32, or None when not asked for; the number of each token's document
             within its row: 0, 1, 2, ... A row that begins inside a document has the rest of that
-            document as document 0.
+            document as document 0; padding counts as one more document.
     """
 
     tokens: Tensor
@@ -42,12 +47,12 @@ class Batch(NamedTuple):
 
 
 class TokenLoader:
-    """Deals the windows of a shard set to data-parallel ranks.
+    """Deals the rows of a shard set to data-parallel ranks.
 
-    Window i starts at token i * S and is S + n long, so that the last positions have all their
-    targets and the next window starts where the inputs of this one end. Samples are numbered
-    through all epochs; sample s is window permutation(epoch)(s mod num_samples) of epoch
-    s // num_samples. The sample at row b of micro-step a on rank r is
+    Each source of the set is cut into rows (`data_prep.rows`) and has an order and epochs of its
+    own: its sample j is row permutation(epoch)(j mod rows) of epoch j // rows. Samples are numbered
+    through the whole run; the mixture says which source gives sample s, and which of its samples it
+    is. With one source that is s itself. The sample at row b of micro-step a on rank r is
 
         next_sample + a * (micro * ranks) + r * micro + b
 
@@ -62,10 +67,19 @@ class TokenLoader:
         accumulation: Micro-steps per step.
         data_parallel_rank: This rank.
         data_parallel_size: Number of ranks.
-        shuffle: False = windows in stream order.
+        shuffle: False = rows in stream order.
+        packing: How streams are cut into rows.
+        documents: Give the number of each token's document, and no target across documents.
+        weights: Share of samples of each source; None = by tokens. Sources that are not named get
+            none.
+
+    Attributes:
+        mixture: Where samples come from; may be replaced before the first batch is read.
+        num_samples: Rows of all sources together, one epoch of each.
+        padding_share: Share of input positions of those rows without a token.
 
     Raises:
-        DataError: The split is too small for one window or one global batch.
+        DataError: The split is too small for one row or one global batch.
     """
 
     def __init__(
@@ -80,6 +94,9 @@ class TokenLoader:
         data_parallel_rank: int,
         data_parallel_size: int,
         shuffle: bool = True,
+        packing: PackingName = "concat",
+        documents: bool = False,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         assert min(sequence_length, future_tokens, micro_batch_size, accumulation) > 0
         assert 0 <= data_parallel_rank < data_parallel_size, (
@@ -95,9 +112,41 @@ class TokenLoader:
         self.data_parallel_rank = data_parallel_rank
         self.data_parallel_size = data_parallel_size
         self.shuffle = shuffle
-        self.num_samples = max(0, (shards.num_tokens - future_tokens) // sequence_length)
+        self.documents = documents
+        self._streams = [shards.of_source(name) for name in shards.sources]
+        self._rows = [
+            cut_rows(stream, packing, sequence_length=sequence_length, future_tokens=future_tokens)
+            for stream in self._streams
+        ]
+        self.num_samples = sum(rows.count for rows in self._rows)
+        self.padding_share = sum(rows.padding_share * rows.count for rows in self._rows) / (
+            self.num_samples or 1
+        )
         self.global_batch_size = micro_batch_size * accumulation * data_parallel_size
+        self._permutation = lru_cache(maxsize=4 * len(self._rows))(self._make_permutation)
         self._check_size()
+        self.mixture = Mixture(
+            shards.sources,
+            [
+                MixtureSegment(
+                    first_sample=0, counts=block_counts(weights or self.weights_by_tokens())
+                )
+            ],
+        )
+
+    @property
+    def rows_by_source(self) -> dict[str, int]:
+        """Rows of each source, the samples of one of its epochs."""
+        return {
+            name: rows.count for name, rows in zip(self.shards.sources, self._rows, strict=True)
+        }
+
+    def weights_by_tokens(self) -> dict[str, float]:
+        """Each source's tokens, but 0 for a source that is too small for one row."""
+        return {
+            stream.sources[0]: float(stream.num_tokens if rows.count else 0)
+            for stream, rows in zip(self._streams, self._rows, strict=True)
+        }
 
     def step_batches(self, next_sample: int) -> list[Batch]:
         """This rank's micro-batches of the step whose first global sample is `next_sample`.
@@ -118,15 +167,15 @@ class TokenLoader:
         ]
 
     def prefetch(
-        self, next_sample: int, steps_ahead: int = 2
+        self, first_samples: Iterable[int], steps_ahead: int = 2
     ) -> Generator[list[Batch], None, None]:
-        """Yield `step_batches` for this step and all that follow, read by a background thread.
+        """Yield `step_batches` for one step after the other, read by a background thread.
 
         The position is the consumer's: it counts what it took, not what was read ahead. Close the
         iterator to stop the thread.
 
         Args:
-            next_sample: Samples consumed by all ranks before the first step.
+            first_samples: The first global sample of each step.
             steps_ahead: Steps held ready.
 
         Raises:
@@ -135,7 +184,7 @@ class TokenLoader:
         ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(max(1, steps_ahead))
         stop = threading.Event()
         thread = threading.Thread(
-            target=self._read_ahead, args=(next_sample, ready, stop), daemon=True, name="prefetch"
+            target=self._read_ahead, args=(first_samples, ready, stop), daemon=True, name="prefetch"
         )
         thread.start()
         try:
@@ -150,53 +199,70 @@ class TokenLoader:
 
     def _read_ahead(
         self,
-        next_sample: int,
+        first_samples: Iterable[int],
         ready: "queue.Queue[list[Batch] | BaseException]",
         stop: threading.Event,
     ) -> None:
         """Fill the queue until told to stop; an error is the last item."""
-        failed = False
-        while not failed and not stop.is_set():
+        for first_sample in first_samples:
             item: list[Batch] | BaseException
             try:
-                item = self.step_batches(next_sample)
+                item = self.step_batches(first_sample)
             except BaseException as error:  # handed to the consumer, whatever it is
-                item, failed = error, True
+                item = error
             while not stop.is_set():
                 try:
                     ready.put(item, timeout=POLL_S)
                     break
                 except queue.Full:
                     continue
-            next_sample += self.global_batch_size
+            if stop.is_set() or isinstance(item, BaseException):
+                return
 
     def _micro_batch(self, first_sample: int) -> Batch:
         samples = np.arange(first_sample, first_sample + self.micro_batch_size, dtype=np.int64)
-        length, heads = self.sequence_length, self.future_tokens
-        rows = np.empty((self.micro_batch_size, length + heads), dtype=np.int64)
-        for row, window in zip(rows, self._windows(samples), strict=True):
-            row[:] = self.shards.read(int(window) * length, length + heads)
-        windows = torch.from_numpy(rows)
-        shifted = [windows[:, head : head + length] for head in range(1, heads + 1)]
-        return Batch(tokens=windows[:, :length].contiguous(), labels=torch.stack(shifted))
+        length, places = self.sequence_length, self.sequence_length + self.future_tokens
+        tokens = np.empty((len(samples), places), self.shards.dtype)
+        documents = np.empty((len(samples), places), np.int32) if self.documents else None
+        ends = []
+        for place, (source, row) in enumerate(zip(*self._locate(samples), strict=True)):
+            numbers = None if documents is None else documents[place]
+            ends.append(self._rows[source].fill(row, tokens[place], numbers))
+        rows = torch.from_numpy(tokens.astype(np.int64))
+        shifted = [rows[:, head : head + length] for head in range(1, self.future_tokens + 1)]
+        batch = Batch(tokens=rows[:, :length].contiguous(), labels=torch.stack(shifted))
+        if min(ends) < places:
+            _ignore_padding(batch.labels, torch.tensor(ends))
+        if documents is None:
+            return batch
+        numbers_ahead = torch.from_numpy(documents)
+        numbers_here = numbers_ahead[:, :length].contiguous()
+        for head, labels in enumerate(batch.labels, start=1):
+            labels[numbers_ahead[:, head : head + length] != numbers_here] = IGNORED
+        return batch._replace(documents=numbers_here)
 
-    def _windows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The window of each global sample."""
-        epochs, places = np.divmod(samples, self.num_samples)
-        if not self.shuffle:
-            return places
-        windows = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            permutation = Permutation(
-                self.num_samples, self.shards.fingerprint, self.seed, int(epoch)
-            )
-            windows[epochs == epoch] = permutation(places[epochs == epoch])
-        return windows
+    def _locate(self, samples: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+        """Source number and row of each global sample."""
+        sources, indices = self.mixture.locate(samples)
+        rows = np.empty_like(indices)
+        for source in np.unique(sources).tolist():
+            chosen = np.flatnonzero(sources == source)
+            epochs, places = np.divmod(indices[chosen], self._rows[source].count)
+            rows[chosen] = places
+            for epoch in np.unique(epochs).tolist() if self.shuffle else ():
+                now = epochs == epoch
+                rows[chosen[now]] = self._permutation(source, epoch)(places[now])
+        return sources.tolist(), rows.tolist()
+
+    def _make_permutation(self, source: int, epoch: int) -> Permutation:
+        """The order of an epoch of a source; kept for the few in use, by `_permutation`."""
+        fingerprint = self._streams[source].fingerprint
+        return Permutation(self._rows[source].count, fingerprint, self.seed, epoch)
 
     def _check_size(self) -> None:
         have, name = self.shards.num_tokens, f"{self.shards.directory} ({self.shards.split})"
         window = self.sequence_length + self.future_tokens
-        if have < window:
+        if self.num_samples == 0:
             raise DataError(
                 f"{name} has {have:,} tokens, fewer than one window of sequence_length + "
                 f"future_tokens = {window:,}; use shorter sequences or more data"
@@ -208,3 +274,15 @@ class TokenLoader:
                 "accumulation * data-parallel ranks); use a smaller batch, shorter sequences or "
                 "more data"
             )
+
+
+def _ignore_padding(labels: Tensor, ends: Tensor) -> None:
+    """Take out targets at and past the end of each row; a target at place t + k has to be there.
+
+    Args:
+        labels: `[n, B, S]`, changed in place.
+        ends: `[B]` places of each row that hold tokens.
+    """
+    places = torch.arange(labels.shape[2])
+    for head, head_labels in enumerate(labels, start=1):
+        head_labels[places + head >= ends[:, None]] = IGNORED

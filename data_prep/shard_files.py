@@ -26,7 +26,7 @@ class ShardFiles:
     def __init__(self, directory: Path, shards: Sequence[ShardEntry]) -> None:
         self.directory = directory
         self._shards = shards
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self) -> None:
@@ -37,7 +37,7 @@ class ShardFiles:
         """
         few = len(self._shards) <= MAX_SIZES_AT_OPEN
         listed: dict[str, set[str]] = {}
-        for number, shard in enumerate(self._shards):
+        for shard in self._shards:
             folder, _, name = shard.path.rpartition("/")
             if folder not in listed:
                 listed[folder] = self._list(folder)
@@ -48,19 +48,19 @@ class ShardFiles:
                     "it, or copy the set again"
                 )
             if few:
-                self._check_size(number, path.stat().st_size)
+                self._check_size(shard, path.stat().st_size)
 
-    def read(self, number: int, buffer: memoryview, position: int) -> None:
+    def read(self, shard: ShardEntry, buffer: memoryview, position: int) -> None:
         """Fill `buffer` with the bytes of a file from `position` on.
 
         Raises:
             DataError: The file cannot be read, or is not the one the manifest describes.
         """
-        path = self._shards[number].path
+        path = shard.path
         # The lock keeps another thread from closing the descriptor in between.
         with self._lock:
             try:
-                descriptor = self._descriptor(number)
+                descriptor = self._descriptor(shard)
                 while buffer:
                     size = os.preadv(descriptor, [buffer], position)
                     if size == 0:
@@ -87,8 +87,7 @@ class ShardFiles:
         except OSError:
             return set()
 
-    def _check_size(self, number: int, size: int) -> None:
-        shard = self._shards[number]
+    def _check_size(self, shard: ShardEntry, size: int) -> None:
         if size != shard.bytes:
             raise DataError(
                 f"{self.directory / shard.path} has {size:,} bytes, the manifest says "
@@ -96,18 +95,18 @@ class ShardFiles:
                 "or copy the set again"
             )
 
-    def _descriptor(self, number: int) -> int:
+    def _descriptor(self, shard: ShardEntry) -> int:
         """An open file of a shard; the least recently used one is closed to stay in bounds."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
+        if shard.path in self._open:
+            self._open.move_to_end(shard.path)
+            return self._open[shard.path]
         if len(self._open) >= MAX_OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self.directory / self._shards[number].path, os.O_RDONLY)
+        descriptor = os.open(self.directory / shard.path, os.O_RDONLY)
         try:
-            self._check_size(number, os.fstat(descriptor).st_size)
+            self._check_size(shard, os.fstat(descriptor).st_size)
         except BaseException:
             os.close(descriptor)
             raise
-        self._open[number] = descriptor
+        self._open[shard.path] = descriptor
         return descriptor

@@ -39,7 +39,14 @@ class ShardSet:
         total_bytes: Size of its files.
     """
 
-    def __init__(self, directory: Path, split: str, manifest: Manifest, source: str | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        manifest: Manifest,
+        source: str | None = None,
+        files: ShardFiles | None = None,
+    ) -> None:
         self.directory = directory
         self.split = split
         self.manifest = manifest
@@ -64,7 +71,7 @@ class ShardSet:
         self.total_bytes = sum(shard.bytes for shard in self.shards)
         self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
         self._starts = starts
-        self._files = ShardFiles(directory, self.shards)
+        self._files = files or ShardFiles(directory, self.shards)
 
     @classmethod
     def open(
@@ -101,9 +108,9 @@ class ShardSet:
         return shards
 
     def of_source(self, source: str) -> "ShardSet":
-        """The stream of one source of this split; the files were checked when this was opened."""
+        """The stream of one source of this split; it shares the open files of this one."""
         assert source in self.sources, (source, self.sources)
-        return ShardSet(self.directory, self.split, self.manifest, source)
+        return ShardSet(self.directory, self.split, self.manifest, source, self._files)
 
     @property
     def vocab_size(self) -> int:
@@ -158,7 +165,7 @@ class ShardSet:
             shard = self.shards[number]
             first = start - self._starts[number]
             size = min(len(view), (shard.tokens - first) * itemsize)
-            self._files.read(number, view[:size], shard.values_offset + first * itemsize)
+            self._files.read(shard, view[:size], shard.values_offset + first * itemsize)
             view = view[size:]
             start += size // itemsize
             number += 1
@@ -237,8 +244,9 @@ class ShardSet:
     def _offsets(self, number: int, first: int, count: int) -> NDArray[np.int64]:
         """Entries [first, first + count) of a shard's offsets: document r is [r] to [r + 1]."""
         out = np.empty(count, np.int64)
-        position = self.shards[number].offsets_offset + first * out.itemsize
-        self._files.read(number, out.view(np.uint8).data, position)
+        shard = self.shards[number]
+        position = shard.offsets_offset + first * out.itemsize
+        self._files.read(shard, out.view(np.uint8).data, position)
         return out
 
     def _starts_in_shard(self, number: int, first: int, end: int) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Small corpora and a silent observer for the data_prep tests."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import orjson
@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.build import build
 from data_prep.manifest import Manifest
-from data_prep.options import BuildOptions
+from data_prep.options import BuildOptions, Source
 
 LINE = "def return self the of loss naïve été 数据 token 🎉 while import None 12345 == \n\t"
 WORDS = LINE.split(" ")
@@ -73,6 +73,30 @@ def build_set(tmp_path: Path) -> Callable[..., Manifest]:
             ),
             Silence(),
         )
+
+    return run
+
+
+@pytest.fixture
+def build_mixture(
+    tmp_path: Path, write_jsonl: Callable[..., Path], build_set: Callable[..., Manifest]
+) -> Callable[..., Path]:
+    """Build one set of several sources, of `name=texts` each, in many small shards."""
+
+    def run(
+        output: str = "mixed",
+        weights: Mapping[str, float] | None = None,
+        unit_bytes: int = 2000,
+        **texts: Sequence[str],
+    ) -> Path:
+        sources = tuple(
+            Source(name, (write_jsonl(part, f"{output}/{name}.jsonl"),), (weights or {}).get(name))
+            for name, part in texts.items()
+        )
+        build_set(
+            output=f"{output}/set", sources=sources, unit_bytes=unit_bytes, validation_fraction=0.2
+        )
+        return tmp_path / output / "set"
 
     return run
 

@@ -3,15 +3,18 @@
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from data_prep.errors import DataError
 from data_prep.loader import Batch, ShardSet, TokenLoader
 from data_prep.manifest import Manifest
+from data_prep.mixture import Mixture, MixtureSegment, block_counts
+from data_prep.rows import PackingName
 
 S, N = 16, 4
 
@@ -38,6 +41,9 @@ def make_loader(
     seed: int = 5,
     shuffle: bool = True,
     heads: int = N,
+    packing: PackingName = "concat",
+    documents: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> TokenLoader:
     """A loader of short windows."""
     return TokenLoader(
@@ -50,6 +56,9 @@ def make_loader(
         data_parallel_rank=rank,
         data_parallel_size=ranks,
         shuffle=shuffle,
+        packing=packing,
+        documents=documents,
+        weights=weights,
     )
 
 
@@ -109,6 +118,73 @@ def test_the_global_batch_does_not_depend_on_its_split(
         assert torch.equal(torch.cat([batch.labels for batch in rows], dim=1), expected.labels)
 
 
+@pytest.fixture
+def mixed(texts: list[str], build_mixture: Callable[..., Path]) -> ShardSet:
+    """The train split of a set of two sources."""
+    directory = build_mixture(web=texts[:60], code=[text.upper() for text in texts[60:90]])
+    return ShardSet.open(directory, "train")
+
+
+def test_each_source_has_its_own_order_and_epochs(mixed: ShardSet) -> None:
+    """With weights 1 : 3 the rows of a source come in its own permutation, epoch after epoch."""
+    loader = make_loader(mixed, micro=4, weights={"web": 1, "code": 3})
+    rows: dict[str, list[list[int]]] = {"web": [], "code": []}
+    for first in range(0, 1000, 4):
+        sources, indices = loader.mixture.locate(np.arange(first, first + 4))
+        (batch,) = loader.step_batches(first)
+        for source, index, row in zip(sources, indices, batch.tokens.tolist(), strict=True):
+            found = rows[mixed.sources[source]]
+            assert len(found) == index
+            found.append(row)
+    assert {name: len(found) for name, found in rows.items()} == {"web": 250, "code": 750}
+    assert loader.mixture.counts(1000) == {"web": 250, "code": 750}
+    for name, found in rows.items():
+        alone = make_loader(mixed.of_source(name), micro=1)
+        count = loader.rows_by_source[name]
+        assert alone.num_samples == count
+        for sample, tokens in enumerate(found):
+            assert alone.step_batches(sample)[0].tokens[0].tolist() == tokens
+    code, count = rows["code"], loader.rows_by_source["code"]
+    assert sorted(code[:count]) == sorted(code[count : 2 * count])
+    assert code[:count] != code[count : 2 * count]
+
+
+@pytest.mark.parametrize(("ranks", "micro", "accumulation"), [(2, 2, 2), (4, 2, 1), (8, 1, 1)])
+def test_mixed_global_batches_do_not_depend_on_their_split(
+    mixed: ShardSet, ranks: int, micro: int, accumulation: int
+) -> None:
+    """Sources, packing and document numbers included, over a change of weights."""
+    segments = [
+        MixtureSegment(first_sample=0, counts=block_counts({"web": 2, "code": 1})),
+        MixtureSegment(first_sample=21, counts=block_counts({"web": 1, "code": 4})),
+    ]
+
+    def load(rank: int, ranks: int, micro: int, accumulation: int) -> TokenLoader:
+        loader = make_loader(
+            mixed,
+            micro=micro,
+            accumulation=accumulation,
+            rank=rank,
+            ranks=ranks,
+            packing="best_fit",
+            documents=True,
+        )
+        loader.mixture = Mixture(mixed.sources, segments)
+        return loader
+
+    whole = load(0, 1, 8, 1)
+    loaders = [load(rank, ranks, micro, accumulation) for rank in range(ranks)]
+    for next_sample in (0, 16, 1000):
+        per_rank = [loader.step_batches(next_sample) for loader in loaders]
+        rows = [per_rank[rank][step] for step in range(accumulation) for rank in range(ranks)]
+        (expected,) = whole.step_batches(next_sample)
+        assert expected.documents is not None
+        numbers = [batch.documents for batch in rows if batch.documents is not None]
+        assert torch.equal(torch.cat([batch.tokens for batch in rows]), expected.tokens)
+        assert torch.equal(torch.cat([batch.labels for batch in rows], dim=1), expected.labels)
+        assert torch.equal(torch.cat(numbers), expected.documents)
+
+
 def test_the_order_is_a_pure_function(shards: ShardSet) -> None:
     """Fresh loaders asked in any order agree; seed and epoch change the order."""
     loader = make_loader(shards)
@@ -146,7 +222,7 @@ def test_prefetching_changes_nothing(shards: ShardSet) -> None:
     """From any position the iterator gives the direct batches, and closing it ends its thread."""
     loader = make_loader(shards, micro=2, accumulation=2, rank=1, ranks=2)
     for first in (0, 24):
-        ahead = loader.prefetch(first, steps_ahead=3)
+        ahead = loader.prefetch(itertools.count(first, 8), steps_ahead=3)
         for step, batches in enumerate(itertools.islice(ahead, 30)):
             assert equal(batches, loader.step_batches(first + step * loader.global_batch_size))
         assert prefetch_threads() == 1
@@ -156,11 +232,11 @@ def test_prefetching_changes_nothing(shards: ShardSet) -> None:
 
 def test_an_error_in_the_thread_reaches_the_consumer(shards: ShardSet) -> None:
     """A shard that is cut during the run ends the iteration with its own error."""
-    ahead = make_loader(shards).prefetch(0)
+    ahead = make_loader(shards).prefetch(itertools.count(0, 2))
     next(ahead)
     for shard in shards.manifest.shards:
         os.truncate(shards.directory / shard.path, 10)
-    with pytest.raises(DataError, match="was cut while in use|bytes, the manifest says"):
+    with pytest.raises(DataError, match=r"was cut while in use|bytes, the manifest says"):
         list(itertools.islice(ahead, 1000))
     assert prefetch_threads() == 0
 

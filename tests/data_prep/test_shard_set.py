@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from data_prep import shard_files, shard_set
 from data_prep.errors import DataError
@@ -184,9 +185,14 @@ def test_offsets_of_uneven_documents_are_found_in_few_reads(
     monkeypatch.setattr(shard_set, "OFFSETS_PER_READ", 16)
     shards = ShardSet.open(tmp_path / "uneven", "train")
     assert len(shards.shards) == 1
-    reads = []
+    reads: list[int] = []
     real = ShardSet._offsets
-    monkeypatch.setattr(ShardSet, "_offsets", lambda *args: reads.append(0) or real(*args))
+
+    def counted(shards: ShardSet, number: int, first: int, count: int) -> NDArray[np.int64]:
+        reads.append(first)
+        return real(shards, number, first, count)
+
+    monkeypatch.setattr(ShardSet, "_offsets", counted)
     stream = shards.read(0, shards.num_tokens)
     for start in range(0, shards.num_tokens - 50, 997):
         reads.clear()
