@@ -158,10 +158,11 @@ class TokenLoader:
             `accumulation` micro-batches.
         """
         return [
-            self._micro_batch(
+            self.read(
                 next_sample
                 + (micro_step * self.data_parallel_size + self.data_parallel_rank)
-                * self.micro_batch_size
+                * self.micro_batch_size,
+                self.micro_batch_size,
             )
             for micro_step in range(self.accumulation)
         ]
@@ -219,8 +220,9 @@ class TokenLoader:
             if stop.is_set() or isinstance(item, BaseException):
                 return
 
-    def _micro_batch(self, first_sample: int) -> Batch:
-        samples = np.arange(first_sample, first_sample + self.micro_batch_size, dtype=np.int64)
+    def read(self, first_sample: int, count: int) -> Batch:
+        """The rows of samples [first_sample, first_sample + count)."""
+        samples = np.arange(first_sample, first_sample + count, dtype=np.int64)
         length, places = self.sequence_length, self.sequence_length + self.future_tokens
         tokens = np.empty((len(samples), places), self.shards.dtype)
         documents = np.empty((len(samples), places), np.int32) if self.documents else None

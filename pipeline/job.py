@@ -1,6 +1,5 @@
 """One rank's part of a training job: join the others, build everything, restore, train."""
 
-import hashlib
 import logging
 import os
 import sys
@@ -9,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import DataError
-from data_prep.loader import ShardSet, TokenLoader
-from model.errors import CheckpointError, ConfigError
+from data_prep.data_summary import summarize
+from data_prep.loader import ShardSet
+from model.errors import CheckpointError
 from pipeline.checkpoint import WEIGHTS, CheckpointFolder, read_config
 from pipeline.config import RESOLVED_CONFIG_NAME, Device, Precision, RunConfig, to_yaml
 from pipeline.dry_run import describe
@@ -23,19 +22,24 @@ from pipeline.launch import (
     start_process_group,
 )
 from pipeline.metrics_writers import open_metrics_log
+from pipeline.mixture_plan import follow_plan
 from pipeline.run_log import start_run_log
+from pipeline.samples import (
+    describe_samples,
+    open_shards,
+    training_samples,
+    validation_samples,
+    weight_stages,
+)
 from pipeline.starting_weights import imported_weights
 from pipeline.state import Layout, TrainState, read_state, resume_problems
 from pipeline.stopping import StopRequest
 from pipeline.throughput import Throughput
 from pipeline.topology import Topology
 from pipeline.trainer import Collaborators, Trainer
-from pipeline.validation import ValidationSamples
 from pipeline.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-_VERIFY_BELOW_BYTES = 2**30
 
 
 class Job:
@@ -89,7 +93,8 @@ class Job:
         self.place = topology.describe()
         stop = StopRequest(self.device)
         state = self._new_state(shards, topology)
-        loader, validation = _samples(config, shards, topology)
+        loader = training_samples(config, shards, topology)
+        validation = validation_samples(config, topology)
         self._watchdog = Watchdog(
             topology,
             timeout_s=config.train.heartbeat_timeout_s,
@@ -103,7 +108,8 @@ class Job:
         state = self._restore(engine, source, state)
         if source is not None:
             checkpoints.set_aside_after(state.step)
-        self._announce(topology, state, source)
+        follow_plan(loader, weight_stages(config, loader), state)
+        self._announce(topology, state, source, describe_samples(config, loader))
         metrics = open_metrics_log(config, rank=self.info.rank, resumed_step=state.step)
         try:
             throughput = Throughput(config, topology)
@@ -147,6 +153,8 @@ class Job:
             data_fingerprint=shards.fingerprint,
             data_seed=self.config.run.seed,
             sequence_length=self.config.data.sequence_length,
+            packing=self.config.data.packing,
+            data=summarize(shards),
             layout=Layout(
                 world_size=topology.info.world_size,
                 data=topology.data_size,
@@ -179,9 +187,12 @@ class Job:
         if source is None:
             return state
         engine.load(source / WEIGHTS)
-        return read_state(source)
+        # A checkpoint of an earlier version has no summary yet; the fingerprints agree.
+        return read_state(source).model_copy(update={"data": state.data})
 
-    def _announce(self, topology: Topology, state: TrainState, source: Path | None) -> None:
+    def _announce(
+        self, topology: Topology, state: TrainState, source: Path | None, samples: list[str]
+    ) -> None:
         """Say what is about to run, and where from; keep the resolved configuration."""
         if not topology.is_main:
             return
@@ -192,7 +203,7 @@ class Job:
             precision=self.precision,
         )
         head, _, rest = summary.partition("\nDeepSpeed ")
-        for line in head.splitlines():
+        for line in head.splitlines() + samples:
             logger.info("%s", line)
         logger.debug("DeepSpeed %s", rest)
         path = self.config.run.dir / RESOLVED_CONFIG_NAME
@@ -207,39 +218,6 @@ class Job:
                 state.tokens,
                 state.next_sample,
             )
-
-
-def open_shards(config: RunConfig) -> ShardSet:
-    """The training split, checked against the model and the run's tokenizer.
-
-    Raises:
-        DataError: it is missing, incomplete, damaged, or does not fit.
-    """
-    shards = ShardSet.open(config.data.shards, config.data.train_split)
-    if shards.total_bytes < _VERIFY_BELOW_BYTES:
-        shards.verify()
-    if shards.max_token_id >= config.model.vocab_size:
-        raise DataError(
-            f"{config.data.shards}: its tokenizer gives ids up to {shards.max_token_id}, but "
-            f"model.vocab_size={config.model.vocab_size}; set model.vocab_size to at least "
-            f"{shards.max_token_id + 1}, or use shards of another tokenizer"
-        )
-    wanted = config.data.tokenizer
-    if wanted is not None:
-        if not wanted.is_file():
-            raise ConfigError(
-                f"data.tokenizer={wanted} does not exist; give a tokenizer.json, or null to take "
-                "the one of the shards"
-            )
-        digest = hashlib.sha256(wanted.read_bytes()).hexdigest()
-        if digest != shards.tokenizer_sha256:
-            raise DataError(
-                f"{config.data.shards} was made with another tokenizer than data.tokenizer="
-                f"{wanted} (sha256 {shards.tokenizer_sha256[:12]} and {digest[:12]}); "
-                "make the shards again with it, or set data.tokenizer to "
-                f"{shards.tokenizer_path}"
-            )
-    return shards
 
 
 def model_problems(saved: RunConfig, current: RunConfig) -> list[str]:
@@ -261,40 +239,3 @@ def _freeze_problems(saved: RunConfig, current: RunConfig) -> list[str]:
         f"train.freeze: saved with {before}, this run has {now}, and the optimizer's states would "
         "not fit; export the checkpoint and begin a run with train.init_from"
     ]
-
-
-def _samples(
-    config: RunConfig, shards: ShardSet, topology: Topology
-) -> tuple[TokenLoader, ValidationSamples | None]:
-    loader = TokenLoader(
-        shards,
-        sequence_length=config.data.sequence_length,
-        future_tokens=config.model.future_tokens,
-        seed=config.run.seed,
-        micro_batch_size=config.batch.micro_size,
-        accumulation=config.batch.accumulation,
-        data_parallel_rank=topology.data_rank,
-        data_parallel_size=topology.data_size,
-    )
-    if not config.eval.every_steps:
-        return loader, None
-    # Decided from the manifest alone, so that all ranks decide alike.
-    split = shards.manifest.splits.get(config.data.eval_split)
-    tokens = split.tokens if split else 0
-    windows = (tokens - config.model.future_tokens) // config.data.sequence_length
-    if windows < topology.data_size:
-        logger.warning(
-            "training without validation: %s has %d tokens in its split %r, less than a window of "
-            "data.sequence_length=%d for each of %d data-parallel ranks; make the shards again "
-            "with a larger --validation-fraction",
-            config.data.shards,
-            tokens,
-            config.data.eval_split,
-            config.data.sequence_length,
-            topology.data_size,
-        )
-        return loader, None
-    validation = ValidationSamples(
-        config, data_rank=topology.data_rank, data_size=topology.data_size
-    )
-    return loader, validation

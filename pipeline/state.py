@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_prep.data_summary import DataSummary, differences
+from data_prep.mixture import MixtureSegment
 from model.errors import CheckpointError
 
 STATE_NAME = "state.json"
@@ -37,7 +39,12 @@ class TrainState(BaseModel):
         skipped_steps: steps whose gradients were not finite.
         data_fingerprint: of the training split that `next_sample` counts in.
         data_seed: seed of the order that `next_sample` counts in.
-        sequence_length: length of the windows that `next_sample` counts.
+        sequence_length: length of the rows that `next_sample` counts.
+        packing: how those rows are cut.
+        skipped_batches: batches jumped over by data.skip_batches.
+        mixture: shares of the sources, from the first sample on; empty with one source.
+        samples_by_source: samples of each source before `next_sample`, skipped ones included.
+        data: what the training split is, to tell another one from it.
         layout: of the checkpoint's files.
     """
 
@@ -51,12 +58,23 @@ class TrainState(BaseModel):
     data_fingerprint: str
     data_seed: int
     sequence_length: int
+    packing: str = "concat"
+    skipped_batches: int = 0
+    mixture: list[MixtureSegment] = []
+    samples_by_source: dict[str, int] = {}
+    data: DataSummary | None = None
     layout: Layout
 
-    def advance(self, *, samples: int, applied: bool) -> None:
-        """Count one step over `samples` samples."""
+    @property
+    def batches(self) -> int:
+        """Global batches behind us in the data order: trained on or skipped."""
+        return self.step + self.skipped_batches
+
+    def advance(self, *, samples: int, applied: bool, skipped_batches: int = 0) -> None:
+        """Count one step over `samples` samples, after `skipped_batches` batches of as many."""
         self.step += 1
-        self.next_sample += samples
+        self.skipped_batches += skipped_batches
+        self.next_sample += (1 + skipped_batches) * samples
         self.tokens += samples * self.sequence_length
         self.skipped_steps += not applied
 
@@ -97,8 +115,11 @@ def resume_problems(saved: TrainState, current: TrainState) -> list[str]:
         ("data_fingerprint", "shard set"),
         ("data_seed", "run.seed"),
         ("sequence_length", "data.sequence_length"),
+        ("packing", "data.packing"),
     ):
         before, now = getattr(saved, field), getattr(current, field)
         if before != now:
             problems.append(f"{what}: saved with {before}, this run has {now}")
+            if field == "data_fingerprint" and saved.data and current.data:
+                problems += differences(saved.data, current.data)
     return problems

@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.loader import Batch, TokenLoader
 from model.errors import TrainingError
+from pipeline.batch_places import BatchPlace, batch_places
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult
@@ -70,9 +71,10 @@ class Trainer:
             TrainingError: too many steps in a row had gradients that were not finite.
         """
         stopped_by = None
+        places = self._places()
         with closing(self._batches()) as batches:
             while self.state.step < self.config.last_step and stopped_by is None:
-                result = self._step(next(batches))
+                result = self._step(next(batches), next(places))
                 self._record(result)
                 self._save_if_due()
                 stopped_by = self.parts.stop.agreed()
@@ -80,19 +82,37 @@ class Trainer:
             self._save()
         return stopped_by if self.state.step < self.config.last_step else None
 
-    def _batches(self) -> Generator[list[Batch], None, None]:
-        ahead = self.config.data.prefetch_steps
-        return self.parts.loader.prefetch(self.state.next_sample, ahead)
+    def _places(self) -> Iterator[BatchPlace]:
+        """Where the batches of this step and all that follow lie in the data order."""
+        return batch_places(
+            batches_behind=self.state.batches,
+            next_sample=self.state.next_sample,
+            batch_samples=self.parts.loader.global_batch_size,
+            skip=self.config.data.skip_batches,
+        )
 
-    def _step(self, batches: list[Batch]) -> StepResult:
+    def _batches(self) -> Generator[list[Batch], None, None]:
+        first_samples = (place.first_sample for place in self._places())
+        return self.parts.loader.prefetch(first_samples, self.config.data.prefetch_steps)
+
+    def _step(self, batches: list[Batch], place: BatchPlace) -> StepResult:
         """One optimizer step, and the progress it makes."""
+        if place.skipped:
+            logger.info(
+                "batches %d to %d skipped, as data.skip_batches says",
+                place.batch - place.skipped,
+                place.batch - 1,
+            )
         rate = self._learning_rate(self.state.step + 1)
         self.parts.throughput.start()
         result = self.parts.engine.train_step(batches, rate)
         self.parts.throughput.stop()
-        first = self.state.next_sample
-        self.state.advance(samples=self.parts.loader.global_batch_size, applied=result.applied)
-        self._check_skips(result, first)
+        self.state.advance(
+            samples=self.parts.loader.global_batch_size,
+            applied=result.applied,
+            skipped_batches=place.skipped,
+        )
+        self._check_skips(result, place)
         return result
 
     def _learning_rate(self, step: int) -> float:
@@ -103,7 +123,7 @@ class Trainer:
             total_steps=self.config.train.steps,
         )
 
-    def _check_skips(self, result: StepResult, first_sample: int) -> None:
+    def _check_skips(self, result: StepResult, place: BatchPlace) -> None:
         """Say which step was left out, and give up when it does not stop."""
         if result.applied:
             self._skipped_in_a_row = 0
@@ -111,10 +131,11 @@ class Trainer:
         self._skipped_in_a_row += 1
         limit = self.config.train.max_skipped_steps
         logger.warning(
-            "step %d skipped: loss or gradients are not finite (samples %d to %d); weights and "
-            "optimizer are unchanged",
+            "step %d skipped: loss or gradients are not finite (batch %d, samples %d to %d); "
+            "weights and optimizer are unchanged",
             self.state.step,
-            first_sample,
+            place.batch,
+            place.first_sample,
             self.state.next_sample - 1,
         )
         if self._skipped_in_a_row > limit:
@@ -145,12 +166,24 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "learning_rate": self._learning_rate(step),
             **self.parts.throughput.figures(),
+            **self._source_figures(),
         }
         if not result.applied:
             record["skipped"] = 1
         if evaluate:
             record |= self._evaluate()
         self.parts.metrics.write(record)
+
+    def _source_figures(self) -> Record:
+        """Samples and epochs of each source so far; empty with one source."""
+        if not self.state.mixture:
+            return {}
+        loader = self.parts.loader
+        figures: Record = {}
+        for name, samples in loader.mixture.counts(self.state.next_sample).items():
+            figures[f"samples_{name}"] = samples
+            figures[f"epochs_{name}"] = samples / max(loader.rows_by_source[name], 1)
+        return figures
 
     def _evaluate(self) -> Record:
         assert self.parts.validation is not None
@@ -170,7 +203,10 @@ class Trainer:
 
     def _save(self) -> None:
         started = time.monotonic()
-        tokenizer: Path = self.parts.loader.shards.tokenizer_path
+        loader = self.parts.loader
+        tokenizer: Path = loader.shards.tokenizer_path
+        if self.state.mixture:
+            self.state.samples_by_source = loader.mixture.counts(self.state.next_sample)
         folder = self.parts.checkpoints.save(
             self.state, self.config, tokenizer, self.parts.engine.save
         )

@@ -10,7 +10,11 @@ from pipeline.config import RunConfig
 
 
 class ValidationSamples:
-    """The first `eval.samples` windows of the validation split, in stream order.
+    """The first `eval.samples` rows of the validation split, the same in every layout.
+
+    Concatenated rows come in stream order. Packed ones, whose stream order has all long documents
+    first, come in an order that depends on nothing but the shards. Several sources are mixed by
+    their tokens in this split, whatever the training weights are.
 
     Args:
         config: the run.
@@ -18,33 +22,33 @@ class ValidationSamples:
         data_size: how many such ranks there are.
 
     Raises:
-        DataError: the split is missing, damaged, or smaller than one window per rank.
+        DataError: the split is missing, damaged, or smaller than one row per rank.
     """
 
     def __init__(self, config: RunConfig, *, data_rank: int, data_size: int) -> None:
-        shards = ShardSet.open(config.data.shards, config.data.eval_split)
-        windows = (shards.num_tokens - config.model.future_tokens) // config.data.sequence_length
-        self.num_samples = min(config.eval.samples, max(windows, 1))
-        micro_size = max(1, min(config.batch.micro_size, self.num_samples // data_size))
-        self._rank = data_rank
         self._loader = TokenLoader(
-            shards,
+            ShardSet.open(config.data.shards, config.data.eval_split),
             sequence_length=config.data.sequence_length,
             future_tokens=config.model.future_tokens,
-            seed=config.run.seed,
-            micro_batch_size=micro_size,
+            seed=0,
+            micro_batch_size=1,
             accumulation=1,
             data_parallel_rank=data_rank,
             data_parallel_size=data_size,
-            shuffle=False,
+            shuffle=config.data.packing == "best_fit",
+            packing=config.data.packing,
+            documents=config.data.document_mask,
         )
+        self.num_samples = min(config.eval.samples, self._loader.num_samples)
+        self._rank, self._size = data_rank, data_size
+        self._micro_size = max(1, min(config.batch.micro_size, self.num_samples // data_size))
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches; all ranks get equally many, the last ones padded without labels."""
-        loader = self._loader
-        for first in range(0, self.num_samples, loader.global_batch_size):
-            (batch,) = loader.step_batches(first)
-            rows = torch.arange(loader.micro_batch_size) + loader.micro_batch_size * self._rank
-            padding = (first + rows) >= self.num_samples
+        count = self._micro_size
+        for first in range(0, self.num_samples, count * self._size):
+            start = first + count * self._rank
+            batch = self._loader.read(start, count)
+            padding = start + torch.arange(count) >= self.num_samples
             labels = batch.labels.masked_fill(padding[None, :, None], IGNORED)
             yield batch._replace(labels=labels)
