@@ -79,8 +79,14 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
 
 def weight_stages(config: RunConfig, loader: TokenLoader) -> tuple[WeightStage, ...]:
     """The schedule of weights: the configuration's, else the set's own, else by tokens."""
-    by_tokens = WeightStage(step=0, weights=loader.weights_by_tokens())
-    return config.data.weight_stages or (by_tokens,)
+    if config.data.weight_stages:
+        return config.data.weight_stages
+    weights = loader.weights_by_tokens()
+    for source in loader.shards.manifest.sources:
+        # All sources of a set have weights or none has.
+        if source.weight is not None and source.name in weights:
+            weights[source.name] = source.weight
+    return (WeightStage(step=0, weights=weights),)
 
 
 def describe_samples(config: RunConfig, loader: TokenLoader) -> list[str]:
