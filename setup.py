@@ -10,8 +10,10 @@ setup(
     python_requires=">=3.11",
     packages=["data_prep", "model", "pipeline"],
     install_requires=[
+        "backports.zstd>=1.0; python_version<'3.14'",
         "datasets>=3.0",
         "deepspeed>=0.18",
+        "gigatoken>=0.10",
         "matplotlib>=3.8",
         "megatron-core>=0.15",
         "mpi4py>=4.0",

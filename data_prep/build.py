@@ -5,6 +5,7 @@ from functools import partial
 from data_prep.atomic import remove_leftovers
 from data_prep.commit import REJECTS, commit, find_committed
 from data_prep.dedup import DedupJob, mark_duplicates
+from data_prep.encoder import EncoderName, choose_encoder
 from data_prep.job import claim_output
 from data_prep.journal import find_finished
 from data_prep.manifest import Manifest
@@ -72,6 +73,7 @@ def _encode(job: PreparedJob, crew: Crew, observer: Observer) -> None:
         special_tokens=options.special_tokens,
         max_document_bytes=options.max_document_bytes,
         dedup=options.dedup,
+        encoder=_choose_encoder(job, observer),
     )
 
     def is_finished(unit: int) -> bool:
@@ -88,3 +90,11 @@ def _encode(job: PreparedJob, crew: Crew, observer: Observer) -> None:
         )
         mark_duplicates(dedup, job.sizes, crew, observer)
     crew.run(encoding, observer)
+
+
+def _choose_encoder(job: PreparedJob, observer: Observer) -> EncoderName:
+    """Find the encoder, and say why when it is not the fast one."""
+    report = choose_encoder(job.tokenizer, job.options.encoder)
+    if report.note:
+        observer.say(f"note: {report.note}")
+    return report.name

@@ -29,7 +29,8 @@ from data_prep.atomic import whole_file
 from data_prep.journal import JOURNAL
 from data_prep.phase import Crew, Done, Observer, Phase
 from data_prep.plan import unit_list
-from data_prep.sources import Reading, read_unit
+from data_prep.reading import read_unit
+from data_prep.records import Reading
 
 FOLDER = "dedup"
 PARTITION_TEXTS = 1 << 21
@@ -113,9 +114,10 @@ def _hash_unit(job: DedupJob, number: int) -> Done:
     planned = unit_list(job.output, job.job_id)[number]
     reading = Reading(job.text_keys[planned.source], job.max_document_bytes)
     digests, records = bytearray(), array("I")
-    for index, record in enumerate(read_unit(planned.unit, reading)):
-        if record.text:
-            digests += xxhash.xxh3_128_digest(record.text.encode("utf-8"))
+    texts = (text for batch in read_unit(planned.unit, reading) for text in batch.texts)
+    for index, text in enumerate(texts):
+        if text:
+            digests += xxhash.xxh3_128_digest(text)
             records.append(index)
     pairs = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
     high, low = pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)

@@ -1,6 +1,11 @@
-"""Which file names in a directory are taken as text, read as .jsonl, or left out."""
+"""Which file names are read, how, and which of a directory are taken or left out."""
 
 from pathlib import Path
+from typing import Literal, NamedTuple
+
+from data_prep.codecs import CODECS
+
+Kind = Literal["jsonl", "json", "text", "parquet", "arrow"]
 
 _TEXT_SUFFIXES = """
 .adoc .asm .awk .bash .bat .bib .c .cc .cfg .clj .cmake .cpp .cs .css .csv .cu .cuh .cxx .d .dart
@@ -19,17 +24,52 @@ __pycache__ node_modules site-packages dist-packages .git .hg .svn .tox .nox .ve
 .mypy_cache .ruff_cache .pytest_cache .hypothesis .ipynb_checkpoints
 """
 _UNREADABLE_SUFFIXES = """
-.7z .arrow .bin .bz2 .feather .gz .json .npy .npz .parquet .pkl .pt .tar .tgz .xz .zip .zst
+.7z .bin .bz2 .feather .lz4 .npy .npz .orc .pkl .pt .rar .safetensors .tar .tbz .tgz .txz .whl .zip
 """
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 TEXT_NAMES = frozenset(_TEXT_NAMES.split())
-JSONL_SUFFIXES = frozenset((".jsonl", ".ndjson"))
 IGNORED_DIRECTORIES = frozenset(_IGNORED_DIRECTORIES.split())
 UNREADABLE_SUFFIXES = frozenset(_UNREADABLE_SUFFIXES.split())
 
 
-def looks_like_text(name: str) -> bool:
-    """True for names that are taken from a directory when no pattern is given."""
-    suffix = Path(name).suffix.lower()
-    return name in TEXT_NAMES or suffix in TEXT_SUFFIXES or suffix in JSONL_SUFFIXES
+class FileFormat(NamedTuple):
+    """How a file is read: what its content is, and the suffix of its compression, if any."""
+
+    kind: Kind
+    codec: str
+
+
+def format_of(name: str) -> FileFormat | None:
+    """How the file `name` is read; None when its suffixes say that it cannot be.
+
+    Examples: a.jsonl.gz is jsonl in .gz, Makefile is text, a.tar.gz and a.gz are not read.
+    """
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    codec = suffixes.pop() if suffixes and suffixes[-1] in CODECS else ""
+    suffix = suffixes[-1] if suffixes else ""
+    kind = _KINDS.get(suffix, "text")
+    if suffix in UNREADABLE_SUFFIXES or (codec and kind in ("parquet", "arrow")):
+        return None
+    if codec and kind == "text" and suffix not in TEXT_SUFFIXES:
+        return None
+    return FileFormat(kind, codec)
+
+
+def is_taken(name: str) -> bool:
+    """True for files that are taken from a directory when no pattern is given.
+
+    All that is read by its suffix, but for .json: among source files most are settings.
+    """
+    form = format_of(name)
+    if form is None or form.kind == "json":
+        return False
+    suffix = Path(name.lower().removesuffix(form.codec)).suffix
+    return form.kind != "text" or name in TEXT_NAMES or suffix in TEXT_SUFFIXES

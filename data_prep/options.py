@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from data_prep.encoder import EncoderChoice
 from data_prep.errors import DataError
-from data_prep.sources import LARGEST_DOCUMENT_BYTES
+from data_prep.records import LARGEST_DOCUMENT_BYTES
 from data_prep.tokenizer import SpecialTokens
 
 BadRecordPolicy = Literal["skip", "fail"]
@@ -53,10 +54,10 @@ class BuildOptions:
         validation_fraction: Share of the documents that is held out, chosen by a hash of the text.
         globs: Patterns of the files to take from directories; none = text and source files.
         exclude: Patterns of files and folders to leave out of directories.
-        text_key: The key of the text in a .jsonl record.
+        text_key: The key or column of the text; one with dots is nested.
         dedup: "exact" keeps the first of documents with the same text, over all sources.
         on_bad: "skip" counts bad records and goes on; "fail" ends the job at the first.
-        max_bad_fraction: Largest share of bad .jsonl records that is still committed.
+        max_bad_fraction: Largest share of bad records in files of records that is still committed.
         shard_tokens: Most tokens in one shard (a single longer document still gets one).
         unit_bytes: Input bytes in one unit of work; None = by the size of the input.
         eos_token: Name of the end-of-document token; None = the usual names.
@@ -64,6 +65,8 @@ class BuildOptions:
         special_tokens: Text that spells a special token is ordinary text, becomes the token's id,
             or rejects the document.
         max_document_bytes: A longer text file or record is rejected; it bounds the memory.
+        encoder: The library that encodes; never changes the result. "auto" is the fastest that
+            proves equal.
     """
 
     output: Path
@@ -78,12 +81,13 @@ class BuildOptions:
     dedup: Dedup = "none"
     on_bad: BadRecordPolicy = "skip"
     max_bad_fraction: float = 0.001
-    shard_tokens: int = 1 << 27
+    shard_tokens: int = 1 << 25
     unit_bytes: int | None = None
     eos_token: str | None = None
     source: str = "corpus"
     special_tokens: SpecialTokens = "text"
     max_document_bytes: int = LARGEST_DOCUMENT_BYTES
+    encoder: EncoderChoice = "auto"
 
     @property
     def all_sources(self) -> tuple[Source, ...]:

@@ -16,7 +16,8 @@ from data_prep.manifest import TOKENIZER
 from data_prep.options import BuildOptions
 from data_prep.phase import Observer
 from data_prep.plan import UNITS, Plan, PlannedUnit, write_units
-from data_prep.sources import Reading, read_unit
+from data_prep.reading import read_unit
+from data_prep.records import Reading
 from data_prep.tokenizer import Tokenizer, bytes_tokenizer, read_tokenizer, train_tokenizer
 from data_prep.unit import is_held_out
 
@@ -130,11 +131,11 @@ def _training_texts(options: BuildOptions, plan: Plan) -> Iterator[str]:
         budget = TRAINING_SAMPLE_CHARACTERS // sampled
         planned = units[number * len(units) // sampled]
         text_key = plan.sources[planned.source].text_key or options.text_key
-        for record in read_unit(planned.unit, Reading(text_key, options.max_document_bytes)):
-            if not record.text:
-                continue
-            if not is_held_out(record.text.encode("utf-8"), options.validation_fraction):
-                yield record.text[:budget]
-                budget -= len(record.text)
+        reading = Reading(text_key, options.max_document_bytes)
+        for content in (text for batch in read_unit(planned.unit, reading) for text in batch.texts):
+            if content and not is_held_out(content, options.validation_fraction):
+                text = content.decode("utf-8")
+                yield text[:budget]
+                budget -= len(text)
             if budget <= 0:
                 break

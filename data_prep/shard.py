@@ -71,8 +71,10 @@ def _make_parser() -> argparse.ArgumentParser:
         prog="python data_prep/shard.py",
         argument_default=argparse.SUPPRESS,
         description=(
-            "Tokenize .jsonl files, text files and directories of source files into Arrow shards "
-            "with a held-out split. Killed at any point, the same command finishes the rest. "
+            "Tokenize .jsonl, .json and text files (also .gz, .zst, .xz), .parquet, .arrow, saved "
+            "Hugging Face datasets and directories of them into Arrow shards with a held-out "
+            "split. In a directory .json files are taken only by --glob. Killed at any point, the "
+            "same command finishes the rest. "
             "Folders named " + ", ".join(sorted(IGNORED_DIRECTORIES)) + " are left out."
         ),
     )
@@ -102,7 +104,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="files and folders to leave out of directories",
     )
-    add("--text-key", metavar="KEY", help="key of the text in .jsonl (text)")
+    add("--text-key", metavar="KEY", help="key or column of the text; a.b is nested (text)")
     add(
         "--dedup",
         nargs="?",
@@ -119,9 +121,9 @@ def _make_parser() -> argparse.ArgumentParser:
         "--max-bad-fraction",
         type=float,
         metavar="F",
-        help="largest share of bad .jsonl records that is still accepted (0.001)",
+        help="largest share of bad records in files of records that is still accepted (0.001)",
     )
-    add("--shard-tokens", type=int, metavar="N", help="(134217728)")
+    add("--shard-tokens", type=int, metavar="N", help="(33554432)")
     add("--unit-bytes", type=int, metavar="N", help="input bytes per unit of work (by input size)")
     add("--eos-token", metavar="TOKEN", help="end of document (the usual names)")
     add("--source", metavar="NAME", help="folder name in shards/SPLIT for --input (corpus)")
@@ -135,6 +137,11 @@ def _make_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="a longer file or record is rejected, to bound the memory (67108864)",
+    )
+    add(
+        "--encoder",
+        choices=("auto", "gigatoken", "tokenizers"),
+        help="library that encodes; the ids are the same, gigatoken is many times faster (auto)",
     )
     return parser
 

@@ -1,39 +1,32 @@
-"""Input paths to files, files to units of work, units to records.
+"""Input paths to files, and files to units of work.
 
 A unit is a run of byte ranges that depends on the inputs alone, never on the number of workers.
-A record starts in exactly one unit: a .jsonl range holds the lines that START in it, wherever
-they end; every other file is one record.
+A record starts in exactly one unit: a range of a .jsonl file holds the lines that START in it,
+wherever they end, and one of a .parquet file the row groups; every other file is in one unit.
 """
 
 import fnmatch
-import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-import orjson
-
+from data_prep.arrow_inputs import check_parquet
 from data_prep.errors import DataError
-from data_prep.file_names import (
-    IGNORED_DIRECTORIES,
-    JSONL_SUFFIXES,
-    UNREADABLE_SUFFIXES,
-    looks_like_text,
-)
-
-Kind = Literal["jsonl", "json", "text", "parquet", "arrow"]
+from data_prep.file_names import IGNORED_DIRECTORIES, FileFormat, Kind, format_of, is_taken
+from data_prep.json_inputs import BLOCK_BYTES, starts_like_jsonl
+from data_prep.saved_dataset import files_of_saved_dataset
 
 SMALLEST_UNIT_BYTES = 1 << 20
 LARGEST_UNIT_BYTES = 1 << 26
 UNITS_WANTED = 128
-SAMPLE_CHARACTERS = 80
-LARGEST_DOCUMENT_BYTES = 1 << 26
-SKIPPED_BYTES = 1 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+READ_FORMATS = (
+    ".jsonl and .json (also .gz, .zst, .xz), .parquet, .arrow, text files (compressed: .txt and "
+    "source suffixes), saved Hugging Face datasets and directories"
+)
 
 
 class InputFile(NamedTuple):
@@ -43,6 +36,17 @@ class InputFile(NamedTuple):
     kind: Kind
     bytes: int
     mtime_ns: int
+
+    @property
+    def codec(self) -> str:
+        """The suffix of its compression; empty for none."""
+        form = format_of(self.path)
+        return form.codec if form else ""
+
+    @property
+    def is_splittable(self) -> bool:
+        """True when a part of it can be read without what comes before."""
+        return self.kind in ("jsonl", "parquet") and not self.codec
 
 
 class Segment(NamedTuple):
@@ -67,31 +71,6 @@ class Unit:
         return sum(segment.end - segment.start for segment in self.segments)
 
 
-class Reading(NamedTuple):
-    """How records are read: the key of the text, and the size above which one is rejected."""
-
-    text_key: str
-    max_document_bytes: int = LARGEST_DOCUMENT_BYTES
-
-    @property
-    def too_long(self) -> str:
-        """The reason of a reject above the limit."""
-        return f"longer than --max-document-bytes {self.max_document_bytes}"
-
-
-class Record(NamedTuple):
-    """One record: a text (maybe empty), or the reason why there is none.
-
-    `offset` is the byte offset of the record in its file; `sample` the start of a rejected one.
-    """
-
-    file: int
-    offset: int
-    text: str | None
-    reason: str = ""
-    sample: str = ""
-
-
 def find_inputs(
     paths: Sequence[Path],
     globs: Sequence[str] = (),
@@ -101,7 +80,8 @@ def find_inputs(
     """List the input files in the order in which their records are stored.
 
     Args:
-        paths: Files and directories; files keep their given order, a directory is walked sorted.
+        paths: Files, directories and saved Hugging Face datasets; files keep their given order,
+            a directory is walked sorted.
         globs: Patterns for files in directories, matched against the name and the path below the
             directory; none = names that look like text or source.
         exclude: Patterns of files and folders to leave out, matched in the same way.
@@ -115,8 +95,7 @@ def find_inputs(
     """
     found: dict[str, InputFile] = {}
     for path in paths:
-        names = _walk(path, globs, exclude, output) if path.is_dir() else [_explicit(path)]
-        for name in names:
+        for name in _list(path, globs, exclude, output):
             entry = _describe(name)
             if entry is None:
                 continue
@@ -149,10 +128,9 @@ def plan_units(files: Sequence[InputFile], unit_bytes: int) -> list[Unit]:
         pending_bytes = 0
 
     for number, file in enumerate(files):
-        splittable = file.kind == "jsonl"
         if file.bytes > unit_bytes:
             close()
-            step = unit_bytes if splittable else file.bytes
+            step = unit_bytes if file.is_splittable else file.bytes
             for start in range(0, file.bytes, step):
                 pending.append(Segment(number, file, start, min(start + step, file.bytes)))
                 close()
@@ -171,17 +149,16 @@ def choose_unit_bytes(total_bytes: int) -> int:
     return min(max(wanted, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
 
 
-def read_unit(unit: Unit, reading: Reading) -> Iterator[Record]:
-    """Yield every record of a unit in order, the bad ones with a reason.
-
-    Raises:
-        DataError: A file changed after the job was planned, or a .jsonl file cannot be read.
-    """
-    for segment in unit.segments:
-        if segment.source.kind == "jsonl":
-            yield from _read_lines(segment, reading)
-        else:
-            yield _read_document(segment, reading)
+def _list(
+    path: Path, globs: Sequence[str], exclude: Sequence[str], output: Path | None
+) -> Iterator[Path]:
+    """The files that one --input stands for."""
+    if not path.is_dir():
+        yield _explicit(path)
+    elif (files := files_of_saved_dataset(path)) is not None:
+        yield from files
+    else:
+        yield from _walk(path, globs, exclude, output)
 
 
 def _walk(
@@ -198,9 +175,13 @@ def _walk(
             and not _matches(relative / name, exclude)
             and os.path.abspath(os.path.join(folder, name)) != skipped
         )
+        if saved := files_of_saved_dataset(Path(folder)):
+            names.clear()
+            yield from saved
+            continue
         for name in sorted(files):
             below = relative / name
-            wanted = _matches(below, globs) if globs else looks_like_text(name)
+            wanted = _matches(below, globs) if globs else is_taken(name)
             if wanted and not _matches(below, exclude):
                 yield Path(folder) / name
 
@@ -215,19 +196,14 @@ def _matches(path: Path, patterns: Sequence[str]) -> bool:
 
 
 def _explicit(path: Path) -> Path:
-    """A file named by the user: it must exist and be of a kind that is read."""
+    """A file named by the user must exist."""
     if not path.exists():
         raise DataError(f"--input {path} does not exist; check the path")
-    if path.suffix.lower() in UNREADABLE_SUFFIXES:
-        raise DataError(
-            f"--input {path} is a {path.suffix} file; read are .jsonl (one JSON object per line), "
-            "text files and directories: convert it to .jsonl first"
-        )
     return path
 
 
 def _describe(path: Path) -> InputFile | None:
-    """Size and time of a regular file; None for devices, pipes and dangling links."""
+    """Size, time and kind of a regular file; None for devices, pipes and dangling links."""
     try:
         status = path.stat()
     except OSError:
@@ -240,11 +216,41 @@ def _describe(path: Path) -> InputFile | None:
         raise DataError(
             f"the file name {os.fsencode(path)!r} is not UTF-8; rename the file or --exclude it"
         ) from error
-    kind: Kind = "jsonl" if path.suffix.lower() in JSONL_SUFFIXES else "text"
+    form = format_of(path.name)
+    if form is None:
+        raise DataError(
+            f"--input {path} is not read: {''.join(path.suffixes)} names no format that is. Read "
+            f"are {READ_FORMATS}; convert or rename it"
+        )
+    kind = _look_inside(path, form)
     return InputFile(os.path.abspath(path), kind, status.st_size, status.st_mtime_ns)
 
 
-def _open_unchanged(source: InputFile) -> BinaryIO:
+def _look_inside(path: Path, form: FileFormat) -> Kind:
+    """The kind of a file of records by its first bytes, before any work is done.
+
+    Raises:
+        DataError: It cannot be opened, or has no end. A text file that cannot be opened is one
+            reject, but how many records a file of records would have given is not known.
+    """
+    if form.kind == "text":
+        return form.kind
+    try:
+        with open(path, "rb") as file:
+            content = file.read(BLOCK_BYTES) if form.kind == "json" and not form.codec else b""
+        if form.kind == "parquet":
+            check_parquet(os.fspath(path))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return "jsonl" if content and starts_like_jsonl(content) else form.kind
+
+
+def unreadable(path: Path | str, error: OSError) -> DataError:
+    """The error for a file whose records cannot be counted."""
+    return DataError(f"cannot read {path}: {error.strerror or error}; fix the file or --exclude it")
+
+
+def open_unchanged(source: InputFile) -> BinaryIO:
     """Open a file, refusing it when it is not the one that was planned."""
     with ExitStack() as stack:
         file = stack.enter_context(open(source.path, "rb"))
@@ -256,97 +262,3 @@ def _open_unchanged(source: InputFile) -> BinaryIO:
             )
         stack.pop_all()
         return file
-
-
-def _read_document(segment: Segment, reading: Reading) -> Record:
-    """A whole file as one record."""
-    try:
-        with _open_unchanged(segment.source) as file:
-            content = file.read(reading.max_document_bytes + 1)
-    except OSError as error:
-        return Record(segment.file, 0, None, f"unreadable: {error.strerror}")
-    if len(content) > reading.max_document_bytes:
-        return Record(segment.file, 0, None, reading.too_long, _sample(content))
-    content = content.removeprefix(BYTE_ORDER_MARK)
-    if b"\0" in content:
-        return Record(segment.file, 0, None, "binary", _sample(content))
-    try:
-        return Record(segment.file, 0, content.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Record(segment.file, 0, None, "not UTF-8", _sample(content))
-
-
-def _read_lines(segment: Segment, reading: Reading) -> Iterator[Record]:
-    """The lines that start in the segment's byte range."""
-    try:
-        with _open_unchanged(segment.source) as file:
-            offset = segment.start
-            if offset:
-                file.seek(offset - 1)
-                offset += _skip_line(file) - 1
-            while offset < segment.end:
-                line = file.readline(reading.max_document_bytes + 1)
-                if not line:
-                    break
-                if len(line) > reading.max_document_bytes:
-                    yield Record(segment.file, offset, None, reading.too_long, _sample(line))
-                    if not line.endswith(b"\n"):
-                        offset += _skip_line(file)
-                else:
-                    content = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line
-                    yield _parse_line(segment.file, offset, content, reading.text_key)
-                offset += len(line)
-    except OSError as error:
-        raise DataError(f"cannot read {segment.source.path}: {error.strerror or error}") from error
-
-
-def _skip_line(file: BinaryIO) -> int:
-    """Go behind the next line end without holding the line; give the bytes passed."""
-    passed = 0
-    while part := file.readline(SKIPPED_BYTES):
-        passed += len(part)
-        if part.endswith(b"\n"):
-            break
-    return passed
-
-
-def _parse_line(file: int, offset: int, line: bytes, text_key: str) -> Record:
-    """One line of JSON to a record; a blank line is an empty record."""
-    if not line.strip():
-        return Record(file, offset, "")
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        value = _parse_leniently(line)
-    if isinstance(value, _Unparsable):
-        return Record(file, offset, None, value.reason, _sample(line))
-    if not isinstance(value, dict):
-        return Record(file, offset, None, "not a JSON object", _sample(line))
-    if text_key not in value:
-        return Record(file, offset, None, f"no {text_key!r}", _sample(line))
-    text = value[text_key]
-    if not isinstance(text, str):
-        return Record(file, offset, None, f"{text_key!r} is not a string", _sample(line))
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Record(file, offset, None, "lone surrogate", _sample(line))
-    return Record(file, offset, text)
-
-
-class _Unparsable(NamedTuple):
-    reason: str
-
-
-def _parse_leniently(line: bytes) -> object:
-    """What the fast parser refuses may still hold a good text: huge numbers, NaN, other fields."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return _Unparsable("not UTF-8")
-    except (ValueError, RecursionError):
-        return _Unparsable("malformed JSON")
-
-
-def _sample(content: bytes) -> str:
-    return content[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "replace")[:SAMPLE_CHARACTERS]

@@ -89,9 +89,9 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder().values()
         self.special_names = tuple(token.content for token in added if token.special)
 
-    def find_special(self, text: str) -> str | None:
-        """The first special token that `text` spells, if any."""
-        return next((name for name in self.special_names if name in text), None)
+    def find_special(self, text: bytes) -> str | None:
+        """The first special token that a text in UTF-8 spells, if any."""
+        return next((name for name in self.special_names if name.encode() in text), None)
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
         """Encode documents and append EOS to each.
@@ -104,10 +104,7 @@ class Tokenizer:
             including its EOS, `[len(texts)]`. Example with bytes: ["ab", ""] gives
             [97, 98, 256, 256] and [3, 1].
         """
-        if self.is_bytes and self.special_tokens != "id":
-            pieces = [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
-        else:
-            pieces = self._encode_plain(texts)
+        pieces = self._encode_pieces(texts)
         lengths = np.array([len(piece) + 1 for piece in pieces], dtype=np.int64)
         flat: TokenArray = np.empty(int(lengths.sum()), dtype=self.dtype)
         start = 0
@@ -117,12 +114,24 @@ class Tokenizer:
             flat[start - 1] = self.eos_id
         return flat, lengths
 
+    def encode_plain(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
+        """Encode documents without EOS.
+
+        Returns:
+            All ids one after the other, and the place where each document ends. Example with
+            bytes: ["ab", "c"] gives [97, 98, 99] and [2, 3].
+        """
+        pieces = self._encode_pieces(texts)
+        return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces])
+
     def decode(self, ids: Sequence[int] | TokenArray) -> str:
         """Text of `ids`; special tokens appear by name."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    def _encode_plain(self, texts: Sequence[str]) -> list[TokenArray]:
+    def _encode_pieces(self, texts: Sequence[str]) -> list[TokenArray]:
         """Ids of each text without EOS; a giant text goes through in parts, to bound memory."""
+        if self.is_bytes and self.special_tokens != "id":
+            return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
         if not self._may_cut() or max(map(len, texts), default=0) <= PART_CHARACTERS:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
@@ -255,8 +264,16 @@ def _promises(content: bytes) -> tuple[bool, bool]:
     """
     layout = json.loads(content)
     pieces = layout.get("pre_tokenizer") or {}
-    is_lossless = layout.get("normalizer") is None and '"ByteLevel"' in json.dumps(pieces)
-    steps = pieces.get("pretokenizers") or [{}]
+    steps = pieces.get("pretokenizers") or [pieces]
+    is_lossless = (
+        layout.get("normalizer") is None
+        and all(step.get("behavior") != "Removed" for step in steps)
+        and any(step.get("type") == "ByteLevel" for step in steps)
+        and not any(step.get("add_prefix_space") for step in steps)
+        and (layout.get("decoder") or {}).get("type") == "ByteLevel"
+        and set(_byte_symbols()) <= set((layout.get("model") or {}).get("vocab") or ())
+        and not any(token.get("lstrip") or token.get("rstrip") for token in layout["added_tokens"])
+    )
     return is_lossless, is_lossless and steps[0].get("pattern") == {"Regex": SPLIT_PATTERN}
 
 

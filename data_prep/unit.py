@@ -1,19 +1,19 @@
 """One unit of work: read its records, encode them, write its shards, then its journal entry."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import orjson
 import xxhash
-from numpy.typing import NDArray
 
 from data_prep.atomic import whole_file
+from data_prep.columns import Columns
 from data_prep.dedup import find_duplicates
+from data_prep.encoder import Encoder, EncoderName
 from data_prep.errors import DataError
 from data_prep.journal import UnitRecord, find_finished, record_finished, rejects_path
 from data_prep.manifest import (
@@ -28,12 +28,12 @@ from data_prep.manifest import (
 from data_prep.options import BadRecordPolicy, Dedup
 from data_prep.phase import Done
 from data_prep.plan import unit_list
+from data_prep.reading import read_unit
+from data_prep.records import SAMPLE_CHARACTERS, Reading, RecordBatch, Reject
 from data_prep.shards import ShardRows, write_shard
-from data_prep.sources import Reading, Record, Segment, Unit, read_unit
-from data_prep.tokenizer import SpecialTokens, TokenArray, Tokenizer
+from data_prep.sources import InputFile, Unit
+from data_prep.tokenizer import SpecialTokens, Tokenizer
 
-BATCH_CHARACTERS = 1 << 20
-SAMPLE_CHARACTERS = 80
 HASH_VALUES = 1 << 64
 
 
@@ -59,6 +59,7 @@ class UnitJob:
     special_tokens: SpecialTokens
     max_document_bytes: int
     dedup: Dedup
+    encoder: EncoderName
 
 
 def encode_unit(job: UnitJob, number: int) -> Done:
@@ -83,38 +84,30 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     tokenizer = _load_tokenizer(
         job.output / TOKENIZER, job.eos_token, job.tokenizer_sha256, job.special_tokens
     )
-    columns = {split: _Columns(tokenizer) for split in (TRAIN, VALIDATION)}
+    encoder = _load_encoder(tokenizer, job.encoder)
+    writers = {
+        split: _SplitWriter(job, source.name, unit.number, split, tokenizer, encoder)
+        for split in (TRAIN, VALIDATION)
+    }
     counts = {segment.file: _Counts() for segment in unit.segments}
-    rejects: list[tuple[Segment, Record]] = []
-    sources = {segment.file: segment for segment in unit.segments}
+    sources = {segment.file: segment.source for segment in unit.segments}
+    rejects: list[tuple[str, Reject]] = []
     duplicates = find_duplicates(job.output, unit.number) if job.dedup == "exact" else frozenset()
-    reading = Reading(source.text_key, job.max_document_bytes)
-    for index, record in enumerate(read_unit(unit, reading)):
-        count = counts[record.file]
-        if index in duplicates:
-            count.duplicates += 1
-            continue
+    first_text = 0
+    for batch in read_unit(unit, Reading(source.text_key, job.max_document_bytes)):
+        num_texts = len(batch.texts)
+        if duplicates:
+            counts[batch.file].duplicates += _drop_duplicates(batch, first_text, duplicates)
+        first_text += num_texts
         if job.special_tokens == "reject":
-            record = _refuse_special(record, tokenizer)
-        if record.text is None:
-            count.rejects[record.reason] = count.rejects.get(record.reason, 0) + 1
-            rejects.append((sources[record.file], record))
-            if job.on_bad == "fail":
-                raise rejection(sources[record.file].source.path, record)
-        elif not record.text:
-            count.empty += 1
-        else:
-            content = record.text.encode("utf-8")
-            count.documents += 1
-            count.text_bytes += len(content)
-            columns[_choose_split(content, job.validation_fraction)].add(record)
-    shards = [
-        entry
-        for split, documents in columns.items()
-        for entry in _write_split(
-            job, source.name, unit.number, tokenizer, split, documents.finish()
-        )
-    ]
+            _refuse_special(batch, tokenizer)
+        counts[batch.file].add(batch)
+        rejects += [(sources[batch.file].path, reject) for reject in batch.rejects]
+        if batch.rejects and job.on_bad == "fail":
+            raise rejection(sources[batch.file], batch.rejects[0])
+        for split, texts, rows in _divide(batch, job.validation_fraction):
+            writers[split].add(batch.file, texts, rows)
+    shards = [entry for writer in writers.values() for entry in writer.finish()]
     _write_rejects(job.output, unit.number, rejects)
     done = UnitRecord(
         unit=unit.number,
@@ -126,11 +119,12 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     return done
 
 
-def rejection(path: str, record: Record) -> DataError:
+def rejection(source: InputFile, reject: Reject) -> DataError:
     """The error for a bad record when bad records end the job."""
+    place = "row" if source.kind in ("parquet", "arrow") else "byte"
     return DataError(
-        f"{path}: record at byte {record.offset} is bad: {record.reason}; mend it, or use "
-        "--on-bad skip to count it and go on"
+        f"{source.path}: record at {place} {reject.offset} is bad: {reject.reason}; mend it, or "
+        "use --on-bad skip to count it and go on"
     )
 
 
@@ -139,18 +133,46 @@ def is_held_out(content: bytes, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(content) < int(fraction * HASH_VALUES)
 
 
-def _refuse_special(record: Record, tokenizer: Tokenizer) -> Record:
-    """A document that spells a special token becomes a reject."""
-    name = tokenizer.find_special(record.text) if record.text else None
-    if record.text is None or name is None:
-        return record
-    start = max(0, record.text.find(name) - SAMPLE_CHARACTERS // 2)
-    sample = record.text[start : start + SAMPLE_CHARACTERS]
-    return record._replace(text=None, reason=f"spells {name!r}", sample=sample)
+def _divide(batch: RecordBatch, fraction: float) -> Iterator[tuple[str, list[bytes], list[int]]]:
+    """The documents of each split: texts and offsets."""
+    texts, rows = batch.texts, batch.offsets
+    if b"" in texts:
+        rows = [row for row, text in zip(rows, texts, strict=True) if text]
+        texts = [text for text in texts if text]
+    held_out = [is_held_out(text, fraction) for text in texts] if fraction else []
+    if True not in held_out:
+        yield TRAIN, texts, rows
+        return
+    for split, is_here in ((TRAIN, False), (VALIDATION, True)):
+        chosen = [number for number, held in enumerate(held_out) if held is is_here]
+        yield split, [texts[number] for number in chosen], [rows[number] for number in chosen]
 
 
-def _choose_split(content: bytes, fraction: float) -> str:
-    return VALIDATION if is_held_out(content, fraction) else TRAIN
+def _drop_duplicates(batch: RecordBatch, first_text: int, duplicates: frozenset[int]) -> int:
+    """Take the texts out that an earlier record of the job has; give how many.
+
+    Texts count from 0 within a unit, rejects left out; `first_text` is the first of the batch.
+    """
+    kept = [number for number in range(len(batch.texts)) if number + first_text not in duplicates]
+    dropped = len(batch.texts) - len(kept)
+    if dropped:
+        batch.texts = [batch.texts[number] for number in kept]
+        batch.offsets = [batch.offsets[number] for number in kept]
+    return dropped
+
+
+def _refuse_special(batch: RecordBatch, tokenizer: Tokenizer) -> None:
+    """Documents that spell a special token become rejects."""
+    texts, offsets = batch.texts, batch.offsets
+    batch.texts, batch.offsets = [], []
+    for text, offset in zip(texts, offsets, strict=True):
+        name = tokenizer.find_special(text)
+        if name is None:
+            batch.add(offset, text)
+        else:
+            start = max(0, text.find(name.encode()) - SAMPLE_CHARACTERS // 2)
+            batch.reject(offset, f"spells {name!r}", text[start : start + SAMPLE_CHARACTERS])
+    batch.rejects.sort()
 
 
 @lru_cache(maxsize=1)
@@ -164,6 +186,12 @@ def _load_tokenizer(
     return tokenizer
 
 
+@lru_cache(maxsize=1)
+def _load_encoder(tokenizer: Tokenizer, name: EncoderName) -> Encoder:
+    """One encoder per process: it is faster the more it has seen."""
+    return Encoder(tokenizer, name)
+
+
 @dataclass
 class _Counts:
     documents: int = 0
@@ -171,6 +199,14 @@ class _Counts:
     duplicates: int = 0
     text_bytes: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
+
+    def add(self, batch: RecordBatch) -> None:
+        empty = batch.texts.count(b"")
+        self.documents += len(batch.texts) - empty
+        self.empty += empty
+        self.text_bytes += sum(map(len, batch.texts))
+        for reject in batch.rejects:
+            self.rejects[reject.reason] = self.rejects.get(reject.reason, 0) + reject.records
 
     def ledger(self) -> Ledger:
         rejected = sum(self.rejects.values())
@@ -185,107 +221,58 @@ class _Counts:
         )
 
 
-class _Columns:
-    """The documents of one split of one unit: texts are encoded about a megabyte at a time."""
+class _SplitWriter:
+    """Writes the shards of one split of a unit: one, or more when over the cap."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._texts: list[str] = []
-        self._characters = 0
-        self._tokens: list[TokenArray] = []
-        self._lengths: list[NDArray[np.int64]] = []
-        self._src: list[int] = []
-        self._row: list[int] = []
+    def __init__(
+        self,
+        job: UnitJob,
+        source: str,
+        unit: int,
+        split: str,
+        tokenizer: Tokenizer,
+        encoder: Encoder,
+    ) -> None:
+        self._job, self._source, self._unit, self._split = job, source, unit, split
+        self._columns = Columns(encoder, job.shard_tokens)
+        self._entries: list[ShardEntry] = []
+        self._metadata = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": str(tokenizer.vocab_size),
+            "dtype": str(tokenizer.dtype),
+            "eos_id": str(tokenizer.eos_id),
+            "eos": "one after each document",
+            "source": source,
+            "split": split,
+        }
 
-    def add(self, record: Record) -> None:
-        """Append a document."""
-        assert record.text, record
-        self._texts.append(record.text)
-        self._src.append(record.file)
-        self._row.append(record.offset)
-        self._characters += len(record.text)
-        if self._characters >= BATCH_CHARACTERS:
-            self._encode()
+    def add(self, file: int, texts: Sequence[bytes], rows: Sequence[int]) -> None:
+        """Append documents; full shards are written at once, so that memory is bounded."""
+        for shard in self._columns.add(file, texts, rows):
+            self._write(shard)
 
-    def finish(self) -> ShardRows | None:
-        """All documents as columns; None when there are none."""
-        self._encode()
-        if not self._src:
-            return None
-        lengths = np.concatenate(self._lengths)
-        return ShardRows(
-            tokens=np.concatenate(self._tokens),
-            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            src=np.array(self._src, dtype=np.uint32),
-            row=np.array(self._row, dtype=np.uint64),
-        )
+    def finish(self) -> list[ShardEntry]:
+        """Write what is left; give all shards of the split in order."""
+        for shard in self._columns.finish():
+            self._write(shard)
+        return self._entries
 
-    def _encode(self) -> None:
-        if self._texts:
-            tokens, lengths = self._tokenizer.encode_documents(self._texts)
-            self._tokens.append(tokens)
-            self._lengths.append(lengths)
-            self._texts.clear()
-            self._characters = 0
-
-
-def _write_split(
-    job: UnitJob, source: str, unit: int, tokenizer: Tokenizer, split: str, rows: ShardRows | None
-) -> Iterator[ShardEntry]:
-    """Write the shards of one split of a unit: one, or more when over the cap."""
-    if rows is None:
-        return
-    metadata = {
-        "format": FORMAT,
-        "version": str(FORMAT_VERSION),
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": str(tokenizer.vocab_size),
-        "dtype": str(rows.tokens.dtype),
-        "eos_id": str(tokenizer.eos_id),
-        "eos": "one after each document",
-        "source": source,
-        "split": split,
-    }
-    for part, piece in enumerate(_cut(rows, job.shard_tokens)):
+    def _write(self, rows: ShardRows) -> None:
+        part = len(self._entries)
         suffix = f"-{part:03d}" if part else ""
-        path = f"shards/{split}/{source}/{unit:05d}{suffix}.arrow"
-        written = write_shard(job.output / path, piece, metadata)
-        yield ShardEntry.of(path, split, source, unit, written)
+        path = f"shards/{self._split}/{self._source}/{self._unit:05d}{suffix}.arrow"
+        written = write_shard(self._job.output / path, rows, self._metadata)
+        self._entries.append(ShardEntry.of(path, self._split, self._source, self._unit, written))
 
 
-def _cut(rows: ShardRows, limit_tokens: int) -> Iterator[ShardRows]:
-    """Cut columns between documents into pieces of at most `limit_tokens`, one document at least.
-
-    Example: lengths 3, 3, 9, 1 with a limit of 6 give rows [0:2], [2:3], [3:4].
-    """
-    first, num_rows = 0, len(rows.src)
-    while first < num_rows:
-        base = rows.offsets[first]
-        last = int(np.searchsorted(rows.offsets, base + limit_tokens, side="right")) - 1
-        last = min(max(last, first + 1), num_rows)
-        yield ShardRows(
-            tokens=rows.tokens[base : rows.offsets[last]],
-            offsets=rows.offsets[first : last + 1] - base,
-            src=rows.src[first:last],
-            row=rows.row[first:last],
-        )
-        first = last
-
-
-def _write_rejects(output: Path, unit: int, rejects: Iterable[tuple[Segment, Record]]) -> None:
+def _write_rejects(output: Path, unit: int, rejects: Iterable[tuple[str, Reject]]) -> None:
     """List the rejected records of a unit; no file when there are none."""
     path = rejects_path(output, unit)
     lines = [
-        orjson.dumps(
-            {
-                "file": segment.source.path,
-                "offset": record.offset,
-                "reason": record.reason,
-                "sample": record.sample,
-            },
-            option=orjson.OPT_APPEND_NEWLINE,
-        )
-        for segment, record in rejects
+        orjson.dumps({"file": file, **reject._asdict()}, option=orjson.OPT_APPEND_NEWLINE)
+        for file, reject in rejects
     ]
     if not lines:
         path.unlink(missing_ok=True)

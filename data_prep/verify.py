@@ -10,9 +10,11 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.manifest import InputEntry, Manifest, ShardEntry
+from data_prep.reading import read_text
+from data_prep.records import LARGEST_DOCUMENT_BYTES, Reading
 from data_prep.shard_set import ShardSet
 from data_prep.shards import ShardRows, read_shard
-from data_prep.sources import InputFile, Reading, Segment, Unit, read_unit
+from data_prep.sources import InputFile
 from data_prep.tokenizer import Tokenizer
 
 SAMPLED_DOCUMENTS = 1000
@@ -150,21 +152,17 @@ def _decodes_back(rows: ShardRows, row: int, tokenizer: Tokenizer, manifest: Man
     text = tokenizer.decode(ids)
     number = int(rows.src[row])
     entry = manifest.inputs[number]
-    source = _source_text(number, entry, int(rows.row[row]), manifest.text_key_of(entry))
+    source = _source_text(entry, int(rows.row[row]), manifest.text_key_of(entry))
     if source is not None:
-        return source == text
+        return source == text.encode()
     again, _ = tokenizer.encode_documents([text])
     return bool(np.array_equal(again[:-1], ids))
 
 
-def _source_text(number: int, entry: InputEntry, offset: int, text_key: str) -> str | None:
-    """The text of a document in its input file; None when the file is not what it was."""
+def _source_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
+    """The text of a document in its input file; None when it cannot be had quickly."""
     source = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
-    unit = Unit(0, (Segment(number, source, offset, offset + 1),))
-    try:
-        return next(read_unit(unit, Reading(text_key, entry.bytes))).text
-    except (DataError, StopIteration):
-        return None
+    return read_text(source, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
 
 
 if __name__ == "__main__":

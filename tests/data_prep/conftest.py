@@ -10,6 +10,9 @@ import pytest
 from data_prep.build import build
 from data_prep.manifest import Manifest
 from data_prep.options import BuildOptions, Source
+from data_prep.reading import read_unit
+from data_prep.records import Reading
+from data_prep.sources import find_inputs, plan_units
 
 LINE = "def return self the of loss naïve été 数据 token 🎉 while import None 12345 == \n\t"
 WORDS = LINE.split(" ")
@@ -54,6 +57,32 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def read_records() -> Callable[..., list[tuple[int, str | None, str]]]:
+    """Give every record of some inputs in order: offset, text, reason."""
+
+    def read(
+        *paths: Path, unit_bytes: int = 1 << 20, reading: Reading | None = None
+    ) -> list[tuple[int, str | None, str]]:
+        found: list[tuple[int, str | None, str]] = []
+        for unit in plan_units(find_inputs(paths), unit_bytes):
+            for batch in read_unit(unit, reading or Reading("text")):
+                assert len(batch.texts) == len(batch.offsets)
+                records: list[tuple[int, str | None, str]] = [
+                    (offset, text.decode(), "")
+                    for offset, text in zip(batch.offsets, batch.texts, strict=True)
+                ]
+                records += [
+                    (reject.offset, None, reject.reason)
+                    for reject in batch.rejects
+                    for _ in range(reject.records)
+                ]
+                found += sorted(records, key=lambda record: record[0])
+        return found
+
+    return read
 
 
 @pytest.fixture

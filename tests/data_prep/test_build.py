@@ -126,7 +126,7 @@ def test_ledger_adds_up(tmp_path: Path, texts: list[str], build_set: Build) -> N
     content = (tmp_path / "in" / "a.jsonl").read_bytes()
     found = [content[entry["offset"] :].split(b"\n")[0] for entry in rejects[:5]]
     assert found == bad
-    assert set(rejects[5]) == {"file", "offset", "reason", "sample"}
+    assert set(rejects[5]) == {"file", "offset", "reason", "sample", "records"}
 
 
 def test_bad_record_policies(tmp_path: Path, build_set: Build) -> None:

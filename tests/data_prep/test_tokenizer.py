@@ -159,5 +159,5 @@ def test_special_tokens_become_ids_when_asked(content: bytes) -> None:
     ids = tokenizer.encode_documents([text])[0].tolist()
     assert ids.count(tokenizer.eos_id) == 2
     assert tokenizer.decode(ids[:-1]) == text
-    assert tokenizer.find_special(text) == END_OF_TEXT
-    assert tokenizer.find_special("a <|end of text|>") is None
+    assert tokenizer.find_special(text.encode()) == END_OF_TEXT
+    assert tokenizer.find_special(b"a <|end of text|>") is None

@@ -1,0 +1,53 @@
+"""Texts on which two encoders of one tokenizer would show their differences."""
+
+import random
+from collections.abc import Sequence
+
+SEED = 20_240_501
+NUM_RANDOM = 400
+LONG_CHARACTERS = 6000
+
+_WORDS = """
+a A the The _x __init__ def return self. x=1 (a,b) {} [] // /* */ # ## -> => != == <= 0 7 12 123
+1234 3.14 1e-9 0x1F 'll 'S 're ' " ` ~ @ $ % ^ & * naïve été ÇA K ß Straße жизнь 数据 の 한국 é 🎉
+🇩🇪 ½ ² Ⅷ \u017f \u0130 \u0131 \u03a9 \u05d0 \u0627 \u0e01 \u094d \u0663 \u09ea \ua66f e\u0301 \u200d
+\u200b \ufeff \u00ad 👩\u200d💻 \ue000 \U0010ffff \x00 \x07 \x7f
+"""
+_BLANKS = (
+    *(" ", "  ", "    ", "\t", "\n", "\n\n", "\r\n", "\r", " \n", "\n ", "\u00a0", "\u2003"),
+    *("\u2028", "\x0b", "\x0c", "\x85", "\u3000", " " * 17, "\n" * 9),
+)
+_SOURCE = '''def f(x: int) -> dict[str, int]:
+    """Don't split WE'LL or we'll; 12345 numbers."""
+    return {f"{x}": 0x1F, 'k': 1_000_000}  # end\r\n\tif (a && !b) { c += d->e; } /* é */
+'''
+
+
+def probe_texts(special_names: Sequence[str]) -> list[str]:
+    """Words, blanks, code, random Unicode, long runs and texts of special tokens; repeatable.
+
+    Args:
+        special_names: The texts of the tokenizer's special tokens.
+    """
+    source = random.Random(SEED)
+    names = [*special_names, *(name[:-1] for name in special_names)]
+    words = _WORDS.split()
+    pieces = [*words, *_BLANKS, *_BLANKS, *names]
+    texts = [_SOURCE, *words, *_BLANKS, *names]
+    texts += [f"a{name}{name} b\n{name}" for name in special_names]
+    for _ in range(NUM_RANDOM):
+        texts.append("".join(source.choices(pieces, k=source.randint(2, 40))))
+        texts.append("".join(_random_character(source) for _ in range(source.randint(1, 60))))
+    long = LONG_CHARACTERS
+    texts += [
+        sign * long for sign in ("a", " ", "\n", "7", "=", "é", "数", "🎉", "\r\n", " a", "\x00")
+    ]
+    texts.append("".join(source.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdef0123456789+/", k=long)))
+    texts.append("".join(_random_character(source) for _ in range(long)))
+    return texts
+
+
+def _random_character(source: random.Random) -> str:
+    """Any character that can be encoded, the low ones more often."""
+    number = source.randrange(source.choice((0x80, 0x250, 0x3000, 0x10000, 0x110000)))
+    return chr(number) if not 0xD800 <= number < 0xE000 else "\ufffd"

@@ -1,0 +1,54 @@
+"""Folders that Hugging Face `datasets` wrote with save_to_disk, recognised by their own files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import DataError
+
+STATE = "state.json"
+INFO = "dataset_info.json"
+SPLITS = "dataset_dict.json"
+
+
+def files_of_saved_dataset(folder: Path) -> list[Path] | None:
+    """The .arrow files of a saved Dataset or DatasetDict in their order; None for other folders.
+
+    All splits of a DatasetDict are given; each lies in a folder of its name, which can be named
+    instead.
+
+    Raises:
+        DataError: The folder says that it is one, but a file is missing or cannot be read.
+    """
+    if (folder / SPLITS).is_file():
+        splits = _load(folder / SPLITS).get("splits", [])
+        found: list[Path] = []
+        for split in splits:
+            files = files_of_saved_dataset(folder / str(split))
+            if files is None:
+                raise DataError(
+                    f"{folder / SPLITS} names the split {split!r}, but {folder / str(split)} holds "
+                    f"no saved dataset; save it again"
+                )
+            found += files
+        return found
+    if not ((folder / STATE).is_file() and (folder / INFO).is_file()):
+        return None
+    files = [folder / str(entry["filename"]) for entry in _load(folder / STATE)["_data_files"]]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise DataError(f"{folder / STATE} names {missing[0]}, which is missing; save it again")
+    return files
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or (
+            path.name == STATE
+            and not all("filename" in entry for entry in content.get("_data_files", [None]))
+        ):
+            raise ValueError("not what save_to_disk writes")
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot read {path} ({error}); save the dataset again") from error
+    return content
