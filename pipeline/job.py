@@ -109,7 +109,7 @@ class Job:
         if source is not None:
             checkpoints.set_aside_after(state.step)
         follow_plan(loader, weight_stages(config, loader), state)
-        self._announce(topology, state, source, describe_samples(config, loader))
+        self._announce(topology, state, source, describe_samples(config, loader, state.batches))
         metrics = open_metrics_log(config, rank=self.info.rank, resumed_step=state.step)
         try:
             throughput = Throughput(config, topology)

@@ -72,8 +72,11 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
     )
     stages, rows = weight_stages(config, loader), loader.rows_by_source
     where = f"{config.data.shards} ({config.data.train_split})"
-    if problems := weight_problems(stages, rows, where):
-        raise ConfigError("\n  - ".join(["the mixture cannot be made:", *problems]))
+    problems = weight_problems(stages, rows, where)
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError("\n  - ".join([f"{len(problems)} problems", *problems]))
     return loader
 
 
@@ -89,8 +92,14 @@ def weight_stages(config: RunConfig, loader: TokenLoader) -> tuple[WeightStage, 
     return (WeightStage(step=0, weights=weights),)
 
 
-def describe_samples(config: RunConfig, loader: TokenLoader) -> list[str]:
-    """Mixture, packing and skipped batches of a run, in words; no line for what is not used."""
+def describe_samples(config: RunConfig, loader: TokenLoader, batches_behind: int) -> list[str]:
+    """Mixture, packing and skipped batches of a run, in words; no line for what is not used.
+
+    Args:
+        config: the run.
+        loader: its training samples.
+        batches_behind: batches that were trained on or skipped before.
+    """
     lines = []
     data, rows = config.data, loader.rows_by_source
     if len(rows) > 1:
@@ -104,7 +113,8 @@ def describe_samples(config: RunConfig, loader: TokenLoader) -> list[str]:
             f"best-fit packing: {loader.num_samples:,} rows, {loader.padding_share:.2%} padding"
         )
     lines += [
-        f"data.skip_batches: batches {first:,} to {last:,} of the data order are not trained on"
+        f"data.skip_batches: batches {first} to {last} of the data order "
+        + ("lie behind, no effect" if last <= batches_behind else "are not trained on")
         for first, last in data.skip_batches
     ]
     return lines
