@@ -1,10 +1,10 @@
-"""Attention over rows of several documents: time and size of the mask, as bools and as blocks.
+"""Attention over rows of several documents: time and size of the mask, as a bias and as blocks.
 
 `python benchmarks/document_mask.py [--quick] [--device auto|cpu|cuda]` takes the three forms of
 core attention in turn on the same rows: the plain causal one, and documents apart with either form
 of the mask. It compares what the two give, prints the table, and writes it to README.md beside
 this file. On a GPU it measures forward and backward; on a CPU torch's flex attention has no
-backward, and training takes the bools.
+backward, and training takes the bias.
 
 Legend: B batch, S sequence, A attention heads, G key-value heads, D head dimension.
 """
@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from benchmarks.memory_vs_heads import hardware
 from model.attention import attend, attend_blocks
-from model.documents import AttentionMask, blocks_within, bools_within
+from model.documents import AttentionMask, bias_within, blocks_within
 
 ATTENTION_HEADS, KV_HEADS, HEAD_DIM, MEAN_DOCUMENT = 8, 2, 64, 512
 MIB = 2**20
@@ -47,9 +47,9 @@ class Row(NamedTuple):
 
     Attributes:
         length: S.
-        mask_bytes: of bools and of blocks.
-        seconds: of the causal attention, and with bools and with blocks.
-        difference: largest one between the outputs with bools and with blocks.
+        mask_bytes: of bias and of blocks.
+        seconds: of the causal attention, and with bias and with blocks.
+        difference: largest one between the outputs with bias and with blocks.
     """
 
     length: int
@@ -91,19 +91,19 @@ def measure(length: int, device: torch.device, *, repeats: int) -> Row:
             for heads in (ATTENTION_HEADS, KV_HEADS, KV_HEADS)
         )
     )
-    bools, blocks = bools_within(documents), blocks_within(documents)
-    forms: tuple[AttentionMask | None, ...] = (None, bools, blocks)
+    bias, blocks = bias_within(documents, dtype), blocks_within(documents)
+    forms: tuple[AttentionMask | None, ...] = (None, bias, blocks)
     step = _forward_backward if device.type == "cuda" else _forward
     outputs = [step(inputs, form) for form in forms]  # compiles, too
     seconds: list[list[float]] = [[] for _ in forms]
     for _ in range(repeats):
         for found, form in zip(seconds, forms, strict=True):
             found.append(_timed(step, inputs, form, device))
-    causal_s, bools_s, blocks_s = map(statistics.median, seconds)
+    causal_s, bias_s, blocks_s = map(statistics.median, seconds)
     return Row(
         length,
-        (bools.nbytes, _block_bytes(blocks)),
-        (causal_s, bools_s, blocks_s),
+        (bias.nbytes, _block_bytes(blocks)),
+        (causal_s, bias_s, blocks_s),
         max(
             float((ours - theirs).abs().max())
             for ours, theirs in zip(outputs[1], outputs[2], strict=True)
@@ -149,16 +149,16 @@ def _section(rows: Sequence[Row], device: str) -> str:
         f"{MEAN_DOCUMENT} tokens on average, "
         f"{'bf16, forward and backward' if device == 'cuda' else 'fp32, forward alone'}.",
         "",
-        "| S | mask as bools, MiB | mask as blocks, MiB | causal, ms | bools / causal "
+        "| S | mask as bias, MiB | mask as blocks, MiB | causal, ms | bias / causal "
         "| blocks / causal | largest difference |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        bools, blocks = (size / MIB for size in row.mask_bytes)
-        causal_s, bools_s, blocks_s = row.seconds
+        bias, blocks = (size / MIB for size in row.mask_bytes)
+        causal_s, bias_s, blocks_s = row.seconds
         lines.append(
-            f"| {row.length} | {bools:.1f} | {blocks:.3f} | {1000 * causal_s:.1f} "
-            f"| {bools_s / causal_s:.2f} | {blocks_s / causal_s:.2f} | {row.difference:.1e} |"
+            f"| {row.length} | {bias:.1f} | {blocks:.3f} | {1000 * causal_s:.1f} "
+            f"| {bias_s / causal_s:.2f} | {blocks_s / causal_s:.2f} | {row.difference:.1e} |"
         )
     return "\n".join(lines)
 

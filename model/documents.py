@@ -3,9 +3,9 @@
 Positions alone do not keep documents apart: rotary embeddings only turn queries and keys, and a
 query still sees every key before it. It is the mask that does.
 
-The mask has two forms. On the CPU it is a bool per query and key. On a GPU it lists blocks of
-128 x 128 queries and keys for torch's flex attention, which visits only the blocks in which some
-query sees some key and keeps no scores, so memory stays linear in S.
+The mask has two forms. On the CPU it is a bias for each query and key: 0, or minus infinity. On a
+GPU it lists blocks of 128 x 128 queries and keys for torch's flex attention, which visits only the
+blocks in which some query sees some key and keeps no scores, so memory stays linear in S.
 
 Legend: B batch, S sequence, N blocks in a row.
 """
@@ -35,25 +35,41 @@ def positions_within(documents: Tensor) -> Tensor:
     return places - starts.cummax(dim=1).values
 
 
-def attention_mask(documents: Tensor, head_dim: int) -> AttentionMask:
+def attention_mask(documents: Tensor, head_dim: int, dtype: torch.dtype) -> AttentionMask:
     """Which keys each query sees, those of its own document up to itself, as the device wants it.
 
     Args:
         documents: `[B, S]` integers, rising along each row.
         head_dim: of queries and keys.
+        dtype: theirs.
 
     Returns:
-        Blocks on a GPU, bools on a CPU and for heads that flex attention cannot take.
+        Blocks on a GPU; a bias on a CPU, and for heads that flex attention cannot take.
     """
-    if documents.is_cuda and head_dim >= SMALLEST_HEAD:
+    if takes_blocks(documents.device.type, head_dim):
         return blocks_within(documents)
-    return bools_within(documents)
+    return bias_within(documents, dtype)
 
 
-def bools_within(documents: Tensor) -> Tensor:
-    """The mask as `[B, 1, S, S]` bool, queries before keys, true where a query sees a key."""
+def takes_blocks(device_type: str, head_dim: int) -> bool:
+    """Whether the mask has the form of blocks there."""
+    return device_type == "cuda" and head_dim >= SMALLEST_HEAD
+
+
+def visible_within(documents: Tensor) -> Tensor:
+    """`[B, 1, S, S]` bool, queries before keys, true where a query sees a key."""
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return same.tril().unsqueeze(1)
+
+
+def bias_within(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to the scores, `[B, 1, S, S]`.
+
+    In the dtype of the queries all layers use this one tensor. Of a bool mask torch makes such a
+    tensor in every layer, and keeps each for backward.
+    """
+    visible = visible_within(documents)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 def blocks_within(documents: Tensor) -> BlockMask:

@@ -47,6 +47,7 @@ class MultiTokenModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.dtype = dtype
         layer_config = transformer_config(
             config, dtype=dtype, transformer_engine=transformer_engine
         )
@@ -93,7 +94,7 @@ class MultiTokenModel(nn.Module):
         assert documents.shape[1] == length, (documents.shape, length)
         return LayerContext(
             self.rotary.angles(positions_within(documents)),
-            attention_mask(documents, self.config.head_dim),
+            attention_mask(documents, self.config.head_dim, self.dtype),
         )
 
     def forward(

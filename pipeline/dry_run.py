@@ -2,6 +2,7 @@
 
 import json
 
+from model.documents import takes_blocks
 from pipeline.config import (
     Device,
     Precision,
@@ -47,6 +48,12 @@ def describe(config: RunConfig, *, world_size: int, device: Device, precision: P
         f"compute       {flops:.4g} FLOPs per token, {flops * tokens:.4g} per step, "
         f"{flops * tokens * config.last_step:.4g} for the run",
     ]
+    if config.data.document_mask:
+        form = "torch's flex attention" if takes_blocks(device, model.head_dim) else "a bias"
+        lines.append(
+            f"documents     kept apart in attention (by {form}), positions and targets; FLOPs are "
+            "counted as if each row were one text"
+        )
     lines += [
         f"no effect     {line}"
         for line in settings_without_effect(config, data_parallel_size=data_size, device=device)

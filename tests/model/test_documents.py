@@ -10,8 +10,16 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from benchmarks.saved_tensors import SavedTensorMeter
+from model.attention import attend
 from model.backward import joint_backward, sequential_backward
-from model.documents import BLOCK, blocks_within, bools_within, positions_within
+from model.documents import (
+    BLOCK,
+    bias_within,
+    blocks_within,
+    positions_within,
+    visible_within,
+)
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing, LayerContext
 from model.loss import IGNORED
@@ -61,7 +69,7 @@ def test_positions_and_mask_of_a_row() -> None:
     """Positions start again with each document; a query sees its own document up to itself."""
     row = torch.tensor([[0, 0, 0, 1, 1, 2]], dtype=torch.int32)
     assert positions_within(row).tolist() == [[0, 1, 2, 0, 1, 0]]
-    assert bools_within(row)[0, 0].int().tolist() == [
+    assert visible_within(row)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -154,6 +162,24 @@ def test_gradients_of_a_row_are_those_of_its_documents(
         torch.testing.assert_close(packed[name], wanted, rtol=0, atol=TOLERANCE)
 
 
+def test_layers_keep_one_mask_between_them() -> None:
+    """What each further attention keeps for backward is no more than without a mask."""
+
+    def saved_bytes(layers: int, mask: Tensor | None) -> int:
+        start = torch.randn(64, 1, 4, 8, requires_grad=True)
+        with SavedTensorMeter() as meter:
+            hidden = start
+            for _ in range(layers):
+                hidden = attend(hidden, hidden, hidden, mask).view_as(start)
+            hidden.sum().backward()
+        return meter.peak
+
+    bias = bias_within(torch.arange(64).unsqueeze(0) // 10, torch.float32)
+    growth = [saved_bytes(3, mask) - saved_bytes(1, mask) for mask in (None, bias)]
+    assert growth[0] == growth[1] > 0
+    assert saved_bytes(1, bias) - saved_bytes(1, None) == bias.nbytes
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4 * BLOCK), st.data())
 def test_blocks_are_those_of_every_pair_of_positions(length: int, data: st.DataObject) -> None:
@@ -163,7 +189,7 @@ def test_blocks_are_those_of_every_pair_of_positions(length: int, data: st.DataO
     for row, places in enumerate(starts):
         documents[row, places] = 1
     documents = documents.cumsum(1, dtype=torch.int32)[:, :length]
-    every_pair = bools_within(documents)
+    every_pair = visible_within(documents)
     found = blocks_within(documents)
     expected = create_block_mask(
         lambda row, _, query, key: every_pair[row, 0, query, key],
@@ -184,21 +210,21 @@ def test_blocks_are_those_of_every_pair_of_positions(length: int, data: st.DataO
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @torch.no_grad()
-def test_blocks_give_the_outputs_of_bools(kv_heads: int, checkpointing: Checkpointing) -> None:
+def test_blocks_give_the_outputs_of_the_bias(kv_heads: int, checkpointing: Checkpointing) -> None:
     """Flex attention (here without its kernel) in every layer of trunk and heads.
 
     It has no backward on a CPU.
     """
     model = training_model(checkpointing, kv_heads=kv_heads)
-    bools = model.context(10, TOKENS.device, DOCUMENTS)
-    assert isinstance(bools.mask, Tensor)
-    blocks = bools._replace(mask=blocks_within(DOCUMENTS))
+    bias = model.context(10, TOKENS.device, DOCUMENTS)
+    assert isinstance(bias.mask, Tensor)
+    blocks = bias._replace(mask=blocks_within(DOCUMENTS))
 
     def outputs(context: LayerContext) -> Tensor:
         trunk_output = model.trunk(TOKENS, context)
         return torch.stack([model.heads.hidden(k, trunk_output, context) for k in (1, 2, 3)])
 
-    torch.testing.assert_close(outputs(blocks), outputs(bools), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(outputs(blocks), outputs(bias), rtol=0, atol=TOLERANCE)
 
 
 def _on_two_ranks(kv_heads: int) -> tuple[Tensor, Tensor, float]:
