@@ -12,7 +12,7 @@ from pipeline.zero_files import TAG, read_weights
 from tests.model.tiny import head_logits
 from tests.training_runs import last_step, metrics_without_times, run_job
 
-SEQUENCE, SAMPLES, HEADS = 256, 8, 3
+SEQUENCE, SAMPLES, HEADS = 256, 32, 3
 SETTINGS = [
     f"data.sequence_length={SEQUENCE}",
     "data.document_mask=true",
@@ -50,7 +50,7 @@ def _losses_of_documents_alone(run_dir: Path, shards: Path) -> list[float]:
                 counts[k - 1] += len(targets)
             pieces += 1
             start = end
-    assert pieces > SAMPLES + 2  # rows do hold several documents
+    assert pieces > 1.2 * SAMPLES  # rows do hold several documents
     return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
@@ -86,12 +86,13 @@ def test_validation_loss_is_that_of_documents_alone(
 
 
 def test_layouts_agree_on_masked_documents(config: Path, tmp_path: Path) -> None:
-    """Two tensor-parallel ranks, and two data-parallel ones with ZeRO-3 and accumulation."""
+    """Two tensor-parallel ranks, two data-parallel ones with ZeRO-3 and accumulation, and bf16."""
     figures = []
     for name, world, settings in (
         ("one", 1, ["parallel.zero=0"]),
         ("tensor", 2, ["parallel.tensor=2", "parallel.zero=1"]),
         ("data", 2, ["batch.micro_size=1", "batch.accumulation=2"]),
+        ("bf16", 1, ["train.precision=bf16"]),
     ):
         run_dir = tmp_path / name
         arguments = [str(config), "--set", *SETTINGS, *settings, f"run.dir={run_dir}"]
@@ -107,6 +108,7 @@ def test_layouts_agree_on_masked_documents(config: Path, tmp_path: Path) -> None
                 for record in metrics_without_times(run_dir)
             ]
         )
-    for other in figures[1:]:
+    tolerances = (1e-4, 1e-4, 0.05)  # fp32 over eight steps; the 8 bits of bf16
+    for other, tolerance in zip(figures[1:], tolerances, strict=True):
         for step, expected in zip(other, figures[0], strict=True):
-            assert step == pytest.approx(expected, rel=1e-4)  # fp32, eight steps
+            assert step == pytest.approx(expected, rel=tolerance)
