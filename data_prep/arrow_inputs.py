@@ -15,8 +15,8 @@ from data_prep.records import Reading, RecordBatch
 PARQUET_MAGIC = b"PAR1"
 ARROW_MAGIC = b"ARROW1"
 ARROW_FILE_HEADER = b"ARROW1\0\0"
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-END_OF_OLD_STREAM = b"\0\0\0\0"
+CONTINUATION = b"\xff\xff\xff\xff"
+END_OF_STREAM = CONTINUATION + bytes(4)
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 21
 
@@ -56,6 +56,23 @@ def read_parquet(
             if start <= _first_byte(group) < end:
                 yield from _read_group(parquet, number, column, file, row, reading)
             row += group.num_rows
+
+
+def read_parquet_row(path: str, row: int, reading: Reading) -> Iterator[RecordBatch]:
+    """Yield the rows of the row group that holds row number `row`.
+
+    Raises:
+        DataError: As `read_parquet`.
+    """
+    with pa.OSFile(path) as source, _explained(path):
+        parquet = pq.ParquetFile(source)
+        column = _find_column(parquet.schema_arrow, path, reading)
+        first = 0
+        for number in range(parquet.num_row_groups):
+            last = first + parquet.metadata.row_group(number).num_rows
+            if first <= row < last:
+                yield from _read_group(parquet, number, column, 0, first, reading)
+            first = last
 
 
 def read_arrow(path: str, file: int, reading: Reading) -> Iterator[RecordBatch]:
@@ -102,12 +119,11 @@ def _ends(file: BinaryIO, size: int) -> tuple[bytes, bytes]:
 
 def _is_whole_arrow(path: str) -> bool:
     with open(path, "rb") as file:
-        start, _ = _ends(file, len(ARROW_MAGIC))
-        file.seek(0)
-        _, end = _ends(file, len(END_OF_STREAM))
-    if start == ARROW_MAGIC:
+        start, end = _ends(file, len(END_OF_STREAM))
+    if start.startswith(ARROW_MAGIC):
         return end.endswith(ARROW_MAGIC)
-    return end == END_OF_STREAM or end.endswith(END_OF_OLD_STREAM)
+    # Before format 0.15 messages had no continuation mark, and neither has the end of a stream.
+    return end == END_OF_STREAM if start.startswith(CONTINUATION) else end.endswith(bytes(4))
 
 
 @contextmanager

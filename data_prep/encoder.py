@@ -122,7 +122,8 @@ def _why_not_gigatoken(tokenizer: Tokenizer) -> str:
     except ImportError as error:
         return f"gigatoken cannot be imported ({error})"
     except Exception as error:  # RuntimeError by its word; a panic of its parser is no Exception
-        return f"gigatoken does not know this tokenizer ({str(error)[:200]})"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"gigatoken does not know this tokenizer ({reason[:200]})"
     texts = probe_texts(tokenizer.special_names)
     ids, ends = fast.encode([text.encode() for text in texts])
     expected, expected_ends = tokenizer.encode_plain(texts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data_prep.arrow_inputs import read_arrow, read_parquet
+from data_prep.arrow_inputs import read_arrow, read_parquet, read_parquet_row
 from data_prep.codecs import open_stream
 from data_prep.errors import DataError
 from data_prep.json_inputs import read_json
@@ -34,15 +34,17 @@ def read_text(source: InputFile, offset: int, reading: Reading) -> bytes | None:
 
     Returns:
         Its UTF-8; None when the file is not what it was, or of a kind that is read only from its
-        start (.json, and all that is compressed).
+        start (.json, .arrow, and all that is compressed).
     """
-    is_whole_file = source.kind == "text" and not source.codec
-    if not (is_whole_file or source.is_splittable or source.kind == "arrow"):
+    if source.codec or source.kind in ("json", "arrow"):
         return None
-    in_rows = source.kind in ("parquet", "arrow")
-    span = (0, source.bytes) if in_rows or is_whole_file else (offset, offset + 1)
     try:
-        for batch in _read_segment(Segment(0, source, *span), reading):
+        if source.kind == "parquet":
+            with open_unchanged(source):
+                batches = read_parquet_row(source.path, offset, reading)
+        else:
+            batches = _read_segment(Segment(0, source, offset, offset + 1), reading)
+        for batch in batches:
             if offset in batch.offsets:
                 return batch.texts[batch.offsets.index(offset)]
     except (DataError, OSError):

@@ -34,7 +34,13 @@ def files_of_saved_dataset(folder: Path) -> list[Path] | None:
         return found
     if not ((folder / STATE).is_file() and (folder / INFO).is_file()):
         return None
-    files = [folder / str(entry["filename"]) for entry in _load(folder / STATE)["_data_files"]]
+    try:
+        entries = _load(folder / STATE)["_data_files"]
+        files = [folder / str(entry["filename"]) for entry in entries]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / STATE} is not what save_to_disk writes; save the dataset again"
+        ) from error
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise DataError(f"{folder / STATE} names {missing[0]}, which is missing; save it again")
@@ -44,11 +50,8 @@ def files_of_saved_dataset(folder: Path) -> list[Path] | None:
 def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or (
-            path.name == STATE
-            and not all("filename" in entry for entry in content.get("_data_files", [None]))
-        ):
-            raise ValueError("not what save_to_disk writes")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} ({error}); save the dataset again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not what save_to_disk writes; save the dataset again")
     return content

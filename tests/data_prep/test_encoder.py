@@ -1,0 +1,201 @@
+"""The fast encoder gives the ids of the library that defines them, or is not used."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from data_prep import encoder as encoder_module
+from data_prep.encoder import Encoder, EncoderName, choose_encoder
+from data_prep.errors import DataError
+from data_prep.tokenizer import (
+    END_OF_TEXT,
+    SpecialTokens,
+    Tokenizer,
+    bytes_tokenizer,
+    train_tokenizer,
+)
+
+PROSE = [f"The loss of step {n}\n  is {n * 7}: naïve <|endoftext|> text\r\n" for n in range(400)]
+CONTENT = train_tokenizer(PROSE, 500)
+MODES: tuple[SpecialTokens, ...] = ("text", "id")
+PIECES = st.sampled_from([END_OF_TEXT, "<|end", "\n", "  ", " a", "'s", "7", "é", "数", "\r\n"])
+TEXTS = st.lists(
+    st.one_of(st.text(st.characters(codec="utf-8"), max_size=60), st.lists(PIECES).map("".join)),
+    min_size=1,
+    max_size=5,
+)
+
+
+def changed(**parts: Any) -> bytes:
+    """The trained tokenizer with other parts of its file."""
+    return json.dumps(json.loads(CONTENT) | parts).encode()
+
+
+def split_pattern(pattern: str) -> dict[str, Any]:
+    """The pre-tokenizer with another split regex."""
+    steps = json.loads(CONTENT)["pre_tokenizer"]
+    steps["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    return steps
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_trained_tokenizer_takes_the_fast_path(mode: SpecialTokens) -> None:
+    """What train:V makes is known to gigatoken, whatever becomes of special tokens."""
+    assert choose_encoder(Tokenizer(CONTENT, None, "", mode), "auto") == ("gigatoken", "")
+    assert choose_encoder(Tokenizer(CONTENT, None, "", mode), "tokenizers").name == "tokenizers"
+
+
+@settings(max_examples=80)
+@given(texts=TEXTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_all_encoders_give_the_same(mode: SpecialTokens, texts: list[str]) -> None:
+    """Ids, EOS and lengths are those of `tokenizers` itself, for any Unicode text."""
+    tokenizer = Tokenizer(CONTENT, None, "", mode)
+    library = tokenizers.Tokenizer.from_str(CONTENT.decode())
+    library.encode_special_tokens = mode != "id"
+    expected = [library.encode(text, add_special_tokens=False).ids for text in texts]
+    for name in ("gigatoken", "tokenizers"):
+        flat, lengths = encoders(tokenizer, name).encode([text.encode() for text in texts])
+        assert flat.tolist() == [id for ids in expected for id in [*ids, tokenizer.eos_id]]
+        assert lengths.tolist() == [len(ids) + 1 for ids in expected]
+        assert flat.dtype == tokenizer.dtype == np.uint16
+
+
+_ENCODERS: dict[tuple[str, EncoderName], Encoder] = {}
+
+
+def encoders(tokenizer: Tokenizer, name: EncoderName) -> Encoder:
+    """One of each kind for all examples: the fast one keeps a cache from text to text."""
+    return _ENCODERS.setdefault((tokenizer.special_tokens, name), Encoder(tokenizer, name))
+
+
+def test_bytes_need_no_library() -> None:
+    """The byte tokenizer is a copy of the text, unless special tokens become ids."""
+    tokenizer = Tokenizer(bytes_tokenizer(), None, "bytes")
+    assert choose_encoder(tokenizer, "auto") == ("bytes", "")
+    flat, lengths = Encoder(tokenizer, "bytes").encode([b"ab", "é".encode()])
+    assert flat.tolist() == [97, 98, 256, 195, 169, 256]
+    assert lengths.tolist() == [3, 3]
+    assert choose_encoder(Tokenizer(bytes_tokenizer(), None, "", "id"), "auto").name != "bytes"
+
+
+def test_an_unknown_split_falls_back_with_the_reason() -> None:
+    """A pattern that gigatoken does not know is encoded by tokenizers, which is said."""
+    tokenizer = Tokenizer(changed(pre_tokenizer=split_pattern(r"\d+|\D+")), None, "")
+    report = choose_encoder(tokenizer, "auto")
+    assert report.name == "tokenizers"
+    assert "gigatoken does not know this tokenizer" in report.note
+    assert "Unknown pre_tokenizer" in report.note
+    with pytest.raises(DataError, match=r"--encoder gigatoken: .*use --encoder auto"):
+        choose_encoder(tokenizer, "gigatoken")
+
+
+class Wrong:
+    """A fast library with one id wrong in texts that hold a digit."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Ids of `tokenizers`, one of them another."""
+        ids, ends = self._tokenizer.encode_plain([text.decode() for text in texts])
+        ids = ids.copy()
+        for number, text in enumerate(texts):
+            if b"7" in text:
+                ids[ends[number] - 1] = self.wrong_id
+        return ids, ends
+
+    wrong_id = 5
+
+
+def test_a_difference_in_the_probe_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that gives other ids before the start is not used, and the text is named."""
+    monkeypatch.setattr(encoder_module, "_Gigatoken", Wrong)
+    report = choose_encoder(Tokenizer(CONTENT, None, ""), "auto")
+    assert report.name == "tokenizers"
+    assert "gigatoken gives other ids for " in report.note
+
+
+def test_a_difference_during_the_run_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the sample each document is compared, and a difference ends the job."""
+    monkeypatch.setattr(encoder_module, "_Gigatoken", Wrong)
+    encoder = Encoder(Tokenizer(CONTENT, None, ""), "gigatoken")
+    texts = [f"document {number} of 7" for number in range(3000)]
+    with pytest.raises(DataError, match=r"disagree on a document: other ids for .*--encoder tok"):
+        encoder.encode([text.encode() for text in texts])
+    encoder.encode([b"no such digit"] * 10)
+
+
+def test_ids_out_of_range_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id that the vocabulary does not have is never stored, wrapped or not."""
+    monkeypatch.setattr(encoder_module, "_Gigatoken", Wrong)
+    monkeypatch.setattr(Wrong, "wrong_id", 500)
+    encoder = Encoder(Tokenizer(CONTENT, None, ""), "gigatoken")
+    with pytest.raises(DataError, match="gave the id 500, above the largest id"):
+        encoder.encode([b"7"])
+
+
+def test_a_lossy_tokenizer_is_not_decoded_back() -> None:
+    """Lower-casing loses text by design, so only the ids are compared."""
+    tokenizer = Tokenizer(changed(normalizer={"type": "Lowercase"}), None, "")
+    assert not tokenizer.is_lossless
+    report = choose_encoder(tokenizer, "auto")
+    texts = [f"Document {number}".encode() for number in range(3000)]
+    flat, _ = Encoder(tokenizer, report.name).encode(texts)
+    assert len(flat) > len(texts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_lossless"),
+    [
+        ({}, True),
+        ({"decoder": None}, False),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, False),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": True,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                }
+            },
+            False,
+        ),
+    ],
+)
+def test_what_is_lossless_is_known_from_the_layout(
+    parts: dict[str, Any], is_lossless: bool
+) -> None:
+    """Byte-level pieces without a normalizer or an added space give every text back."""
+    assert Tokenizer(changed(**parts), None, "").is_lossless is is_lossless
+
+
+def test_the_cache_of_the_fast_library_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it took much memory it is made anew, and gives the same ids."""
+    monkeypatch.setattr(encoder_module, "CACHE_GROWTH_BYTES", 1 << 20)
+    loads = []
+    load = encoder_module._Gigatoken._load
+
+    def watch(self: encoder_module._Gigatoken) -> Any:
+        loads.append(self)
+        return load(self)
+
+    monkeypatch.setattr(encoder_module._Gigatoken, "_load", watch)
+    tokenizer = Tokenizer(CONTENT, None, "")
+    encoder = Encoder(tokenizer, "gigatoken")
+    source = np.random.default_rng(3)
+    text = " ".join(
+        "".join(map(chr, source.integers(97, 123, size=9))) for _ in range(60_000)
+    ).encode()
+    first = encoder.encode([text])[0]
+    second = encoder.encode([text])[0]
+    assert len(loads) > 1
+    assert np.array_equal(first, second)
