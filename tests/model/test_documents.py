@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from benchmarks.saved_tensors import SavedTensorMeter
 from model.attention import attend
@@ -24,6 +24,7 @@ from model.language_model import MultiTokenModel
 from model.layers import Checkpointing, LayerContext
 from model.loss import IGNORED
 from model.sharding import placement_of, take_slice
+from tests.flex_on_cpu import blocks_on_cpu
 from tests.harness import run_ranks
 from tests.model.tiny import head_logits, tiny_config, tiny_model, tiny_weights, training_model
 
@@ -211,10 +212,7 @@ def test_blocks_are_those_of_every_pair_of_positions(length: int, data: st.DataO
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @torch.no_grad()
 def test_blocks_give_the_outputs_of_the_bias(kv_heads: int, checkpointing: Checkpointing) -> None:
-    """Flex attention (here without its kernel) in every layer of trunk and heads.
-
-    It has no backward on a CPU.
-    """
+    """Flex attention, here without its kernel, in every layer of trunk and heads."""
     model = training_model(checkpointing, kv_heads=kv_heads)
     bias = model.context(10, TOKENS.device, DOCUMENTS)
     assert isinstance(bias.mask, Tensor)
@@ -225,6 +223,23 @@ def test_blocks_give_the_outputs_of_the_bias(kv_heads: int, checkpointing: Check
         return torch.stack([model.heads.hidden(k, trunk_output, context) for k in (1, 2, 3)])
 
     torch.testing.assert_close(outputs(blocks), outputs(bias), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_blocks_give_the_gradients_of_the_bias(
+    checkpointing: Checkpointing, sequential: bool
+) -> None:
+    """Through flex attention as it is traced for a GPU, whatever is recomputed."""
+    rows = [(TOKENS, masked_labels(3), DOCUMENTS)]
+    expected = gradients(training_model(), rows, sequential)
+    with blocks_on_cpu():
+        model = training_model(checkpointing)
+        assert isinstance(model.context(10, TOKENS.device, DOCUMENTS).mask, BlockMask)
+        found = gradients(model, rows, sequential)
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=TOLERANCE)
 
 
 def _on_two_ranks(kv_heads: int) -> tuple[Tensor, Tensor, float]:
