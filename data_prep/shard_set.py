@@ -1,6 +1,7 @@
 """A finished shard set, read as one stream of tokens with `preadv` at the recorded offsets."""
 
 import hashlib
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from data_prep.errors import DataError
 from data_prep.manifest import TOKENIZER, Manifest, ShardEntry, load_manifest, order_fingerprint
 from data_prep.shard_files import ShardFiles
-from data_prep.tokenizer import TokenArray
+from data_prep.tokenizer import TokenArray, Tokenizer
 
 CHECKSUM_BLOCK_BYTES = 1 << 22
 # Document offsets are read in blocks of a page.
@@ -137,6 +138,16 @@ class ShardSet:
         """The tokenizer.json the shards were made with."""
         return self.directory / TOKENIZER
 
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer the shards were made with.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        known = self.manifest.tokenizer
+        content, path = self.tokenizer_path.read_bytes(), os.fspath(self.tokenizer_path)
+        return Tokenizer(content, known.eos_token, path, self.manifest.special_tokens)
+
     def read(self, start: int, count: int) -> TokenArray:
         """Read tokens [start, start + count) of the stream, across shard borders.
 
@@ -196,11 +207,12 @@ class ShardSet:
 
     def document_lengths(self) -> NDArray[np.int64]:
         """Tokens of every document of the stream, end-of-document tokens included."""
-        parts = [
-            np.diff(self._offsets(number, 0, shard.rows + 1))
-            for number, shard in enumerate(self.shards)
-        ]
+        parts = [self.lengths_in_shard(number) for number in range(len(self.shards))]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def lengths_in_shard(self, number: int) -> NDArray[np.int64]:
+        """Tokens of every document of one shard."""
+        return np.diff(self._offsets(number, 0, self.shards[number].rows + 1))
 
     def verify(self) -> None:
         """Compare the checksum of every file of this stream, whole.

@@ -1,24 +1,18 @@
 """Command line: check a shard set from end to end, `python -m data_prep.verify DIR`."""
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from data_prep.errors import DataError
-from data_prep.manifest import InputEntry, Manifest, ShardEntry
-from data_prep.reading import read_text
-from data_prep.records import LARGEST_DOCUMENT_BYTES, Reading
+from data_prep.manifest import Manifest, load_manifest
+from data_prep.shard_checks import ShardChecks
 from data_prep.shard_set import ShardSet
-from data_prep.shards import ShardRows, read_shard
-from data_prep.sources import InputFile
 from data_prep.tokenizer import Tokenizer
 
 SAMPLED_DOCUMENTS = 1000
-LARGEST_SAMPLED_TOKENS = 1 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         problems += 1
         print(error, file=sys.stderr)
-    print(f"{given.directory}: {problems} problems" if problems else f"{given.directory}: ok")
-    return 1 if problems else 0
+    if problems:
+        print(f"{given.directory}: {problems} problems")
+        return 1
+    for line in describe(load_manifest(given.directory)):
+        print(line)
+    print(f"{given.directory}: ok")
+    return 0
 
 
 def find_problems(directory: Path, sample: int = SAMPLED_DOCUMENTS) -> Iterator[str]:
@@ -67,12 +66,7 @@ def find_problems(directory: Path, sample: int = SAMPLED_DOCUMENTS) -> Iterator[
         except DataError as error:
             yield str(error)
         manifest = shards.manifest
-        tokenizer = Tokenizer(
-            shards.tokenizer_path.read_bytes(),
-            manifest.tokenizer.eos_token,
-            os.fspath(shards.tokenizer_path),
-            manifest.special_tokens,
-        )
+        tokenizer = shards.open_tokenizer()
     assert manifest is not None, "both splits were opened"
     assert tokenizer is not None, "both splits were opened"
     if (tokenizer.eos_id, tokenizer.max_token_id) != (
@@ -80,89 +74,41 @@ def find_problems(directory: Path, sample: int = SAMPLED_DOCUMENTS) -> Iterator[
         manifest.tokenizer.max_token_id,
     ):
         yield f"{directory}: the tokenizer's ids are not those the manifest records"
-    documents = [0] * len(manifest.inputs)
     stride = max(1, manifest.totals.documents // max(sample, 1))
+    checks = ShardChecks(directory, manifest, tokenizer, stride)
     for shard in manifest.shards:
-        yield from _check_shard(directory, manifest, shard, tokenizer, documents, stride)
-    for entry, count in zip(manifest.inputs, documents, strict=True):
+        yield from checks.find_problems(shard)
+    yield from _count_problems(manifest, checks.documents)
+
+
+def _count_problems(manifest: Manifest, documents: Mapping[int, int]) -> Iterator[str]:
+    """Compare the documents found in the shards with the ledgers, by file and by source."""
+    by_source: Counter[str] = Counter()
+    for number, entry in enumerate(manifest.inputs):
+        count = documents.get(number, 0)
+        by_source[entry.source] += count
         if count != entry.ledger.documents:
             yield (
                 f"{entry.path}: {count:,} documents are in the shards, "
                 f"{entry.ledger.documents:,} in the ledger"
             )
+    for source in manifest.sources:
+        found = by_source[source.name]
+        if found != source.totals.documents:
+            yield (
+                f"source {source.name}: {found:,} documents are in the shards, "
+                f"{source.totals.documents:,} in its totals"
+            )
 
 
-def _check_shard(
-    directory: Path,
-    manifest: Manifest,
-    shard: ShardEntry,
-    tokenizer: Tokenizer,
-    documents: list[int],
-    stride: int,
-) -> Iterator[str]:
-    path = directory / shard.path
-    try:
-        rows, metadata = read_shard(path)
-    except (OSError, ValueError, KeyError) as error:
-        yield f"{path}: not a shard ({error})"
-        return
-    if metadata.get("tokenizer_sha256") != manifest.tokenizer.sha256:
-        yield f"{path}: made with another tokenizer"
-    if (len(rows.src), len(rows.tokens)) != (shard.rows, shard.tokens):
+def describe(manifest: Manifest) -> Iterator[str]:
+    """What a set holds, one line per source."""
+    for name in dict.fromkeys(shard.source for shard in manifest.shards):
+        shards = [shard for shard in manifest.shards if shard.source == name]
         yield (
-            f"{path}: {len(rows.src):,} rows and {len(rows.tokens):,} tokens, the manifest says "
-            f"{shard.rows:,} and {shard.tokens:,}"
+            f"source {name}: {len(shards):,} shards, {sum(s.rows for s in shards):,} documents, "
+            f"{sum(s.tokens for s in shards):,} tokens"
         )
-        return
-    if str(rows.tokens.dtype) != manifest.dtype:
-        yield f"{path}: tokens are {rows.tokens.dtype}, the manifest says {manifest.dtype}"
-        return
-    with path.open("rb") as file:
-        file.seek(shard.values_offset)
-        if file.read(rows.tokens.nbytes) != rows.tokens.tobytes():
-            yield f"{path}: the tokens are not at byte {shard.values_offset:,}"
-    if int(rows.tokens.max()) > manifest.tokenizer.max_token_id:
-        yield f"{path}: id {rows.tokens.max()} is above {manifest.tokenizer.max_token_id}"
-        return
-    ends = rows.tokens[rows.offsets[1:] - 1]
-    num_eos = int(np.count_nonzero(rows.tokens == manifest.tokenizer.eos_id))
-    strays = num_eos - shard.rows
-    # Only where text may become a special token can a document hold that id inside.
-    if (
-        strays < 0
-        or (strays and manifest.special_tokens != "id")
-        or not bool((ends == manifest.tokenizer.eos_id).all())
-    ):
-        yield f"{path}: {num_eos:,} end-of-document tokens for {shard.rows:,} documents"
-    if int(rows.src.max()) >= len(documents):
-        yield f"{path}: names input {rows.src.max()} of {len(documents)}"
-        return
-    for number, count in zip(*np.unique(rows.src, return_counts=True), strict=True):
-        documents[number] += int(count)
-    for row in range(0, shard.rows, stride):
-        if not _decodes_back(rows, row, tokenizer, manifest):
-            yield f"{path}: document {row} does not decode back to its text"
-
-
-def _decodes_back(rows: ShardRows, row: int, tokenizer: Tokenizer, manifest: Manifest) -> bool:
-    """Compare a document with its source, or, if that is gone, with itself encoded again."""
-    ids = rows.tokens[rows.offsets[row] : rows.offsets[row + 1] - 1]
-    if not tokenizer.is_lossless or len(ids) > LARGEST_SAMPLED_TOKENS:
-        return True
-    text = tokenizer.decode(ids)
-    number = int(rows.src[row])
-    entry = manifest.inputs[number]
-    source = _source_text(entry, int(rows.row[row]), manifest.text_key_of(entry))
-    if source is not None:
-        return source == text.encode()
-    again, _ = tokenizer.encode_documents([text])
-    return bool(np.array_equal(again[:-1], ids))
-
-
-def _source_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
-    """The text of a document in its input file; None when it cannot be had quickly."""
-    source = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
-    return read_text(source, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
 
 
 if __name__ == "__main__":

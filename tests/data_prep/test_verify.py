@@ -1,6 +1,7 @@
 """The verify command."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,9 +90,17 @@ def wrong_source(rows: ShardRows) -> ShardRows:
     return rows._replace(src=np.full_like(rows.src, 9))
 
 
+def empty_document(rows: ShardRows) -> ShardRows:
+    """The first document without a token, its tokens in the second."""
+    offsets = rows.offsets.copy()
+    offsets[1] = 0
+    return rows._replace(offsets=offsets)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (empty_document, "offsets do not rise from 0 to"),
         (change_token, "document 0 does not decode back"),
         (add_eos, "end-of-document tokens for"),
         (exceed, "id 60000 is above 399"),
@@ -129,3 +138,27 @@ def test_damage_is_named(directory: Path, capsys: pytest.CaptureFixture[str]) ->
     manifest.unlink()
     assert main([str(directory)]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_totals_are_checked_by_source(
+    build_mixture: Callable[..., Path], texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each source is listed; totals, and documents of another source, are held against shards."""
+    directory = build_mixture(web=texts[:40], code=texts[40:60])
+    assert main([str(directory)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"source web: \d+ shards, 40 documents, [\d,]+ tokens", out)
+    assert re.search(r"source code: \d+ shards, 20 documents", out)
+    manifest = load_manifest(directory)
+    web, code = manifest.sources
+    ledger = web.totals.model_copy(update={"documents": 41, "records": 41})
+    inputs = [entry.model_copy(update={"source": "code"}) for entry in manifest.inputs]
+    changed = {
+        "sources": [web.model_copy(update={"totals": ledger}), code],
+        "inputs": inputs,
+    }
+    write_manifest(directory, manifest.model_copy(update=changed))
+    assert main([str(directory)]) == 1
+    err = capsys.readouterr().err
+    assert "source web: 0 documents are in the shards, 41 in its totals" in err
+    assert "web.jsonl, which is of source code" in err

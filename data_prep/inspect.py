@@ -1,0 +1,168 @@
+"""Command line: look at the documents of a shard set, `python -m data_prep.inspect DIR`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.errors import DataError
+from data_prep.shard_set import ShardSet
+from data_prep.shards import ShardRows, read_shard
+
+CONTEXT_CHARACTERS = 60
+
+
+class Document(NamedTuple):
+    """One document of a stream.
+
+    Attributes:
+        number: Its place in the stream, from 0.
+        source: Name of its source.
+        origin: Input file and the record's byte offset or number in it, as `FILE:ROW`.
+        num_tokens: Tokens, the end-of-document token included.
+        text: Its text.
+    """
+
+    number: int
+    source: str
+    origin: str
+    num_tokens: int
+    text: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; exit status 1 when something asked for is not there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.inspect",
+        description="Show what a shard set holds: a summary, a document, or where a text occurs.",
+    )
+    add = parser.add_argument
+    add("directory", type=Path, metavar="DIR")
+    add("--split", default="train", metavar="NAME", help="train (default) or validation")
+    add("--source", metavar="NAME", help="only this source")
+    add("--document", type=int, metavar="N", help="show document N of the split, from 0")
+    add("--search", metavar="TEXT", help="list documents that contain TEXT")
+    add("--limit", type=int, default=10, metavar="K", help="most documents of a search (10)")
+    given = parser.parse_args(arguments)
+    try:
+        shards = ShardSet.open(given.directory, given.split, given.source)
+        if given.document is not None:
+            _show(find_document(shards, given.document))
+        if given.search is not None:
+            return _print_matches(shards, given.search, given.limit)
+        if given.document is None:
+            _summarize(shards)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough; nothing more can be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def find_document(shards: ShardSet, number: int) -> Document:
+    """Document `number` of a stream.
+
+    Raises:
+        DataError: The stream has fewer, or its shard cannot be read.
+    """
+    if not 0 <= number < shards.num_documents:
+        raise DataError(
+            f"--document {number} is not in {shards.directory} ({shards.split}), which has "
+            f"documents 0 to {shards.num_documents - 1:,}"
+        )
+    first = 0
+    for index, shard in enumerate(shards.shards):
+        if number < first + shard.rows:
+            return next(_documents(shards, index, first, number - first))
+        first += shard.rows
+    raise AssertionError(f"document {number} of {shards.num_documents} is in no shard")
+
+
+def search(shards: ShardSet, text: str) -> Iterator[Document]:
+    """Documents that contain a text, in order; one document in memory at a time.
+
+    Raises:
+        DataError: A shard cannot be read.
+    """
+    first = 0
+    for index, shard in enumerate(shards.shards):
+        for document in _documents(shards, index, first, 0):
+            if text in document.text:
+                yield document
+        first += shard.rows
+
+
+def _documents(shards: ShardSet, index: int, first: int, row: int) -> Iterator[Document]:
+    """Documents of a shard from a row on; `first` is the number of its first document."""
+    shard = shards.shards[index]
+    tokenizer, inputs = shards.open_tokenizer(), shards.manifest.inputs
+    rows = _read(shards.directory / shard.path)
+    for place in range(row, shard.rows):
+        start, end = int(rows.offsets[place]), int(rows.offsets[place + 1])
+        yield Document(
+            number=first + place,
+            source=shard.source,
+            origin=f"{inputs[int(rows.src[place])].path}:{int(rows.row[place])}",
+            num_tokens=end - start,
+            text=tokenizer.decode(rows.tokens[start : end - 1]),
+        )
+
+
+def _read(path: Path) -> ShardRows:
+    try:
+        return read_shard(path)[0]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a shard ({error}); run data_prep.verify") from error
+
+
+def _show(document: Document) -> None:
+    print(f"document  {document.number:,}")
+    print(f"source    {document.source}")
+    print(f"origin    {document.origin}")
+    print(f"tokens    {document.num_tokens:,} with the end of the document")
+    print(f"bytes     {len(document.text.encode()):,}")
+    print()
+    print(document.text)
+
+
+def _print_matches(shards: ShardSet, text: str, limit: int) -> int:
+    """One line per match: number, source, origin, and the text around the first occurrence."""
+    if not text or limit < 1:
+        raise DataError("--search needs a text that is not empty, and --limit at least 1")
+    found = 0
+    for document in search(shards, text):
+        place = document.text.index(text)
+        start, end = max(0, place - CONTEXT_CHARACTERS), place + len(text) + CONTEXT_CHARACTERS
+        excerpt = document.text[start:end].replace("\n", " ").replace("\r", " ")
+        print(f"{document.number}\t{document.source}\t{document.origin}\t{excerpt}")
+        found += 1
+        if found == limit:
+            print(f"stopped after {limit} documents; --limit gives more", file=sys.stderr)
+            break
+    if not found:
+        print(f"no document of {shards.directory} ({shards.split}) contains it", file=sys.stderr)
+    return 0 if found else 1
+
+
+def _summarize(shards: ShardSet) -> None:
+    """The split, source by source."""
+    known = shards.manifest.tokenizer
+    print(f"{shards.directory} ({shards.split})")
+    print(
+        f"tokenizer {known.spec}, {known.vocab_size:,} tokens, {shards.dtype}, "
+        f"fingerprint {shards.fingerprint[:16]}"
+    )
+    for name in shards.sources:
+        stream = shards.of_source(name)
+        print(
+            f"source {name}: {stream.num_documents:,} documents, {stream.num_tokens:,} tokens, "
+            f"{len(stream.shards):,} shards, {stream.total_bytes / 1e6:,.1f} MB"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
