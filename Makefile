@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check bench clean
+.PHONY: help venv quickstart test stress check bench clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -37,6 +37,9 @@ quickstart: $(installed) ## shards, training, kill, resume, export, generation, 
 
 test: $(installed) ## run all tests
 	$(python) -m pytest $(ARGS)
+
+stress: $(installed) ## run the long forms of tests (hours): every layout, every point of failure
+	$(python) -m pytest -m stress $(ARGS)
 
 check: $(installed) ## ruff, mypy --strict, the layering of imports, the README
 	$(python) -m ruff check .

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model.heads import ReadoutWeights
 from model.language_model import MultiTokenModel
 from model.loss import linear_cross_entropy, loss_and_gradients, loss_and_predictions
 
@@ -30,6 +31,40 @@ class MicroBatchResult(NamedTuple):
 
     loss_sums: Tensor
     remainder: Tensor
+
+
+class ReadoutGradients(NamedTuple):
+    """Where heads add up the gradients of the weights they share, over heads and micro-batches.
+
+    Attributes:
+        norm: `[H]`, at least float32.
+        unembedding: `[V', H]`, at least float32.
+    """
+
+    norm: Tensor
+    unembedding: Tensor
+
+    @classmethod
+    def zeros(cls, shared: ReadoutWeights) -> "ReadoutGradients":
+        """Nothing yet."""
+        dtype = torch.promote_types(shared.unembedding.dtype, torch.float32)
+        return cls(*(torch.zeros_like(weight, dtype=dtype) for weight in shared))
+
+    def pairs(self, shared: ReadoutWeights) -> list[tuple[Tensor, Tensor | None]]:
+        """Each shared weight with its gradient in its own precision, for `deliver`."""
+        return [(w, g.to(w.dtype)) for w, g in zip(shared, self, strict=True)]
+
+
+class HeadsResult(NamedTuple):
+    """What the heads of one part of the model give for one micro-batch.
+
+    Attributes:
+        loss_sums: `[heads here]` float32, sum of each head's token losses on this rank, unscaled.
+        trunk_gradient: `[S, B, H]`, of the scaled losses with respect to z; None when z wants none.
+    """
+
+    loss_sums: Tensor
+    trunk_gradient: Tensor | None
 
 
 def sequential_backward(
@@ -57,21 +92,61 @@ def sequential_backward(
     Returns:
         Loss sums, and the scalar that delivers the shared gradients.
     """
+    shared = model.heads.readout()
+    trained = shared.unembedding.requires_grad
+    gradients = ReadoutGradients.zeros(shared) if trained else None
+    result = heads_backward(
+        model,
+        trunk_output,
+        labels,
+        scales,
+        shared=shared,
+        gradients=gradients,
+        chunk_tokens=chunk_tokens,
+        documents=documents,
+    )
+    pairs = [(trunk_output, result.trunk_gradient)]
+    if gradients is not None:
+        pairs += gradients.pairs(shared)
+    return MicroBatchResult(result.loss_sums, deliver(pairs))
+
+
+def heads_backward(
+    model: MultiTokenModel,
+    trunk_output: Tensor,
+    labels: Tensor,
+    scales: Tensor,
+    *,
+    shared: ReadoutWeights,
+    gradients: ReadoutGradients | None,
+    chunk_tokens: int,
+    documents: Tensor | None = None,
+) -> HeadsResult:
+    """Forward and backward, in turn, of the heads that this part of the model holds.
+
+    Only head layers receive their gradients here. Those of the readout are added to `gradients`,
+    and that of z is returned, for the caller to `deliver` once.
+
+    Args:
+        model: the model or the part of it.
+        trunk_output: z `[S, B, H]`.
+        labels: `[n, B, S]` of all heads of the model, -100 where ignored.
+        scales: `[n]` of all heads of the model, factor on each head's loss sum.
+        shared: what `model.heads.readout()` gave.
+        gradients: of the readout, added to in place; None when it is frozen.
+        chunk_tokens: tokens whose logits exist at once.
+        documents: `[B, S]`, the ones with which the trunk ran.
+    """
     readout = model.heads.readout
-    shared = readout()
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
     leaf = trunk_output.detach().requires_grad_(trunk_output.requires_grad)
-    norm = shared.norm.detach().requires_grad_(shared.norm.requires_grad)
+    norm = shared.norm.detach().requires_grad_(gradients is not None)
     unembedding = shared.unembedding.detach()
-    unembedding_gradient = None
-    if shared.unembedding.requires_grad:
-        dtype = torch.promote_types(unembedding.dtype, torch.float32)
-        unembedding_gradient = torch.zeros_like(unembedding, dtype=dtype)
     sums = []
-    for index, head in enumerate(model.heads.numbers):
+    for head in model.heads.numbers:
         normed = readout.normalize(model.heads.hidden(head, leaf, context), norm)
-        hidden, targets = normed.detach().flatten(0, 1), _sequence_first(labels[index])
-        if not normed.requires_grad and unembedding_gradient is None:  # nothing of it is trained
+        hidden, targets = normed.detach().flatten(0, 1), _sequence_first(labels[head - 1])
+        if not normed.requires_grad and gradients is None:  # nothing of it is trained
             loss, _ = loss_and_predictions(
                 hidden, unembedding, targets, shard=model.shard, chunk_tokens=chunk_tokens
             )
@@ -82,26 +157,16 @@ def sequential_backward(
             unembedding,
             targets,
             shard=model.shard,
-            scale=scales[index],
-            weight_gradient=unembedding_gradient,
+            scale=scales[head - 1],
+            weight_gradient=gradients.unembedding if gradients else None,
             chunk_tokens=chunk_tokens,
         )
         if normed.requires_grad:
             normed.backward(result.hidden_gradient.view_as(normed))
         sums.append(result.loss_sum)
-    remainder = _deliver(
-        [
-            (trunk_output, leaf.grad),
-            (shared.norm, norm.grad),
-            (
-                shared.unembedding,
-                None
-                if unembedding_gradient is None
-                else unembedding_gradient.to(unembedding.dtype),
-            ),
-        ]
-    )
-    return MicroBatchResult(torch.stack(sums), remainder)
+    if gradients is not None and norm.grad is not None:
+        gradients.norm.add_(norm.grad)
+    return HeadsResult(torch.stack(sums), leaf.grad)
 
 
 def joint_backward(
@@ -155,7 +220,7 @@ class _Deliver(torch.autograd.Function):
         return (None, *(gradient.mul_(scale) for gradient in ctx.gradients))
 
 
-def _deliver(pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+def deliver(pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     """The scalar whose backward gives every tensor of a pair its gradient."""
     wanted = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
     if not wanted:  # only the head layers are trained, and they have their gradients

@@ -186,6 +186,14 @@ class ModelConfig(BaseModel):
         """All parameters: 2VH + L * (layer) + H, whatever the number of heads."""
         return self.parameter_count().total
 
+    @property
+    def unembedding_layer_equivalents(self) -> float:
+        """The unembedding's product in units of a layer's: V * H over a layer's matrix elements.
+
+        Example: 32,000 tokens, width 4,096 and feed-forward width 11,008 give 0.65.
+        """
+        return self.vocab_size * self.hidden_size / self._matrix_parameters_per_layer()
+
     def flops_per_token(self, sequence_length: int, *, frozen: bool = False) -> float:
         """Floating point operations of one training step per input token.
 

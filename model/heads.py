@@ -59,16 +59,48 @@ class Readout(ColumnParallelLinear):
         return F.rms_norm(hidden, (hidden.shape[-1],), norm, self.eps)
 
 
+class ReadoutCopy(nn.Module):
+    """The readout of a stage whose heads use one that is trained in another stage.
+
+    Holds values, not parameters: whoever trains the readout sends them (`pipeline.readout_sync`).
+    """
+
+    weight: Tensor
+    norm_weight: Tensor
+
+    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
+        super().__init__()
+        rows = vocab_size // config.tensor_model_parallel_size
+        for name, shape in (
+            ("weight", (rows, config.hidden_size)),
+            ("norm_weight", (config.hidden_size,)),
+        ):
+            empty = torch.empty(shape, dtype=config.params_dtype)
+            self.register_buffer(name, empty, persistent=False)
+        self.eps = config.layernorm_epsilon
+
+    def forward(self) -> ReadoutWeights:
+        """The values, as `Readout` gives its parameters."""
+        return ReadoutWeights(self.norm_weight, self.weight)
+
+    def normalize(self, hidden: Tensor, norm: Tensor) -> Tensor:
+        """RMSNorm of `[..., H]` with the shared weight."""
+        return F.rms_norm(hidden, (hidden.shape[-1],), norm, self.eps)
+
+
 class Heads(nn.Module):
-    """The head layers and their readout.
+    """The head layers and their readout, or some of them.
 
     Args:
         config: megatron's configuration.
         vocab_size: V.
-        numbers: which heads to hold, from 1.
+        numbers: which heads to hold, from 1; the readout is trained with head 1, the others have
+            a copy of it, and without heads there is none.
         first_layer: layer number of head 1 (the trunk's layers come before it).
         checkpointing: which activations are recomputed in backward.
     """
+
+    readout: Readout | ReadoutCopy
 
     def __init__(
         self,
@@ -87,7 +119,9 @@ class Heads(nn.Module):
                 for head in numbers
             }
         )
-        self.readout = Readout(config, vocab_size)
+        if self.numbers:
+            kind = Readout if 1 in numbers else ReadoutCopy
+            self.readout = kind(config, vocab_size)
 
     def hidden(self, head: int, trunk_output: Tensor, context: LayerContext) -> Tensor:
         """Head layer `head` on the trunk's output, before the norm: `[S, B, H]` to `[S, B, H]`."""

@@ -18,6 +18,7 @@ from model.initialization import initial_weight
 from model.kv_cache import KVCache
 from model.layers import Checkpointing, LayerContext, transformer_config
 from model.loss import VocabularyShard
+from model.part import ModelPart
 from model.rotary import RotaryTable
 from model.sharding import mark_split_parameters
 from model.trunk import Trunk
@@ -35,6 +36,7 @@ class MultiTokenModel(nn.Module):
         activation_checkpointing: `none`; `full` keeps only each layer's input; `selective`
             recomputes the core attention alone.
         transformer_engine: build the layers from Transformer Engine's modules (GPU only).
+        part: what to hold of the model, in a run with pipeline stages; None = all of it.
     """
 
     def __init__(
@@ -44,23 +46,25 @@ class MultiTokenModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         activation_checkpointing: Checkpointing = "none",
         transformer_engine: bool = False,
+        part: ModelPart | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.part = part or ModelPart.whole(config)
         layer_config = transformer_config(
             config, dtype=dtype, transformer_engine=transformer_engine
         )
         self.trunk = Trunk(
             layer_config,
             config.vocab_size,
-            range(config.trunk_layers),
+            self.part.trunk_layers,
             checkpointing=activation_checkpointing,
         )
         self.heads = Heads(
             layer_config,
             config.vocab_size,
-            range(1, config.future_tokens + 1),
+            self.part.heads,
             first_layer=config.trunk_layers + 1,
             checkpointing=activation_checkpointing,
         )
@@ -99,7 +103,7 @@ class MultiTokenModel(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        inputs: Tensor,
         then: Callable[[Tensor], Any] | None = None,
         *,
         documents: Tensor | None = None,
@@ -107,16 +111,19 @@ class MultiTokenModel(nn.Module):
         """Run the trunk, and with `then` what follows it, inside one forward of this module.
 
         Args:
-            tokens: `[B, S]` int64 ids.
+            inputs: `[B, S]` int64 ids; for a part that has no embedding, what the part before
+                gave, `[S, B, H]`.
             then: computes from z what the caller wants of it.
             documents: `[B, S]` which document of its row a token belongs to, see `context`; the
                 heads need the same ones.
 
         Returns:
-            z `[S, B, H]`, or what `then(z)` returned.
+            z `[S, B, H]` (in a part of the trunk, what its last layer gives), or what `then(z)`
+            returned.
         """
-        context = self.context(tokens.shape[1], tokens.device, documents)
-        trunk_output = self.trunk(tokens, context)
+        length = inputs.shape[1 if self.part.has_embedding else 0]
+        context = self.context(length, inputs.device, documents)
+        trunk_output = self.trunk(inputs, context)
         return trunk_output if then is None else then(trunk_output)
 
     @torch.no_grad()

@@ -13,12 +13,12 @@ from model.layers import Checkpointing, Layer, LayerContext
 
 
 class Trunk(nn.Module):
-    """Tokens to the shared representation z (Gloeckle et al. 2024, section 2).
+    """Tokens to the shared representation z (Gloeckle et al. 2024, section 2), or a part of it.
 
     Args:
         config: megatron's configuration.
         vocab_size: V; the embedding's rows are split over tensor-parallel ranks.
-        layers: numbers of the layers to hold, from 0.
+        layers: numbers of the layers to hold, from 0; layer 0 brings the embedding.
         checkpointing: which activations are recomputed in backward.
     """
 
@@ -31,28 +31,33 @@ class Trunk(nn.Module):
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
-        self.embedding = VocabParallelEmbedding(
-            vocab_size,
-            config.hidden_size,
-            init_method=lambda tensor: tensor,
-            reduce_scatter_embeddings=False,
-            config=config,
-        )
+        self.embedding: VocabParallelEmbedding | None = None
+        if 0 in layers:
+            self.embedding = VocabParallelEmbedding(
+                vocab_size,
+                config.hidden_size,
+                init_method=lambda tensor: tensor,
+                reduce_scatter_embeddings=False,
+                config=config,
+            )
         self.layers = nn.ModuleDict(
             {str(index): Layer(config, index + 1, checkpointing=checkpointing) for index in layers}
         )
 
-    def forward(self, tokens: Tensor, context: LayerContext) -> Tensor:
-        """Embed and transform.
+    def forward(self, inputs: Tensor, context: LayerContext) -> Tensor:
+        """Embed, if the embedding is here, and transform.
 
         Args:
-            tokens: `[B, S]` int64 ids.
+            inputs: `[B, S]` int64 ids; without the embedding what the layers before gave,
+                `[S, B, H]`.
             context: positions and mask of the rows.
 
         Returns:
             z `[S, B, H]`, the same on all tensor-parallel ranks.
         """
-        hidden = self.embedding(tokens).transpose(0, 1).contiguous()
+        hidden = inputs
+        if self.embedding is not None:
+            hidden = self.embedding(inputs).transpose(0, 1).contiguous()
         for layer in self.layers.values():
             hidden = layer(hidden, context)
         return hidden

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.part import ModelPart
 from pipeline.config_problems import plain_problems, shown, unknown_key
 from pipeline.config_sections import (
     BatchSection,
@@ -27,6 +28,7 @@ from pipeline.config_sections import (
     TrainSection,
 )
 from pipeline.data_section import DataSection
+from pipeline.stage_plan import num_stages, plan_problems, stage_plan
 from pipeline.yaml_text import dump_yaml, parse_yaml, yaml_fault
 
 RESOLVED_CONFIG_NAME = "config.yaml"
@@ -70,6 +72,11 @@ class RunConfig(Section):
         return self.model.flops_per_token(
             self.data.sequence_length, frozen=self.train.freeze == "trunk"
         )
+
+    @property
+    def stage_plan(self) -> tuple[ModelPart, ...]:
+        """What each pipeline stage holds of the model, first stage first."""
+        return stage_plan(self.parallel.stages, self.model)
 
     def global_batch_size(self, data_parallel_size: int) -> int:
         """Samples of one optimizer step over all ranks."""
@@ -117,10 +124,35 @@ def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
     ]
 
 
+def _stage_problems(model: ModelConfig, parallel: ParallelSection) -> list[str]:
+    return plan_problems(parallel.stages, model)
+
+
+def _staged_backward_problems(parallel: ParallelSection, train: TrainSection) -> list[str]:
+    if train.head_backward == "sequential" or num_stages(parallel.stages) == 1:
+        return []
+    return [
+        "train.head_backward=joint is the reference of runs with one stage, and this run has "
+        f"{num_stages(parallel.stages)}; set train.head_backward=sequential or parallel.stages=1"
+    ]
+
+
+def _frozen_stages_problems(parallel: ParallelSection, train: TrainSection) -> list[str]:
+    if train.freeze == "none" or num_stages(parallel.stages) == 1:
+        return []
+    return [
+        f"train.freeze={train.freeze} leaves the trunk's stages nothing to train, and each of the "
+        f"{num_stages(parallel.stages)} stages has an optimizer; set parallel.stages=1"
+    ]
+
+
 def _problems_between(sections: Mapping[str, Any]) -> list[str]:
     """Broken rules between sections; a rule waits until the sections it needs are sound."""
     rules: tuple[tuple[Callable[..., list[str]], tuple[str, str]], ...] = (
         (_tensor_parallel_problems, ("model", "parallel")),
+        (_stage_problems, ("model", "parallel")),
+        (_staged_backward_problems, ("parallel", "train")),
+        (_frozen_stages_problems, ("parallel", "train")),
         (_window_problems, ("model", "data")),
         (_schedule_problems, ("train", "schedule")),
         (_freeze_problems, ("model", "train")),
@@ -223,26 +255,33 @@ def to_yaml(config: RunConfig) -> str:
 
 def world_problems(config: RunConfig, world_size: int) -> list[str]:
     """What keeps this run from using `world_size` ranks; empty when it can."""
-    tensor = config.parallel.tensor
-    if world_size % tensor == 0:
+    tensor, stages = config.parallel.tensor, num_stages(config.parallel.stages)
+    copy = tensor * stages  # ranks that hold the model once
+    if world_size % copy == 0:
         return []
-    below, above = world_size // tensor * tensor, -(-world_size // tensor) * tensor
+    below, above = world_size // copy * copy, -(-world_size // copy) * copy
     counts = " or ".join(str(count) for count in (below, above) if count)
+    if stages == 1:
+        return [
+            f"parallel.tensor={tensor} does not divide the world size of {world_size} ranks; "
+            f"start {counts} ranks, or set parallel.tensor to a divisor of {world_size}"
+        ]
     return [
-        f"parallel.tensor={tensor} does not divide the world size of {world_size} ranks; "
-        f"start {counts} ranks, or set parallel.tensor to a divisor of {world_size}"
+        f"{stages} stages (parallel.stages) x parallel.tensor={tensor} = {copy} ranks do not "
+        f"divide the world size of {world_size} ranks; start {counts} ranks, or choose stages and "
+        f"parallel.tensor whose product divides {world_size}"
     ]
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Ranks that each take their own samples: world size / parallel.tensor.
+    """Ranks that each take their own samples: world size / (stages * parallel.tensor).
 
     Raises:
         ConfigError: The world size cannot be divided.
     """
     if problems := world_problems(config, world_size):
         raise ConfigError("; ".join(problems))
-    return world_size // config.parallel.tensor
+    return world_size // (config.parallel.tensor * num_stages(config.parallel.stages))
 
 
 def resolve_device(config: RunConfig, cuda_available: bool) -> Device:
@@ -300,6 +339,12 @@ def settings_without_effect(
         lines.append(
             f"optimizer.learning_rate={config.optimizer.learning_rate}: warm-up over "
             f"schedule.warmup_steps={warmup} does not reach it within train.steps={steps}"
+        )
+    if config.batch.accumulation < len(config.stage_plan):
+        lines.append(
+            f"parallel.stages: only {config.batch.accumulation} of {len(config.stage_plan)} stages "
+            f"can work at a time with batch.accumulation={config.batch.accumulation}; use at least "
+            f"{4 * len(config.stage_plan)}"
         )
     if config.model.future_tokens == 1 and config.train.head_backward == "joint":
         lines.append("train.head_backward=joint: with 1 head it is the same as sequential")

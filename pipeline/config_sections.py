@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from pipeline.config_problems import shown
+from pipeline.stage_plan import StagesSetting, setting_problem
 
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -59,17 +60,20 @@ class ParallelSection(Section):
 
     tensor: PositiveInt = 1
     zero: int = Field(default=3, ge=0, le=3)
-    stages: PositiveInt = 1
+    stages: StagesSetting = 1
     reduce_bucket_size: PositiveInt = 500_000_000
 
-    @field_validator("stages")
+    @field_validator("stages", mode="before")
     @classmethod
-    def _one_stage(cls, stages: int) -> int:
-        if stages != 1:
-            raise ValueError(
-                f"stages={stages} cannot be run: only 1 is built so far, trunk and heads are "
-                "not yet split into pipeline stages; set parallel.stages=1"
-            )
+    def _is_a_stage_plan(cls, stages: object) -> object:
+        if isinstance(stages, list | tuple):
+            stages = tuple(stages)
+            if not all(isinstance(stage, dict) for stage in stages):
+                raise ValueError(setting_problem(str(list(stages))))
+        elif isinstance(stages, bool) or not isinstance(stages, int | str):
+            raise ValueError(setting_problem(str(stages)))
+        if problem := setting_problem(stages):
+            raise ValueError(problem)
         return stages
 
 

@@ -1,4 +1,4 @@
-"""One training engine on DeepSpeed for CPU and GPU; the only importer of deepspeed.
+"""The training engine on DeepSpeed for CPU and GPU; the only importer of deepspeed.
 
 What DeepSpeed does: partitions parameters, gradients and optimizer states (ZeRO), reduces
 gradients, clips and steps. What is decided here: when each gradient arrives (once per
@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor, nn
 
 from data_prep.loader import Batch
@@ -27,9 +29,11 @@ from model.freezing import freeze_parameters
 from model.hf_import import ImportedWeights
 from model.language_model import MultiTokenModel
 from model.layers import transformer_engine_available
-from model.loss import IGNORED, loss_and_predictions
+from model.loss import IGNORED
+from model.part import ModelPart
 from pipeline.config import Precision, RunConfig
 from pipeline.deepspeed_config import deepspeed_config
+from pipeline.evaluation import EvalResult, evaluate_heads
 from pipeline.topology import Topology
 from pipeline.zero_files import TAG
 
@@ -50,22 +54,10 @@ class StepResult(NamedTuple):
     applied: bool
 
 
-class EvalResult(NamedTuple):
-    """Validation figures; the same on all ranks.
-
-    Attributes:
-        head_losses: mean loss of each head, head 1 first.
-        tokens_per_forward: expected tokens that greedy self-speculation with all heads commits
-            per forward: 1 + the sum over j of the share of positions where heads 2 .. j all
-            agree with head 1 (which sees the true text, as a verifier does after acceptance).
-    """
-
-    head_losses: list[float]
-    tokens_per_forward: float
-
-
 class Engine:
     """The model on this rank, wrapped by DeepSpeed.
+
+    Holds the whole model; `pipeline.staged_engine` trains a part of it.
 
     Args:
         config: the run.
@@ -121,6 +113,7 @@ class Engine:
                 dtype=self.dtype,
                 activation_checkpointing=self.config.train.activation_checkpointing,
                 transformer_engine=self._uses_transformer_engine(),
+                part=self._part(),
             )
         if not partitioned:
             model.to(self.topology.device)
@@ -135,6 +128,10 @@ class Engine:
                     parameter.data.copy_(imported(name, fresh) if imported else fresh())
         freeze_parameters(model, self.config.train.freeze)
         return model
+
+    def _part(self) -> ModelPart:
+        """What this rank's stage holds of the model."""
+        return ModelPart.whole(self.config.model)
 
     def _uses_transformer_engine(self) -> bool:
         wanted = self.config.train.transformer_engine and self.topology.device.type == "cuda"
@@ -168,10 +165,7 @@ class Engine:
         counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
         # DeepSpeed averages over data-parallel ranks; the loss is a mean over global targets.
         scales = self._weights * self.topology.data_size / counts.clamp(min=1)
-        sums = torch.zeros_like(self._weights)
-        for index, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            sums += self._micro_step(batch, scales)
+        sums = self._run_micro_batches(batches, scales)
         head_losses = self._global_sum(sums) / counts.clamp(min=1)
         if not self._gradients_finite(head_losses):
             self._discard_gradients()
@@ -182,6 +176,14 @@ class Engine:
         if norm is None:
             return StepResult(head_losses, float("nan"), applied=False)
         return StepResult(head_losses, norm, applied=True)
+
+    def _run_micro_batches(self, batches: list[Batch], scales: Tensor) -> Tensor:
+        """Forward and backward of a step's micro-batches; each head's loss sum over them `[n]`."""
+        sums = torch.zeros_like(scales)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            sums += self._micro_step(batch, scales)
+        return sums
 
     def _micro_step(self, batch: Batch, scales: Tensor) -> Tensor:
         """Forward and backward of one micro-batch; each head's local loss sum `[n]`."""
@@ -286,41 +288,38 @@ class Engine:
 
         Every rank passes equally many batches; rows that are only padding have no labels.
         """
-        heads = self.config.model.future_tokens
-        sums = torch.zeros(3 * heads, dtype=torch.float64, device=self.topology.device)
         self._engine.eval()
         with torch.no_grad():
-            for batch in batches:
-                batch = self._to_device(batch)
-                evaluate = functools.partial(self._evaluate_batch, batch)
-                sums += self._engine(batch.tokens, evaluate, documents=batch.documents)
+            sums = self._evaluate_batches(self._to_device(batch) for batch in batches)
         self._engine.train()
-        losses, counts, agreed = self._global_sum(sums).view(3, heads)
-        positions = agreed[0].clamp(min=1)
-        return EvalResult(
-            (losses / counts.clamp(min=1)).tolist(), float((agreed / positions).sum())
-        )
+        return EvalResult.from_sums(self._global_sum(sums))
 
-    def _evaluate_batch(self, batch: Batch, trunk_output: Tensor) -> Tensor:
-        """`[3 * n]`: loss sums, target counts, and positions where heads 1 .. k all agree."""
-        context = self.model.context(trunk_output.shape[0], trunk_output.device, batch.documents)
-        norm, unembedding = self.model.heads.readout()
-        losses, predictions = [], []
-        for head, targets in zip(self.model.heads.numbers, batch.labels, strict=True):
-            hidden = self.model.heads.hidden(head, trunk_output, context)
-            loss, best = loss_and_predictions(
-                self.model.heads.readout.normalize(hidden, norm).flatten(0, 1),
-                unembedding,
-                targets.t().flatten(),
-                shard=self.model.shard,
-                chunk_tokens=self.config.train.loss_chunk_tokens,
+    def _evaluate_batches(self, batches: Iterator[Batch]) -> Tensor:
+        heads = self.config.model.future_tokens
+        sums = torch.zeros(3 * heads, dtype=torch.float64, device=self.topology.device)
+        for batch in batches:
+            sums += self._evaluate_batch(batch)
+        return sums
+
+    def _evaluate_batch(self, batch: Batch) -> Tensor:
+        """What `evaluate_heads` gives, for all heads."""
+
+        def heads(trunk_output: Tensor) -> Tensor:
+            return evaluate_heads(
+                self.model, trunk_output, batch, chunk_tokens=self.config.train.loss_chunk_tokens
             )
-            losses.append(loss)
-            predictions.append(best.view(trunk_output.shape[:2]))
-        valid = batch.labels != IGNORED
-        counts = valid.sum((1, 2))
-        agreed = agreement_counts(torch.stack(predictions), valid.transpose(1, 2))
-        return torch.cat([torch.stack(losses).double(), counts.double(), agreed.double()])
+
+        sums: Tensor = self._engine(batch.tokens, heads, documents=batch.documents)
+        return sums
+
+    def stage_idle_fractions(self) -> list[float]:
+        """Share of the steps since the last call that each stage waited; none for one stage."""
+        return []
+
+    @property
+    def waiting_for(self) -> str | None:
+        """Which transfer this rank is waiting for, if any."""
+        return None
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of this tensor-parallel rank, gathered over ZeRO, one at a time.
@@ -365,34 +364,47 @@ class Engine:
             group.update(weight_decay=decay, betas=options.betas, eps=options.eps)
 
 
-def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
-    """Positions where the first k heads all predict what head 1 predicts in their place.
+_UNDECAYED = ("layernorm.weight", "norm_weight")
 
-    Head k at position t and head 1 at position t + k - 1 predict the same token t + k. With three
-    heads, position t counts for k = 3 when head 2 at t equals head 1 at t+1 and head 3 at t equals
-    head 1 at t+2. Positions whose comparison would leave the window are left out. A token past the
-    end of the position's document is no agreement: decoding stops there.
+
+def one_forward_one_backward(
+    micro_batches: int, num_depths: int, depth: int
+) -> Iterator[tuple[bool, int]]:
+    """DeepSpeed's 1F1B order for one stage: (is forward, micro-batch).
 
     Args:
-        predictions: `[n, S, B]` most likely tokens.
-        valid: `[n, S, B]` bool, whether head k has a target at t: false for padding, and with
-            masked documents past the document's end.
-
-    Returns:
-        `[n]` counts, never rising; the first is the number of positions compared.
+        micro_batches: of a step.
+        num_depths: length of the chain of stages.
+        depth: place of the stage in it.
     """
-    heads, length = predictions.shape[0], predictions.shape[1]
-    compared = length - heads + 1
-    agree = valid[0, :compared].clone()
-    counts = []
-    for index in range(heads):
-        agree &= valid[index, :compared]
-        agree &= predictions[index, :compared] == predictions[0, index : index + compared]
-        counts.append(agree.sum())
-    return torch.stack(counts)
+    schedule = TrainSchedule(micro_batches=micro_batches, stages=num_depths, stage_id=depth)
+    done = {ForwardPass: 0, BackwardPass: 0}
+    for commands in schedule.steps():
+        for kind in map(type, commands):
+            if kind in done:
+                yield kind is ForwardPass, done[kind]
+                done[kind] += 1
 
 
-_UNDECAYED = ("layernorm.weight", "norm_weight")
+def gathered(parameters: list[Tensor], *, partitioned: bool) -> Any:
+    """A context in which parameters that ZeRO-3 has partitioned are whole; a collective."""
+    return deepspeed.zero.GatheredParameters(parameters, enabled=partitioned)
+
+
+def confine_trace_check(group: dist.ProcessGroup) -> None:
+    """Let ZeRO-3 compare the order of its modules among the ranks that run the same ones.
+
+    DeepSpeed compares it with world rank 0, which with pipeline stages runs other modules, or
+    none at that time: the comparison would wait for ever.
+    """
+
+    def assert_same(numbers: list[int]) -> None:
+        gathered_numbers: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(gathered_numbers, numbers, group=group)
+        if any(other != numbers for other in gathered_numbers):
+            raise RuntimeError(f"data-parallel ranks disagree on a trace of {len(numbers)} entries")
+
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = assert_same
 
 
 def _prepare_communication(topology: Topology) -> None:

@@ -128,7 +128,7 @@ def export(
     from model.hf_format import write_export
     from pipeline.checkpoint import TOKENIZER, WEIGHTS, checkpoint_path, read_config, verify
     from pipeline.state import read_state
-    from pipeline.zero_files import TAG, read_weights
+    from pipeline.zero_files import read_weights
 
     checkpoint = checkpoint_path(checkpoint)
     if problems := verify(checkpoint):
@@ -151,7 +151,12 @@ def export(
     results = []
 
     def weights() -> Iterator[tuple[str, "Tensor"]]:
-        return read_weights(checkpoint / WEIGHTS / TAG, config.model, state.layout.tensor)
+        return read_weights(
+            checkpoint / WEIGHTS,
+            config.model,
+            tensor_size=state.layout.tensor,
+            num_stages=state.layout.stages,
+        )
 
     def check(folder: Path) -> None:
         parity = compare(folder, description, weights())

@@ -31,6 +31,8 @@ from pipeline.samples import (
     validation_samples,
     weight_stages,
 )
+from pipeline.stage_plan import plan_text
+from pipeline.staged_engine import build_engine
 from pipeline.starting_weights import imported_weights
 from pipeline.state import Layout, TrainState, read_state, resume_problems
 from pipeline.stopping import StopRequest
@@ -69,6 +71,7 @@ class Job:
         self.device = torch.device("cpu")
         self.place = f"rank {info.rank}/{info.world_size}"
         self._watchdog: Watchdog | None = None
+        self._engine: Engine | None = None
 
     def run(self) -> str | None:
         """Train to the last step or to a signal; the signal's name, or None.
@@ -88,7 +91,11 @@ class Job:
             torch.cuda.set_device(self.device)
         start_process_group(self.info, self.device, config.train.timeout_s)
         topology = Topology(
-            self.info, config.parallel.tensor, self.device, timeout_s=config.train.timeout_s
+            self.info,
+            config.parallel.tensor,
+            self.device,
+            plan=config.stage_plan,
+            timeout_s=config.train.timeout_s,
         )
         self.place = topology.describe()
         stop = StopRequest(self.device)
@@ -99,12 +106,13 @@ class Job:
             topology,
             timeout_s=config.train.heartbeat_timeout_s,
             step=lambda: state.step,
+            waiting_for=lambda: self._engine.waiting_for if self._engine else None,
             abort=self._abort,
         )
         checkpoints = CheckpointFolder(config.run.dir, config.checkpoint.keep)
         source = self._find_checkpoint(checkpoints, state)
         imported = imported_weights(config, shards, topology) if source is None else None
-        engine = Engine(config, topology, self.precision, imported)
+        engine = self._engine = build_engine(config, topology, self.precision, imported)
         state = self._restore(engine, source, state)
         if source is not None:
             checkpoints.set_aside_after(state.step)
@@ -133,10 +141,11 @@ class Job:
     def explain(self, error: Exception) -> str:
         """An unforeseen error in one line; after a broken collective, who broke it."""
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
+        waited = self._waited()  # before the verdict comes, which takes a while
         if self._watchdog is not None and is_communication_error(error):
             verdict = self._watchdog.explain()
             if verdict is not None:
-                return f"stopping, because {verdict}"
+                return f"stopping, because {verdict}{waited}"
         return f"{type(error).__name__}: {first_line}"
 
     def log_traceback(self) -> None:
@@ -145,8 +154,14 @@ class Job:
 
     def _abort(self, verdict: str) -> None:
         """End a process whose main thread hangs in a collective."""
-        print(f"error: {self.place}: stopping, because {verdict}", file=sys.stderr, flush=True)
+        line = f"error: {self.place}: stopping, because {verdict}{self._waited()}"
+        print(line, file=sys.stderr, flush=True)
         os._exit(1)
+
+    def _waited(self) -> str:
+        """What this rank waits for, to end an error with."""
+        transfer = self._engine.waiting_for if self._engine else None
+        return f"; this rank was waiting for {transfer or 'the other ranks, between transfers'}"
 
     def _new_state(self, shards: ShardSet, topology: Topology) -> TrainState:
         return TrainState(
@@ -159,7 +174,8 @@ class Job:
                 world_size=topology.info.world_size,
                 data=topology.data_size,
                 tensor=topology.tensor_size,
-                stages=self.config.parallel.stages,
+                stages=topology.num_stages,
+                stage_plan=plan_text(topology.plan),
                 zero=self.config.parallel.zero,
                 precision=self.precision,
             ),

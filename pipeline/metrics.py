@@ -12,7 +12,9 @@ from model.errors import ConfigError
 METRICS_NAME = "metrics.jsonl"
 
 Value = float | bool | None
-Record = dict[str, Value]
+Scalars = dict[str, Value]
+# A list holds one figure per pipeline stage.
+Record = dict[str, Value | list[float]]
 
 
 class MetricsWriter(Protocol):
@@ -48,16 +50,20 @@ class MetricsLog:
             cut_after(path, resumed_step)
             self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: Mapping[str, Value]) -> None:
-        """Append one record and flush it; a number that is not finite is written as null."""
+    def write(self, record: Mapping[str, Value | list[float]]) -> None:
+        """Append one record and flush it; a number that is not finite is written as null.
+
+        The other writers get the items of a list one by one, as `key_0`, `key_1`, ...
+        """
         if self._file is None:
             return
         assert "step" in record, f"a record needs its step, got {sorted(record)}"
         finite = {key: _finite(value) for key, value in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
+        scalars = scalars_of(finite)
         for writer in self._writers:
-            writer.write(finite)
+            writer.write(scalars)
 
     def close(self) -> None:
         """Close the file and all writers; later records are ignored."""
@@ -68,8 +74,21 @@ class MetricsLog:
                 writer.close()
 
 
-def read_metrics(path: str | Path) -> list[Record]:
+def scalars_of(record: Mapping[str, Value | list[float]]) -> Scalars:
+    """A record with every list taken apart: `{"a": [1, 2]}` gives `{"a_0": 1, "a_1": 2}`."""
+    scalars: Scalars = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            scalars |= {f"{key}_{index}": item for index, item in enumerate(value)}
+        else:
+            scalars[key] = value
+    return scalars
+
+
+def read_metrics(path: str | Path) -> list[Scalars]:
     """All records of a metrics file, or of the run folder it lies in, oldest first.
+
+    Lists come taken apart, see `scalars_of`.
 
     A last line without its end, as a killed or still writing run leaves it, is not a record yet.
 
@@ -86,7 +105,7 @@ def read_metrics(path: str | Path) -> list[Record]:
         record = _parse(line)
         if record is None:
             raise ConfigError(f"{path}: line {number} is not a record; delete that line")
-        records.append(record)
+        records.append(scalars_of(record))
     return records
 
 
@@ -132,5 +151,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _finite(value: Value) -> Value:
+def _finite(value: Value | list[float]) -> Value | list[float]:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,7 +21,7 @@ import torch
 from model.errors import ConfigError
 from pipeline.checkpoint import FOLDER, LATEST
 from pipeline.config import RunConfig, load_config
-from pipeline.metrics import METRICS_NAME, Record, read_metrics
+from pipeline.metrics import METRICS_NAME, Scalars, read_metrics
 from pipeline.report import REPORT_NAME
 
 CONFIG = Path("configs/quickstart.yaml")
@@ -255,7 +255,7 @@ def kill_tree(pid: int) -> None:
     psutil.wait_procs(processes[1:], timeout=30)
 
 
-def held_out_losses(records: Sequence[Record]) -> list[HeldOutLoss]:
+def held_out_losses(records: Sequence[Scalars]) -> list[HeldOutLoss]:
     """Validation loss of each head at step 10 and at the last validation.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from model.errors import ConfigError
 from pipeline.config import RESOLVED_CONFIG_NAME
-from pipeline.metrics import Record, read_metrics
+from pipeline.metrics import Scalars, read_metrics
 from pipeline.progress import clock
 
 REPORT_NAME = "report.html"
@@ -75,7 +75,7 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def final_figures(records: Sequence[Record], num_heads: int) -> list[tuple[str, str]]:
+def final_figures(records: Sequence[Scalars], num_heads: int) -> list[tuple[str, str]]:
     """The table of a report: name and value of each figure that the records hold."""
     last = records[-1]
     rows = [("Steps", f"{last['step']:,}")]
@@ -110,7 +110,7 @@ def final_figures(records: Sequence[Record], num_heads: int) -> list[tuple[str, 
     return rows
 
 
-def _num_heads(records: Sequence[Record]) -> int:
+def _num_heads(records: Sequence[Scalars]) -> int:
     keys = {key for record in records for key in record}
     numbers = [int(m[1]) for key in keys if (m := re.fullmatch(r"loss_head_(\d+)", key))]
     return max(numbers, default=0)
@@ -147,7 +147,7 @@ def _head_colors(num_heads: int) -> list[str]:
     return [to_hex(shades(0.9 * k / max(num_heads - 1, 1))) for k in range(num_heads)]
 
 
-def _figure(plot: Plot, records: Sequence[Record]) -> str:
+def _figure(plot: Plot, records: Sequence[Scalars]) -> str:
     """One plot as an svg element; empty when no record has a value for it."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -176,7 +176,7 @@ def _figure(plot: Plot, records: Sequence[Record]) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _draw(axes: Any, curve: Curve, records: Sequence[Record]) -> None:
+def _draw(axes: Any, curve: Curve, records: Sequence[Scalars]) -> None:
     points = [(r["step"], r[curve.key]) for r in records if r.get(curve.key) is not None]
     few = len(points) <= 50
     axes.plot(
@@ -192,7 +192,7 @@ def _draw(axes: Any, curve: Curve, records: Sequence[Record]) -> None:
 
 
 def _page(
-    name: str, records: Sequence[Record], figures: Sequence[str], config: str, num_heads: int
+    name: str, records: Sequence[Scalars], figures: Sequence[str], config: str, num_heads: int
 ) -> str:
     rows = "\n".join(
         f"<tr><th scope='row'>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
@@ -225,7 +225,7 @@ def _page(
 """
 
 
-def _values(records: Sequence[Record], key: str) -> list[float]:
+def _values(records: Sequence[Scalars], key: str) -> list[float]:
     return [float(value) for record in records if (value := record.get(key)) is not None]
 
 

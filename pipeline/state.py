@@ -25,6 +25,7 @@ class Layout(BaseModel):
     data: int
     tensor: int
     stages: int
+    stage_plan: str = "[]"
     zero: int
     precision: str
 

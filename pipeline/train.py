@@ -116,8 +116,8 @@ def _print_dry_run(config: RunConfig, world_size: int) -> None:
     device = resolve_device(config, torch.cuda.is_available() or config.train.device == "cuda")
     precision = resolve_precision(config, device)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is not an error
-    # One process cannot hold a tensor-parallel model; the smallest world that can is assumed.
-    world_size = max(world_size, config.parallel.tensor)
+    # One process cannot hold a model of many parts; the smallest world that can is assumed.
+    world_size = max(world_size, config.parallel.tensor * len(config.stage_plan))
     imported = planned_import(config)
     print(describe(config, world_size=world_size, device=device, precision=precision))
     for line in imported:

@@ -168,6 +168,8 @@ class Trainer:
             **self.parts.throughput.figures(),
             **self._source_figures(),
         }
+        if idle := self.parts.engine.stage_idle_fractions():
+            record["stage_idle_fraction"] = idle
         if not result.applied:
             record["skipped"] = 1
         if evaluate:

@@ -32,6 +32,7 @@ class Watchdog:
         topology: the grid of ranks.
         timeout_s: silence after which a rank counts as dead.
         step: the step this rank is in, for the message.
+        waiting_for: what this rank waits for from other ranks, if anything, for the message.
         abort: called with the verdict when the main thread did not end by itself in time.
     """
 
@@ -41,12 +42,14 @@ class Watchdog:
         *,
         timeout_s: float,
         step: Callable[[], int],
+        waiting_for: Callable[[], str | None],
         abort: Callable[[str], None],
     ) -> None:
         self.verdict: str | None = None
         self._info = topology.info
         self._timeout_s = timeout_s
         self._step = step
+        self._waiting_for = waiting_for
         self._abort = abort
         self._stop = threading.Event()
         self._decided = threading.Event()
@@ -103,6 +106,8 @@ class Watchdog:
                 if reason := self._death(beat, silent_s):
                     message = f"{beat['name']} {reason}; its last sign of life was in step "
                     message += f"{beat['step']} (process {beat['pid']} on {beat['host']})"
+                    if beat["waiting_for"]:
+                        message += f", waiting for {beat['waiting_for']}"
                     self._store.set(_VERDICT, message)
                     self._decide(message)
                     return
@@ -142,6 +147,7 @@ class Watchdog:
             **self._identity,
             "count": count,
             "step": self._step(),
+            "waiting_for": self._waiting_for(),
             "finished": self._finished,
         }
         self._store.set(_key(self._info.rank), json.dumps(beat))

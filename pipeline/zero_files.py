@@ -35,6 +35,12 @@ from model.sharding import merge_slices, placement_of
 
 TAG = "zero"  # the subfolder that DeepSpeed makes
 
+
+def stage_directory(directory: Path, stage: int, num_stages: int) -> Path:
+    """Where a stage's engine puts its files: `directory` itself when there is only one."""
+    return directory if num_stages == 1 else directory / f"stage_{stage:02d}"
+
+
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER_STATES = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -55,22 +61,25 @@ _STAND_INS: list[Any] = [
 
 
 def read_weights(
-    directory: Path, config: ModelConfig, tensor_size: int
+    directory: Path, config: ModelConfig, *, tensor_size: int, num_stages: int = 1
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the model, whole and in fp32, one at a time.
 
     Args:
-        directory: where DeepSpeed's files of one checkpoint lie.
+        directory: where the engines of one checkpoint put their files.
         config: the model's sizes.
         tensor_size: tensor-parallel size that the checkpoint was written with.
+        num_stages: pipeline stages that it was written with.
 
     Yields:
-        Names and tensors, in the order of the files.
+        Names and tensors, in the order of the files, stage after stage.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or the parameters are not this model's.
     """
-    return checked_parameters(_merged(directory, tensor_size), config, directory)
+    stages = (stage_directory(directory, stage, num_stages) for stage in range(num_stages))
+    weights = (pair for stage in stages for pair in _merged(stage / TAG, tensor_size))
+    return checked_parameters(weights, config, directory)
 
 
 def _merged(directory: Path, tensor_size: int) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Engines for tests in any layout, on batches that are the same ones for ever."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from data_prep.loader import Batch
 from model.sharding import merge_slices, placement_of
 from pipeline.config import RunConfig
+from pipeline.launch import rank_info
 from pipeline.topology import Topology
 
 GLOBAL_BATCH, SEQUENCE, VOCABULARY, HEADS = 8, 12, 96, 3
@@ -17,7 +19,11 @@ DEFAULT_BUCKET, TINY_BUCKET = 500_000_000, 100
 
 @dataclass(frozen=True)
 class Case:
-    """A layout and the ways of computing that must not change the result."""
+    """A layout and the ways of computing that must not change the result.
+
+    Attributes:
+        stages: `1`, or what each stage holds, as in `trunk 0-1|trunk 2|heads 1-2|heads 3`.
+    """
 
     world: int = 1
     tensor: int = 1
@@ -28,11 +34,21 @@ class Case:
     checkpointing: str = "none"
     documents: bool = False
     freeze: str = "none"
+    stages: str = "1"
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return self.stages.count("|") + 1
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel ranks."""
+        return self.world // (self.tensor * self.num_stages)
 
 
 def engine_config(case: Case) -> RunConfig:
     """A six-layer model with three heads, laid out as the case says."""
-    data_size = case.world // case.tensor
     return RunConfig.model_validate(
         {
             "run": {"name": "parity", "seed": 7},
@@ -55,9 +71,10 @@ def engine_config(case: Case) -> RunConfig:
                 "tensor": case.tensor,
                 "zero": case.zero,
                 "reduce_bucket_size": case.bucket,
+                "stages": _stages(case.stages),
             },
             "batch": {
-                "micro_size": GLOBAL_BATCH // (data_size * case.accumulation),
+                "micro_size": GLOBAL_BATCH // (case.data_size * case.accumulation),
                 "accumulation": case.accumulation,
             },
             "train": {
@@ -75,6 +92,18 @@ def engine_config(case: Case) -> RunConfig:
             "schedule": {"warmup_steps": 1},
         }
     )
+
+
+def _stages(text: str) -> int | list[dict[str, str]]:
+    if text == "1":
+        return 1
+    return [dict(item.strip().split(" ") for item in stage.split("+")) for stage in text.split("|")]
+
+
+def build_topology(case: Case) -> Topology:
+    """This rank's place in the case's layout."""
+    config = engine_config(case)
+    return Topology(rank_info(os.environ), case.tensor, torch.device("cpu"), plan=config.stage_plan)
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor]:
@@ -111,9 +140,8 @@ def local_batches(step: int, case: Case, data_rank: int) -> list[Batch]:
     documents = global_documents(step) if case.documents else None
     if documents is not None:
         labels = within_documents(labels, documents)
-    data_size = case.world // case.tensor
-    micro = GLOBAL_BATCH // (data_size * case.accumulation)
-    starts = [(a * data_size + data_rank) * micro for a in range(case.accumulation)]
+    micro = GLOBAL_BATCH // (case.data_size * case.accumulation)
+    starts = [(a * case.data_size + data_rank) * micro for a in range(case.accumulation)]
     return [
         Batch(
             tokens[s : s + micro],

@@ -155,7 +155,11 @@ def test_wrong_types_are_named_in_plain_words(small: Path, override: str, expect
         ("schedule.kind=wsd", ["schedule.decay_steps is missing"]),
         ("schedule.decay_steps=5", ["no effect", "kind=cosine", "wsd"]),
         ("checkpoint.keep=1", ["keep=1", "deleted only after a new one has been verified"]),
-        ("parallel.stages=2", ["stages=2", "only 1 is built so far", "set parallel.stages=1"]),
+        ("parallel.stages=auto", ["stages='auto'", "is no stage plan", "auto:4"]),
+        (
+            "parallel.stages=[trunk: 0-2, heads: 1-4]",
+            ["layers 2 do not exist", "the balanced plan is [trunk: 0-1"],
+        ),
         ("data.sequence_length=4", ["sequence_length=4", "future_tokens=4", "at least 5"]),
         ("model.layers=4", ["model.future_tokens=4", "model.layers=4", "at least 5"]),
     ],

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data_prep.loader import Batch
-from pipeline.engine import Engine, EvalResult, StepResult, agreement_counts
+from pipeline.engine import Engine, StepResult
+from pipeline.evaluation import EvalResult, agreement_counts
 from pipeline.launch import rank_info
 from pipeline.topology import Topology
 from tests.engine_cases import (

@@ -168,7 +168,9 @@ def broken(small: Trained, tmp_path: Path) -> Path:
 def test_weights_are_those_of_the_run(trained: Trained) -> None:
     """Read from the files, every parameter is the run's, bit by bit; in bf16 before rounding."""
     config = read_config(trained.checkpoint).model
-    weights = dict(read_weights(trained.checkpoint / "zero" / TAG, config, trained.case.tensor))
+    weights = dict(
+        read_weights(trained.checkpoint / "zero", config, tensor_size=trained.case.tensor)
+    )
     assert weights.keys() == trained.weights.keys()
     for name, expected in trained.weights.items():
         assert weights[name].dtype == torch.float32
@@ -294,7 +296,7 @@ def test_incomplete_files_are_refused(
 def test_weights_of_another_model_are_refused(small: Trained) -> None:
     """More layers, or other sizes, than the files hold: the first parameter is named."""
     config = read_config(small.checkpoint).model
-    files = small.checkpoint / "zero" / TAG
+    files = small.checkpoint / "zero"
     for change, words in (
         ({"layers": 6}, r"parameter trunk\.layers\.2\..* is missing, and 5 more"),
         ({"layers": 4}, r"parameter trunk\.layers\.1\..* is not one of this model's"),
@@ -302,7 +304,7 @@ def test_weights_of_another_model_are_refused(small: Trained) -> None:
     ):
         other = ModelConfig.model_validate(config.model_dump() | change)
         with pytest.raises(CheckpointError, match=words):
-            list(read_weights(files, other, 1))
+            list(read_weights(files, other, tensor_size=1))
 
 
 def test_things_that_are_no_checkpoint_are_refused(

@@ -6,40 +6,17 @@ of head 2 out, unevenly over the ranks, so that a normalisation by local counts 
 with masked documents, whose rows lack targets of every head, have a reference of their own.
 """
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from pipeline.engine import Engine
-from pipeline.launch import rank_info
-from pipeline.topology import Topology
-from tests.engine_cases import (
-    DEFAULT_BUCKET,
-    TINY_BUCKET,
-    Case,
-    engine_config,
-    local_batches,
-    whole,
-)
-from tests.harness import run_ranks
+from tests.engine_cases import DEFAULT_BUCKET, TINY_BUCKET, Case
+from tests.parity_runs import Course, assert_same_course, train_in_ranks
 
 STEPS = 4
 # fp32 sums in another order: observed at most 5e-6 for gradients, over all cases.
 TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is compared of one step."""
-
-    head_losses: list[float]
-    grad_norm: float
-    gradients: dict[str, Tensor]
 
 
 REFERENCE = Case(backward="joint")
@@ -101,39 +78,10 @@ def _name(case: Case) -> str:
     )
 
 
-class _RecordingEngine(Engine):
-    """The engine, keeping each step's gradients as they are just before the optimizer moves."""
-
-    recorded: dict[str, Tensor]
-
-    def _apply(self) -> float | None:
-        self.recorded = {
-            name: whole(name, gradient.detach().float().clone(), self.topology)
-            for name, gradient in self.gradients()
-        }
-        return super()._apply()
-
-
-def _train(case: Case) -> list[Step]:
-    topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
-    engine = _RecordingEngine(engine_config(case), topology, "fp32")
-    steps = []
-    for step in range(STEPS):
-        batches = local_batches(step, case, topology.data_rank)
-        result = engine.train_step(batches, learning_rate=1e-3)
-        assert result.applied
-        steps.append(Step(result.head_losses.tolist(), result.grad_norm, engine.recorded))
-    return steps
-
-
 @cache
-def _reference(documents: bool, freeze: str) -> list[Step]:
-    return run_ranks(1, _train, replace(REFERENCE, documents=documents, freeze=freeze))[0]
-
-
-def _relative(actual: Any, expected: Any) -> float:
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
-    return float((actual - expected).norm() / expected.norm())
+def _reference(documents: bool, freeze: str) -> Course:
+    reference = replace(REFERENCE, documents=documents, freeze=freeze)
+    return train_in_ranks(reference, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +90,7 @@ def _relative(actual: Any, expected: Any) -> float:
     ids=_name,
 )
 def test_layout_gives_the_gradients_of_one_process(case: Case) -> None:
-    """Head losses, every parameter's gradient and the global norm agree over four steps."""
-    ranks = run_ranks(case.world, _train, case)
-    for step, expected in zip(ranks[0], _reference(case.documents, case.freeze), strict=True):
-        assert _relative(step.head_losses, expected.head_losses) < TOLERANCE
-        assert _relative(step.grad_norm, expected.grad_norm) < TOLERANCE
-        assert step.gradients.keys() == expected.gradients.keys()
-        for name, gradient in expected.gradients.items():
-            assert _relative(step.gradients[name], gradient) < TOLERANCE, name
+    """Head losses, norm and every gradient agree over four steps, and so do the last weights."""
+    assert_same_course(
+        train_in_ranks(case, STEPS), _reference(case.documents, case.freeze), TOLERANCE
+    )

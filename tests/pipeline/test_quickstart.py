@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from pipeline.config import RunConfig, load_config
-from pipeline.metrics import Record
+from pipeline.metrics import Scalars
 from pipeline.quickstart import (
     QuickstartError,
     Stages,
@@ -50,7 +50,7 @@ def _stages() -> Stages:
     return stages
 
 
-def _records(early: float, final: float) -> list[Record]:
+def _records(early: float, final: float) -> list[Scalars]:
     """Metrics of a run of two heads, with validation at steps 10, 20 and 30."""
     losses = {10: early, 20: (early + final) / 2, 30: final}
     return [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_prep.loader import ShardSet
 from pipeline.checkpoint import WEIGHTS, checkpoint_path, read_config
-from pipeline.zero_files import TAG, read_weights
+from pipeline.zero_files import read_weights
 from tests.training_runs import (
     last_step,
     metrics_without_times,
@@ -28,7 +28,9 @@ LAYOUTS = {
 
 def _weights(run_dir: Path, tensor: int) -> dict[str, Tensor]:
     checkpoint = checkpoint_path(run_dir)
-    return dict(read_weights(checkpoint / WEIGHTS / TAG, read_config(checkpoint).model, tensor))
+    return dict(
+        read_weights(checkpoint / WEIGHTS, read_config(checkpoint).model, tensor_size=tensor)
+    )
 
 
 def _assert_same_run(straight: Path, resumed: Path, tensor: int) -> None:

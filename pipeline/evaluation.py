@@ -1,0 +1,108 @@
+"""Validation of the heads: their losses, and how often they agree on the tokens to come.
+
+Legend: B batch, S sequence, H hidden, n heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_prep.loader import Batch
+from model.language_model import MultiTokenModel
+from model.loss import IGNORED, loss_and_predictions
+
+
+class EvalResult(NamedTuple):
+    """Validation figures; the same on all ranks.
+
+    Attributes:
+        head_losses: mean loss of each head, head 1 first.
+        tokens_per_forward: expected tokens that greedy self-speculation with all heads commits
+            per forward: 1 + the sum over j of the share of positions where heads 2 .. j all
+            agree with head 1 (which sees the true text, as a verifier does after acceptance).
+    """
+
+    head_losses: list[float]
+    tokens_per_forward: float
+
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> "EvalResult":
+        """From what `evaluate_heads` gave, summed over batches and ranks."""
+        losses, counts, agreed = sums.view(3, -1)
+        positions = agreed[0].clamp(min=1)
+        return cls((losses / counts.clamp(min=1)).tolist(), float((agreed / positions).sum()))
+
+
+def evaluate_heads(
+    model: MultiTokenModel,
+    trunk_output: Tensor,
+    batch: Batch,
+    *,
+    chunk_tokens: int,
+    head_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Sums over one batch for the heads that this part of the model holds.
+
+    Args:
+        model: the model or a part of it that has heads.
+        trunk_output: z `[S, B, H]`.
+        batch: with the labels of all heads.
+        chunk_tokens: tokens whose logits exist at once.
+        head_group: the ranks that hold the other heads; None when all are here.
+
+    Returns:
+        `[3 * n]`: loss sums, target counts, and positions where heads 1 .. k all agree; zero for
+        heads of other ranks, the agreement only where head 1 is.
+    """
+    context = model.context(trunk_output.shape[0], trunk_output.device, batch.documents)
+    norm, unembedding = model.heads.readout()
+    sums = torch.zeros(3, len(batch.labels), dtype=torch.float64, device=trunk_output.device)
+    shape = (len(batch.labels), *trunk_output.shape[:2])
+    predictions = torch.zeros(shape, dtype=torch.int64, device=trunk_output.device)
+    for head in model.heads.numbers:
+        targets = batch.labels[head - 1]
+        hidden = model.heads.hidden(head, trunk_output, context)
+        loss, best = loss_and_predictions(
+            model.heads.readout.normalize(hidden, norm).flatten(0, 1),
+            unembedding,
+            targets.t().flatten(),
+            shard=model.shard,
+            chunk_tokens=chunk_tokens,
+        )
+        sums[0, head - 1] = loss
+        sums[1, head - 1] = (targets != IGNORED).sum()
+        predictions[head - 1] = best.view(shape[1:])
+    if head_group is not None:
+        dist.all_reduce(predictions, group=head_group)
+    if model.part.owns_readout:
+        sums[2] = agreement_counts(predictions, (batch.labels != IGNORED).transpose(1, 2))
+    return sums.flatten()
+
+
+def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
+    """Positions where the first k heads all predict what head 1 predicts in their place.
+
+    Head k at position t and head 1 at position t + k - 1 predict the same token t + k. With three
+    heads, position t counts for k = 3 when head 2 at t equals head 1 at t+1 and head 3 at t equals
+    head 1 at t+2. Positions whose comparison would leave the window are left out. A token past the
+    end of the position's document is no agreement: decoding stops there.
+
+    Args:
+        predictions: `[n, S, B]` most likely tokens.
+        valid: `[n, S, B]` bool, whether head k has a target at t: false for padding, and with
+            masked documents past the document's end.
+
+    Returns:
+        `[n]` counts, never rising; the first is the number of positions compared.
+    """
+    heads, length = predictions.shape[0], predictions.shape[1]
+    compared = length - heads + 1
+    agree = valid[0, :compared].clone()
+    counts = []
+    for index in range(heads):
+        agree &= valid[index, :compared]
+        agree &= predictions[index, :compared] == predictions[0, index : index + compared]
+        counts.append(agree.sum())
+    return torch.stack(counts)

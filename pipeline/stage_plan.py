@@ -1,0 +1,334 @@
+"""Pipeline stages: which layers and heads each holds, how balanced that is, how long it idles.
+
+A stage's weight is counted in layer-equivalents: a trunk layer is 1, a head 1 + u, where u is the
+unembedding's product in units of a layer's (its matrix elements over a layer's). The embedding is
+a look-up and weighs nothing.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from model.config import ModelConfig
+from model.part import ModelPart, span_text
+
+# What parallel.stages may hold: a number, `auto:S`, or one mapping per stage.
+StagesSetting = int | str | tuple[Mapping[str, int | str], ...]
+
+_AUTO = re.compile(r"auto:([1-9]\d*)")
+_SPAN = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+_KINDS = ("trunk", "heads")
+_EXAMPLE = "[trunk: 0-13, trunk: 14-27, heads: 1-2, heads: 3-4]"
+# Heads get stages of their own unless sharing a stage with trunk layers makes the slowest stage
+# faster by more than this: a stage of heads keeps no activations while micro-batches are in flight.
+_WORTH_SHARING = 0.25
+
+
+class StageCost(NamedTuple):
+    """What one micro-batch costs a stage, in layer-equivalents (forward and backward = 1 a layer).
+
+    Attributes:
+        forward: done when the input arrives.
+        heads: forward and backward of its heads, done before the gradient from below is needed.
+        backward: done when that gradient is there.
+    """
+
+    forward: float
+    heads: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.forward + self.heads + self.backward
+
+
+def setting_problem(stages: StagesSetting) -> str | None:
+    """What is wrong with the form of `parallel.stages`, before any model is looked at."""
+    way_out = f"write auto:4, or a list such as {_EXAMPLE}"
+    if isinstance(stages, int):
+        return None if stages > 0 else f"stages={stages} must be at least 1; {way_out}"
+    if isinstance(stages, str):
+        return None if _AUTO.fullmatch(stages) else f"stages={stages!r} is no stage plan; {way_out}"
+    if not stages:
+        return f"stages=[] has no stage; {way_out}"
+    for number, stage in enumerate(stages):
+        for kind, span in stage.items():
+            if kind not in _KINDS:
+                return (
+                    f"stages: stage {number} holds {kind!r}, known are trunk and heads; {way_out}"
+                )
+            match = _SPAN.fullmatch(str(span).strip())
+            if match is None or int(match[2] or match[1]) < int(match[1]):
+                return (
+                    f"stages: stage {number} has {kind}: {span}, which is no number and no rising "
+                    f"span such as 0-13; {way_out}"
+                )
+        if not stage:
+            return f"stages: stage {number} is empty; {way_out}"
+    return None
+
+
+def num_stages(stages: StagesSetting) -> int:
+    """How many stages a well-formed `parallel.stages` asks for."""
+    if isinstance(stages, int):
+        return stages
+    return int(stages.removeprefix("auto:")) if isinstance(stages, str) else len(stages)
+
+
+def plan_problems(stages: StagesSetting, model: ModelConfig) -> list[str]:
+    """Why the stages do not hold the model, one line each with a plan that does; else empty."""
+    count = num_stages(stages)
+    if count > model.layers:
+        return [
+            f"parallel.stages={count} is more than model.layers={model.layers}, and each stage "
+            f"needs a layer or a head; use at most auto:{model.layers}"
+        ]
+    if isinstance(stages, int | str):
+        return []
+    parts = _listed(stages)
+    problems = [
+        *_coverage("trunk layers", [p.trunk_layers for p in parts], range(model.trunk_layers)),
+        *_coverage("heads", [p.heads for p in parts], range(1, model.future_tokens + 1)),
+    ]
+    for number, (part, following) in enumerate(pairwise(parts)):
+        if part.heads and following.trunk_layers:
+            problems.append(
+                f"stage {number + 1} has trunk layers below heads of stage {number}, but heads "
+                "read what the whole trunk gives"
+            )
+    balanced = plan_text(balanced_plan(count, model))
+    return [
+        f"parallel.stages={plan_text(parts)}: {problem}; the balanced plan is {balanced}"
+        for problem in problems
+    ]
+
+
+def stage_plan(stages: StagesSetting, model: ModelConfig) -> tuple[ModelPart, ...]:
+    """The part of the model that each stage holds, first stage first.
+
+    `stages` has neither `setting_problem` nor `plan_problems`.
+    """
+    if isinstance(stages, int | str):
+        return balanced_plan(num_stages(stages), model)
+    return tuple(_listed(stages))
+
+
+def plan_text(plan: Sequence[ModelPart]) -> str:
+    """A plan as it is written in a configuration."""
+    stages = []
+    for part in plan:
+        items = [("trunk", part.trunk_layers), ("heads", part.heads)]
+        text = ", ".join(f"{kind}: {span_text(numbers)}" for kind, numbers in items if numbers)
+        stages.append(f"{{{text}}}" if part.trunk_layers and part.heads else text)
+    return f"[{', '.join(stages)}]"
+
+
+def layer_equivalents(part: ModelPart, model: ModelConfig) -> float:
+    """A stage's weight: 1 per trunk layer, 1 + u per head."""
+    return len(part.trunk_layers) + len(part.heads) * (1 + model.unembedding_layer_equivalents)
+
+
+def balanced_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
+    """The plan of `count` stages whose heaviest stage is lightest.
+
+    The heads get stages of their own, after the trunk's, unless a stage that holds trunk layers
+    and heads makes the heaviest stage a quarter lighter (few stages under a deep trunk).
+
+    Example: 28 trunk layers and 4 heads with u = 0.65 on 5 stages: 4 x 7 layers, and 6.6.
+    """
+    trunk, heads = model.trunk_layers, model.future_tokens
+    if count == 1:
+        return (ModelPart.whole(model),)
+    plans = [
+        _separate(trunk, heads, head_stages, count)
+        for head_stages in range(1, min(heads, count - 1) + 1)
+        if count - head_stages <= trunk
+    ]
+
+    def heaviest(plan: tuple[ModelPart, ...]) -> float:
+        return max(layer_equivalents(part, model) for part in plan)
+
+    shared = _shared(count, model)
+    best = min(plans, key=heaviest, default=shared)
+    return shared if heaviest(shared) < (1 - _WORTH_SHARING) * heaviest(best) else best
+
+
+def _separate(trunk: int, heads: int, head_stages: int, count: int) -> tuple[ModelPart, ...]:
+    none = range(0)
+    trunks = [ModelPart(span, none) for span in _even_spans(0, trunk, count - head_stages)]
+    return (*trunks, *(ModelPart(none, span) for span in _even_spans(1, heads, head_stages)))
+
+
+def _even_spans(start: int, items: int, parts: int) -> list[range]:
+    """Cut items start .. start + items - 1 evenly; later parts get what is left over.
+
+    Earlier stages hold more micro-batches in flight, so the smaller shares are theirs.
+    """
+    cuts = [start + items * part // parts for part in range(parts + 1)]
+    return [range(first, stop) for first, stop in pairwise(cuts)]
+
+
+def _shared(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
+    """The best cut of trunk layers and heads in one row, by dynamic programming."""
+    trunk, heads = model.trunk_layers, model.future_tokens
+    weights = [1.0] * trunk + [1 + model.unembedding_layer_equivalents] * heads
+    sums = [0.0]
+    for weight in weights:
+        sums.append(sums[-1] + weight)
+    # best[i] = (heaviest stage, cuts) of the first i items in the stages so far.
+    best: list[tuple[float, tuple[int, ...]]] = [
+        (total, (0, items)) for items, total in enumerate(sums)
+    ]
+    for stage in range(1, count):
+        longer = list(best)
+        for stop in range(stage + 1, len(sums)):
+            longer[stop] = min(
+                (max(best[cut][0], sums[stop] - sums[cut]), (*best[cut][1], stop))
+                for cut in range(stage, stop)
+            )
+        best = longer
+    cuts = best[-1][1]
+    return tuple(
+        ModelPart(
+            range(min(first, trunk), min(stop, trunk)),
+            range(max(first - trunk, 0) + 1, max(stop - trunk, 0) + 1),
+        )
+        for first, stop in pairwise(cuts)
+    )
+
+
+def _listed(stages: Sequence[Mapping[str, int | str]]) -> list[ModelPart]:
+    return [
+        ModelPart(*(_span(stage[kind]) if kind in stage else range(0) for kind in _KINDS))
+        for stage in stages
+    ]
+
+
+def _span(text: int | str) -> range:
+    match = _SPAN.fullmatch(str(text).strip())
+    assert match is not None, text
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+def _coverage(what: str, spans: Sequence[range], wanted: range) -> list[str]:
+    """Whether the spans hold every number once and in order."""
+    held = [number for span in spans for number in span]
+    missing = sorted(set(wanted) - set(held))
+    unknown = sorted(set(held) - set(wanted))
+    twice = sorted({number for number in held if held.count(number) > 1})
+    problems = [
+        f"{what} {', '.join(map(str, numbers))} {fault}"
+        for numbers, fault in (
+            (missing, "are in no stage"),
+            (unknown, f"do not exist (there are {wanted[0]} to {wanted[-1]})"),
+            (twice, "are in two stages"),
+        )
+        if numbers
+    ]
+    if not problems and held != list(wanted):
+        problems.append(f"{what} are not in rising order over the stages")
+    return problems
+
+
+def depths(plan: Sequence[ModelPart]) -> list[int]:
+    """Each stage's place in the chain of computing: stages of heads only share the last one.
+
+    A head stage hands the trunk's output on before it computes, so all of them work on the same
+    micro-batch at the same time and need no further micro-batches in flight.
+    """
+    trunk_stages = sum(1 for part in plan if part.trunk_layers)
+    return [min(stage, trunk_stages) for stage in range(len(plan))]
+
+
+def num_depths(plan: Sequence[ModelPart]) -> int:
+    """Length of the chain, which bounds the micro-batches in flight."""
+    return depths(plan)[-1] + 1
+
+
+def stage_costs(
+    plan: Sequence[ModelPart], model: ModelConfig, *, recompute: bool
+) -> list[StageCost]:
+    """What a micro-batch costs each stage: backward is twice forward, and more if it recomputes."""
+    head = 1 + model.unembedding_layer_equivalents
+    repeated = 1 / 3 if recompute else 0.0
+    return [
+        StageCost(
+            len(part.trunk_layers) / 3,
+            len(part.heads) * (head + repeated),
+            len(part.trunk_layers) * (2 / 3 + repeated),
+        )
+        for part in plan
+    ]
+
+
+def predicted_idle(
+    costs: Sequence[StageCost],
+    depth_of: Sequence[int],
+    micro_batches: int,
+    transfer: float = 0.0,
+) -> list[float]:
+    """Share of a step that each stage waits, by playing the 1F1B schedule through.
+
+    Args:
+        costs: of one micro-batch, per stage.
+        depth_of: each stage's depth, see `depths`.
+        micro_batches: M, of a step.
+        transfer: time for a tensor to reach the next stage, in the units of the costs.
+
+    Example: equal stages with forward and backward only: (S - 1) / (M + S - 1) each.
+    """
+    total = step_time(costs, depth_of, micro_batches, transfer)
+    return [1 - micro_batches * cost.total / total for cost in costs]
+
+
+def step_time(
+    costs: Sequence[StageCost],
+    depth_of: Sequence[int],
+    micro_batches: int,
+    transfer: float = 0.0,
+) -> float:
+    """Time of a step's micro-batches over all stages, in the units of the costs."""
+    stages = len(costs)
+    orders = [micro_batch_order(d, depth_of[-1] + 1, micro_batches) for d in depth_of]
+    position = [0] * stages
+    clock = [0.0] * stages
+    arrived: dict[tuple[str, int, int], float] = {}  # (what, stage, micro-batch): when
+    while any(position[s] < len(orders[s]) for s in range(stages)):
+        moved = False
+        for stage in range(stages):
+            while position[stage] < len(orders[stage]):
+                is_forward, micro = orders[stage][position[stage]]
+                first = stage == 0 if is_forward else stage == stages - 1
+                needed = ("forward" if is_forward else "backward", stage, micro)
+                if not first and needed not in arrived:
+                    break
+                ready = arrived.get(needed, 0.0)
+                cost = costs[stage]
+                if is_forward:
+                    clock[stage] = max(clock[stage], ready) + cost.forward
+                    # A stage of heads hands the trunk's output on as it comes.
+                    arrived["forward", stage + 1, micro] = clock[stage] + transfer
+                else:
+                    clock[stage] = max(clock[stage] + cost.heads, ready) + cost.backward
+                    arrived["backward", stage - 1, micro] = clock[stage] + transfer
+                position[stage] += 1
+                moved = True
+        assert moved, "the schedule does not come to an end"
+    return max(clock)
+
+
+def micro_batch_order(depth: int, num_depths: int, micro_batches: int) -> list[tuple[bool, int]]:
+    """The 1F1B order of one stage: (is forward, micro-batch), forward and backward of each once.
+
+    A stage that has d depths after it runs d forwards ahead, then alternates, then drains.
+    Training takes its order from DeepSpeed's TrainSchedule; this is the same, without DeepSpeed.
+    """
+    ahead = min(num_depths - 1 - depth, micro_batches)
+    order = [(True, micro) for micro in range(ahead)]
+    for micro in range(micro_batches):
+        if micro + ahead < micro_batches:
+            order.append((True, micro + ahead))
+        order.append((False, micro))
+    return order
