@@ -234,6 +234,13 @@ class Job:
                 state.tokens,
                 state.next_sample,
             )
+            before, now = read_config(source).data.document_mask, self.config.data.document_mask
+            if before != now:
+                logger.warning(
+                    "data.document_mask was %s up to here and is %s from here on",
+                    str(before).lower(),
+                    str(now).lower(),
+                )
 
 
 def model_problems(saved: RunConfig, current: RunConfig) -> list[str]:

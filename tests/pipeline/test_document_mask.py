@@ -83,6 +83,8 @@ def test_validation_loss_is_that_of_documents_alone(
     assert metrics_without_times(plain)[0]["loss_head_1"] != pytest.approx(
         records[0]["loss_head_1"], rel=1e-5
     )
+    outcome = run_job(tmp_path, [*arguments, "data.document_mask=true"])
+    assert "data.document_mask was false up to here and is true from here on" in outcome.output[0]
 
 
 def test_layouts_agree_on_masked_documents(config: Path, tmp_path: Path) -> None:
