@@ -1,12 +1,17 @@
 """The export format: a plain Hugging Face Llama, with the extra heads beside it.
 
     config.json, generation_config.json   a LlamaForCausalLM of L - n + 1 layers
-    model.safetensors                     trunk and head 1 (several files and an index past 5 GB)
+    model.safetensors                     trunk and head 1 (several files past 5 GB)
+    model.safetensors.index.json          which file holds which of their tensors
     extra_heads.safetensors               heads 2 .. n, absent when n = 1
+    all_heads.safetensors.index.json      the files of all tensors, for the class below
+    modeling_headway.py                   a class for transformers with all heads
     tokenizer.json, tokenizer_config.json
+    README.md                             the model card
     headway.json                          sizes, heads, source, and all files with checksums
 
-Whatever reads Llama models reads the folder as one and leaves the extra heads alone.
+Whatever reads Llama models reads the folder as one and leaves the extra heads alone; with
+`trust_remote_code=True` transformers takes the class that has them.
 """
 
 import json
@@ -18,7 +23,6 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -32,17 +36,20 @@ from model.export_folder import (
     written_aside,
 )
 from model.hf_config import CONFIG_NAME, llama_config
-from model.hf_names import EXTRA_HEADS, hf_names, hf_shapes, join, split
+from model.hf_files import WeightFiles
+from model.hf_names import hf_names, hf_shapes, join, split
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import checked_parameters, head_of, parameter_shapes
 from model.process_groups import ensure_single_process
 
+CARD_NAME = "README.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_FILE_BYTES = 5_000_000_000
 TOKENIZER_NAME = "tokenizer.json"
 
+_CODE = Path(__file__).with_name("modeling_headway.py")
+_CLASS = f"{_CODE.stem}.HeadwayForCausalLM"
 _HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-_EXTRA_HEADS_NAME = f"{EXTRA_HEADS}.safetensors"
 
 
 class LoadedExport(NamedTuple):
@@ -65,6 +72,7 @@ def write_export(
     weights: Iterable[tuple[str, Tensor]],
     *,
     tokenizer: bytes,
+    card: str = "",
     check: Callable[[Path], None] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
@@ -75,6 +83,7 @@ def write_export(
         description: what the export is of.
         weights: whole parameters under our names, in any order; held one file at a time.
         tokenizer: content of tokenizer.json.
+        card: the model card; left out when empty.
         check: called with the finished folder before it gets its name; raises to refuse it.
         max_file_bytes: the model is spread over files of about this size.
 
@@ -87,6 +96,9 @@ def write_export(
         for name, content in hf_settings(description).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         (folder / TOKENIZER_NAME).write_bytes(tokenizer)
+        (folder / _CODE.name).write_bytes(_CODE.read_bytes())
+        if card:
+            (folder / CARD_NAME).write_text(card, "utf-8")
         write_record(folder, description)
         if check is not None:
             check(folder)
@@ -104,7 +116,12 @@ def hf_settings(description: ExportDescription) -> dict[str, dict[str, Any]]:
             sequence_length=description.sequence_length,
             dtype=_HF_DTYPES[description.dtype],
         )
-        | {"bos_token_id": eos_id, "eos_token_id": eos_id},
+        | {
+            "bos_token_id": eos_id,
+            "eos_token_id": eos_id,
+            "future_tokens": model.future_tokens,
+            "auto_map": {"AutoModelForCausalLM": _CLASS},
+        },
         "generation_config.json": {"bos_token_id": eos_id, "eos_token_id": eos_id},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -157,67 +174,12 @@ def _write_weights(
     max_file_bytes: int,
 ) -> None:
     config, dtype = description.model, DTYPES[description.dtype]
-    files = _ModelFiles(folder, max_file_bytes)
-    extra_heads: dict[str, Tensor] = {}
+    files = WeightFiles(folder, max_file_bytes)
     for name, tensor in checked_parameters(weights, config, folder):
         parts = split(name, tensor.to(dtype), config)
         for hf_name, part in zip(hf_names(name, config), parts, strict=True):
-            if hf_name.startswith(EXTRA_HEADS):
-                extra_heads[hf_name] = part.contiguous()
-            else:
-                files.add(hf_name, part.contiguous())
+            files.add(hf_name, part.contiguous())
     files.close()
-    if extra_heads:
-        _save(extra_heads, folder / _EXTRA_HEADS_NAME)
-
-
-class _ModelFiles:
-    """model.safetensors, or model-00001-of-0000N.safetensors with their index."""
-
-    def __init__(self, folder: Path, max_file_bytes: int) -> None:
-        self._folder = folder
-        self._max_file_bytes = max_file_bytes
-        self._tensors: dict[str, Tensor] = {}
-        self._bytes = 0
-        self._written: list[tuple[Path, list[str]]] = []
-        self._total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one more tensor; writes what is held when the tensor does not fit in with it."""
-        if self._tensors and self._bytes + tensor.nbytes > self._max_file_bytes:
-            self._flush()
-        self._tensors[name] = tensor
-        self._bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
-
-    def close(self) -> None:
-        """Write the rest and give the files their names."""
-        self._flush()
-        count = len(self._written)
-        if count == 1:
-            self._written[0][0].rename(self._folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, (path, names) in enumerate(self._written, 1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            path.rename(self._folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        path = self._folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-    def _flush(self) -> None:
-        path = self._folder / f"part-{len(self._written) + 1}"
-        _save(self._tensors, path)
-        self._written.append((path, list(self._tensors)))
-        self._tensors, self._bytes = {}, 0
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # an I/O error in this library's own clothes
-        raise OSError(str(error)) from error
 
 
 def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizers.Tokenizer:

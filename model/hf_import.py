@@ -25,6 +25,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.export_folder import RECORD_NAME, read_record, verify_files
 from model.hf_config import read_llama_config
+from model.hf_files import EXTRA_HEADS_NAME, MODEL_INDEX_NAME, MODEL_NAME
 from model.hf_names import EXTRA_HEADS, hf_names, hf_shapes, join
 from model.parameter_shapes import head_of, parameter_shapes
 from model.rope_scaling import RopeScaling
@@ -32,9 +33,6 @@ from model.sharding import placement_of, take_slice
 
 NewHeads = Literal["copy", "fresh"]
 
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
-_EXTRA_NAME = f"{EXTRA_HEADS}.safetensors"
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # buffers that older files carry along
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -68,7 +66,7 @@ class LlamaFolder:
         files = _model_files(directory)
         if (directory / RECORD_NAME).is_file():
             self.heads = read_record(directory).future_tokens
-            files += [directory / _EXTRA_NAME] if self.heads > 1 else []
+            files += [directory / EXTRA_HEADS_NAME] if self.heads > 1 else []
         self._files = {name: path for path in files for name in _tensor_names(path)}
 
     @property
@@ -231,7 +229,7 @@ class ImportedWeights:
 
 def _model_files(directory: Path) -> list[Path]:
     """The safetensors files of the Llama itself."""
-    single, index = directory / _SINGLE_NAME, directory / _INDEX_NAME
+    single, index = directory / MODEL_NAME, directory / MODEL_INDEX_NAME
     if single.is_file():
         return [single]
     try:
@@ -239,7 +237,7 @@ def _model_files(directory: Path) -> list[Path]:
         return [directory / name for name in sorted(set(weight_map.values()))]
     except FileNotFoundError:
         raise CheckpointError(
-            f"{directory} has neither {_SINGLE_NAME} nor {_INDEX_NAME}; load the model with "
+            f"{directory} has neither {MODEL_NAME} nor {MODEL_INDEX_NAME}; load the model with "
             "transformers and save it again by save_pretrained, which writes them"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

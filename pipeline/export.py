@@ -1,8 +1,9 @@
 """Command line: a checkpoint to a Hugging Face folder, `python -m pipeline.export CHECKPOINT DIR`.
 
-Reads any layout on one CPU process. The command itself compares logits: transformers on the written
-folder against our model on the checkpoint's weights, and our model on the folder, head by head. A
-folder that fails the comparison never gets its name.
+Reads any layout on one CPU process. The command itself compares logits with those of our model on
+the checkpoint's weights: transformers on the written folder as a plain Llama, the folder's own
+class of all heads, and our model on the folder, head by head. A folder that fails the comparison
+never gets its name.
 """
 
 import argparse
@@ -39,11 +40,13 @@ class Parity(NamedTuple):
 
     Attributes:
         transformers: head 1, `transformers` on the folder against our model on the checkpoint.
+        all_heads: each head, the folder's own class in `transformers` against the same.
         reloaded: each head, our model on the folder against our model on the checkpoint.
         largest_logit: largest absolute logit, the scale of the differences.
     """
 
     transformers: float
+    all_heads: tuple[float, ...]
     reloaded: tuple[float, ...]
     largest_logit: float
 
@@ -51,16 +54,21 @@ class Parity(NamedTuple):
     def holds(self) -> bool:
         """Whether all differences are rounding; not so when one is not a number."""
         limit = RELATIVE_TOLERANCE * self.largest_logit
-        return all(difference <= limit for difference in (self.transformers, *self.reloaded))
+        differences = (self.transformers, *self.all_heads, *self.reloaded)
+        return all(difference <= limit for difference in differences)
 
     def summary(self) -> str:
         """One line."""
-        reloaded = ", ".join(f"{difference:.2g}" for difference in self.reloaded)
+        heads, reloaded = _shown(self.all_heads), _shown(self.reloaded)
         return (
             f"largest difference of logits (up to {self.largest_logit:.3g}): head 1 in "
-            f"transformers {self.transformers:.2g}; heads 1 to {len(self.reloaded)} reloaded "
-            f"{reloaded}"
+            f"transformers {self.transformers:.2g}; heads 1 to {len(self.reloaded)} in its class "
+            f"with all heads {heads}; reloaded {reloaded}"
         )
+
+
+def _shown(differences: tuple[float, ...]) -> str:
+    return ", ".join(f"{difference:.2g}" for difference in differences)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,6 +135,7 @@ def export(
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
     from model.hf_format import write_export
     from pipeline.checkpoint import TOKENIZER, WEIGHTS, checkpoint_path, read_config, verify
+    from pipeline.model_card import metrics_until, model_card
     from pipeline.state import read_state
     from pipeline.zero_files import read_weights
 
@@ -167,7 +176,15 @@ def export(
             )
         results.append(parity)
 
-    write_export(directory, description, weights(), tokenizer=tokenizer.content, check=check)
+    records = metrics_until(checkpoint.absolute().parents[1], state.step)
+    write_export(
+        directory,
+        description,
+        weights(),
+        tokenizer=tokenizer.content,
+        card=model_card(config, state, description, records),
+        check=check,
+    )
     report(
         f"exported {checkpoint} (step {state.step}) to {directory}: "
         f"{config.model.num_parameters():,} parameters in {description.dtype}, "
@@ -218,9 +235,11 @@ def compare(
     stored = ((name, tensor.to(DTYPES[description.dtype])) for name, tensor in weights)
     expected = _logits(build_model(config, stored, torch.float32), tokens)
     reloaded = _logits(load_export(folder, torch.float32).model, tokens)
-    plain = _transformers_logits(folder, tokens)
+    plain = _transformers_logits(folder, tokens, all_heads=False)[0]
+    heads = _transformers_logits(folder, tokens, all_heads=True)
     return Parity(
         transformers=float((plain - expected[0]).abs().max()),
+        all_heads=tuple((heads - expected).abs().amax((1, 2, 3)).tolist()),
         reloaded=tuple((reloaded - expected).abs().amax((1, 2, 3)).tolist()),
         largest_logit=float(expected.abs().max()),
     )
@@ -237,15 +256,19 @@ def _logits(model: "MultiTokenModel", tokens: "Tensor") -> "Tensor":
         return model.logits(torch.stack(hidden).transpose(1, 2))
 
 
-def _transformers_logits(folder: Path, tokens: "Tensor") -> "Tensor":
-    """`[B, S, V]` of the folder as a plain Llama."""
+def _transformers_logits(folder: Path, tokens: "Tensor", *, all_heads: bool) -> "Tensor":
+    """`[1 or n, B, S, V]` of the folder as a plain Llama, or as its own class of all heads."""
     import torch
     import transformers
 
+    from model.modeling_headway import HeadwayForCausalLM
+
     transformers.utils.logging.disable_progress_bar()
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    kind = HeadwayForCausalLM if all_heads else transformers.AutoModelForCausalLM
+    try:
+        model, found = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except ValueError as error:
+        raise CheckpointError(f"transformers refuses the written model: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found.get(problem):
             raise CheckpointError(
@@ -253,7 +276,11 @@ def _transformers_logits(folder: Path, tokens: "Tensor") -> "Tensor":
                 f"{sorted(map(str, found[problem]))[:3]}; nothing was exported"
             )
     with torch.no_grad():
-        logits: Tensor = model.eval()(tokens, use_cache=False).logits
+        logits: Tensor
+        if all_heads:
+            logits = model.eval().all_head_logits(tokens).permute(2, 0, 1, 3)
+        else:
+            logits = model.eval()(tokens, use_cache=False).logits.unsqueeze(0)
     return logits
 
 

@@ -49,12 +49,11 @@ CASES = [
     Case(world=4, tensor=2, zero=2, precision="fp32"),
     Case(world=3, tensor=1, zero=3, precision="fp32"),
     Case(world=4, tensor=2, zero=3, precision="bf16"),
-    Case(world=1, tensor=1, zero=0, precision="fp32", freeze="trunk"),
     Case(world=2, tensor=2, zero=0, precision="bf16", freeze="trunk"),
-    Case(world=3, tensor=1, zero=1, precision="bf16", freeze="trunk"),
-    Case(world=4, tensor=2, zero=2, precision="fp32", freeze="trunk"),
-    Case(world=4, tensor=2, zero=3, precision="fp32", freeze="trunk"),
+    Case(world=2, tensor=1, zero=1, precision="bf16", freeze="trunk"),
+    Case(world=2, tensor=2, zero=2, precision="fp32", freeze="trunk"),
     Case(world=3, tensor=1, zero=3, precision="bf16", freeze="trunk"),
+    Case(world=1, tensor=1, zero=3, precision="fp32", freeze="trunk"),
 ]
 
 
@@ -186,7 +185,7 @@ def test_export_holds_the_weights_of_any_layout(
     assert main([str(trained.run_dir), str(tmp_path / "export")]) == 0
     out = capsys.readouterr().out
     assert f"exported {trained.checkpoint} (step 2)" in out
-    assert "heads 1 to 3 reloaded 0, 0, 0" in out
+    assert "reloaded 0, 0, 0" in out
     loaded = load_export(tmp_path / "export")
     for name, parameter in loaded.model.named_parameters():
         assert parameter.dtype == trained.weights[name].dtype

@@ -57,10 +57,8 @@ DOCUMENT_CASES = [
 FROZEN_CASES = [
     Case(world=world, tensor=tensor, zero=zero, accumulation=acc, freeze="trunk", **changes)
     for world, tensor, zero, acc, changes in (
-        (1, 1, 0, 1, {}),
         (2, 1, 0, 2, {"backward": "joint"}),
         (2, 1, 1, 2, {"bucket": TINY_BUCKET}),
-        (2, 1, 2, 1, {"backward": "joint", "checkpointing": "selective"}),
         (2, 2, 2, 2, {"bucket": TINY_BUCKET}),
         (2, 1, 3, 2, {"checkpointing": "full"}),
         (2, 2, 3, 1, {"backward": "joint", "checkpointing": "full"}),
