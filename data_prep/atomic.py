@@ -1,6 +1,7 @@
 """Write a file so that it is either whole under its name or not there at all."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ TEMPORARY_SUFFIX = ".tmp"
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush it to disk and rename it to `path`.
 
-    The temporary name carries the process id, so that two processes never share one.
+    The temporary name is random, so that two processes, maybe on two machines, never share one.
 
     Args:
         path: The final name; its folder is made when missing.
@@ -25,7 +26,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         DataError: Writing failed (disk full, no permission, ...); nothing is left under `path`.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

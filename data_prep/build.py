@@ -7,7 +7,7 @@ from data_prep.commit import REJECTS, commit, find_committed
 from data_prep.dedup import DedupJob, mark_duplicates
 from data_prep.encoder import EncoderName, choose_encoder
 from data_prep.job import claim_output
-from data_prep.journal import find_finished
+from data_prep.journal import is_unit_finished, withdraw_commit
 from data_prep.manifest import Manifest
 from data_prep.options import BuildOptions
 from data_prep.output_lock import writing
@@ -38,6 +38,13 @@ def build(options: BuildOptions, observer: Observer, crew: Crew | None = None) -
         DataError: Inputs, options or output cannot be used; or more records are bad than allowed.
     """
     crew = crew or LocalCrew(options.workers)
+    try:
+        return _build(options, observer, crew)
+    finally:
+        crew.close()
+
+
+def _build(options: BuildOptions, observer: Observer, crew: Crew) -> Manifest:
     options.check()
     plan = make_plan(options)
     observer.say(f"{len(plan.files):,} input files, {plan.total_bytes / 1e6:,.1f} MB")
@@ -46,11 +53,11 @@ def build(options: BuildOptions, observer: Observer, crew: Crew | None = None) -
     with writing(options.output, crew.shares_output, observer):
         if not crew.shares_output:
             remove_leftovers(options.output)
-        with crew.turn(options.output, "prepare"):
+        with crew.turn("prepare"):
             job = prepare(intent, observer)
         del plan, intent
         _encode(job, crew, observer)
-        with crew.turn(options.output, "commit"):
+        with crew.turn("commit"):
             committed = find_committed(job) if crew.shares_output else None
             return committed or commit(job, observer)
 
@@ -76,11 +83,9 @@ def _encode(job: PreparedJob, crew: Crew, observer: Observer) -> None:
         encoder=_choose_encoder(job, observer),
     )
 
-    def is_finished(unit: int) -> bool:
-        return find_finished(output, job.job_id, unit) is not None
-
-    encoding = Phase("encode", "encoding", partial(encode_unit, unit_job), is_finished, job.sizes)
+    is_finished = partial(is_unit_finished, output, job.job_id)
     if options.dedup == "exact" and not all(map(is_finished, range(len(job.sizes)))):
+        withdraw_commit(output)
         dedup = DedupJob(
             output=output,
             job_id=job.job_id,
@@ -89,7 +94,8 @@ def _encode(job: PreparedJob, crew: Crew, observer: Observer) -> None:
             num_units=len(job.sizes),
         )
         mark_duplicates(dedup, job.sizes, crew, observer)
-    crew.run(encoding, observer)
+    work = partial(encode_unit, unit_job)
+    crew.run(Phase("encode", "encoding", work, is_finished, job.sizes), observer)
 
 
 def _choose_encoder(job: PreparedJob, observer: Observer) -> EncoderName:

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_prep.atomic import remove_leftovers, whole_file, write_whole
 from data_prep.dedup import forget_duplicates
 from data_prep.errors import BadRecordsError, DataError
-from data_prep.journal import JOURNAL, find_finished, rejects_path
+from data_prep.journal import CLAIMS, COMMITTED, JOURNAL, find_finished, rejects_path
 from data_prep.manifest import (
     MANIFEST,
     TRAIN,
@@ -30,7 +30,6 @@ from data_prep.phase import Observer
 from data_prep.prepare import PreparedJob
 
 REJECTS = "rejects.jsonl"
-COMMITTED = "committed.json"
 
 
 def commit(job: PreparedJob, observer: Observer) -> Manifest:
@@ -60,11 +59,13 @@ def commit(job: PreparedJob, observer: Observer) -> Manifest:
         observer.say(f"{output} is complete and from the same inputs and options: left as it is")
     else:
         write_manifest(output, manifest)
-    forget_duplicates(output)
-    remove_leftovers(output)
     note = _note(job)
     if not _is_noted(output, note):
         write_whole(output / JOURNAL / COMMITTED, note)
+    # In this order: tasks that still look for work must see that there is none.
+    forget_duplicates(output)
+    shutil.rmtree(output / JOURNAL / CLAIMS, ignore_errors=True)
+    remove_leftovers(output)
     return manifest
 
 

@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_prep.atomic import whole_file
-from data_prep.journal import JOURNAL
+from data_prep.journal import JOURNAL, is_committed
 from data_prep.phase import Crew, Done, Observer, Phase
 from data_prep.plan import unit_list
 from data_prep.reading import read_unit
@@ -80,12 +80,19 @@ def mark_duplicates(
         Phase("hash", "hashing", partial(_hash_unit, job), partial(_is_hashed, job), sizes),
         observer,
     )
-    texts = sum(_read_counts(_hashes_path(job.output, unit))[0] for unit in range(job.num_units))
+    try:
+        texts = sum(
+            _read_counts(_hashes_path(job.output, unit))[0] for unit in range(job.num_units)
+        )
+    except FileNotFoundError:
+        if is_committed(job.output):
+            return
+        raise
     job = replace(job, partitions=max(1, -(-texts // PARTITION_TEXTS)))
     share = np.full(job.partitions, texts * _TEXT_BYTES // job.partitions, dtype=np.int64)
     crew.run(
         Phase(
-            "merge", "comparing hashes,", partial(_merge_partition, job),
+            "merge", "comparing hashes", partial(_merge_partition, job),
             partial(_is_merged, job), share,
         ),
         observer,
@@ -165,11 +172,12 @@ def _starts_group(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[
 
 
 def _is_hashed(job: DedupJob, number: int) -> bool:
-    return _hashes_path(job.output, number).is_file()
+    # Another task of an array may have committed the set, and so have removed the hashes.
+    return _hashes_path(job.output, number).is_file() or is_committed(job.output)
 
 
 def _is_merged(job: DedupJob, number: int) -> bool:
-    return _merged_path(job, number).is_file()
+    return _merged_path(job, number).is_file() or is_committed(job.output)
 
 
 def _folder(output: Path) -> Path:

@@ -8,6 +8,8 @@ from data_prep.atomic import write_whole
 from data_prep.manifest import Ledger, ShardEntry
 
 JOURNAL = "journal"
+COMMITTED = "committed.json"
+CLAIMS = "claims"
 
 
 class UnitRecord(BaseModel):
@@ -37,6 +39,21 @@ def find_finished(output: Path, job_id: str, unit: int) -> UnitRecord | None:
     if rejected and not rejects_path(output, unit).is_file():
         return None
     return done if whole and done.unit == unit and done.job_id == job_id else None
+
+
+def is_unit_finished(output: Path, job_id: str, unit: int) -> bool:
+    """Whether a unit of this job is on disk."""
+    return find_finished(output, job_id, unit) is not None
+
+
+def is_committed(output: Path) -> bool:
+    """Whether a job was committed here and no build has found anything to do since."""
+    return (output / JOURNAL / COMMITTED).is_file()
+
+
+def withdraw_commit(output: Path) -> None:
+    """There is something to do again; the manifest stays until the next commit."""
+    (output / JOURNAL / COMMITTED).unlink(missing_ok=True)
 
 
 def rejects_path(output: Path, unit: int) -> Path:

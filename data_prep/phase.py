@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +27,9 @@ class Observer(Protocol):
 
     def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
         """More of the phase is on disk."""
+
+    def skip(self, input_bytes: int) -> None:
+        """That much is on disk, but others did it."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,11 @@ class Crew(Protocol):
             DataError: An item cannot be done.
         """
 
-    def turn(self, output: Path, name: str) -> AbstractContextManager[None]:
+    def turn(self, name: str) -> AbstractContextManager[None]:
         """Hold back the other crews of this output in a step that only one should do."""
+
+    def close(self) -> None:
+        """The build is over, one way or another."""
 
 
 def announce(phase: Phase, missing: NDArray[np.int64], observer: Observer) -> None:

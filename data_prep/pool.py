@@ -10,7 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_sentinel
-from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.phase import Done, Observer, Phase, announce, missing_items
@@ -39,10 +38,13 @@ class LocalCrew:
         work_through(phase.work, missing.tolist(), min(self._workers, len(missing)), collect)
 
     @contextmanager
-    def turn(self, output: Path, name: str) -> Iterator[None]:
+    def turn(self, name: str) -> Iterator[None]:
         """There are no other crews; see `Crew.turn`."""
-        del output, name
+        del name
         yield
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def default_workers() -> int:

@@ -41,7 +41,7 @@ class ProgressLine:
         self._verb, self._total_bytes = verb, total_bytes
         self._bytes = self._tokens = self._rejects = 0
         self._started_s = self._printed_s = time.monotonic()
-        self.say(f"{verb} {total_bytes / 1e6:,.1f} MB in {units:,} units")
+        self.say(f"{verb}: {total_bytes / 1e6:,.1f} MB in {units:,} units")
         if self._console.is_terminal:
             self._bar.start()
             self._task = self._bar.add_task(
@@ -61,6 +61,12 @@ class ProgressLine:
             left_s = self._elapsed_s() * (1 / share - 1) if share else 0.0
             self.say(f"{self._verb} {100 * share:3.0f} % {self._rates()}, {_clock(left_s)} left")
 
+    def skip(self, input_bytes: int) -> None:
+        """Others did that much."""
+        self._total_bytes -= input_bytes
+        if self._task is not None:
+            self._bar.update(self._task, total=max(self._total_bytes, 1))
+
     def close(self) -> None:
         """Leave the terminal clean and print the rates of what was done."""
         if self._task is not None:
@@ -76,9 +82,11 @@ class ProgressLine:
 
     def _rates(self) -> str:
         elapsed_s = self._elapsed_s()
+        rates = f"{self._bytes / 1e6:,.1f} MB at {self._bytes / 1e6 / elapsed_s:,.1f} MB/s"
+        if not self._tokens:
+            return rates
         return (
-            f"{self._bytes / 1e6:,.1f} MB at {self._bytes / 1e6 / elapsed_s:,.1f} MB/s, "
-            f"{self._tokens:,} tokens at {self._tokens / elapsed_s:,.0f} tokens/s, "
+            f"{rates}, {self._tokens:,} tokens at {self._tokens / elapsed_s:,.0f} tokens/s, "
             f"{self._rejects:,} rejects"
         )
 

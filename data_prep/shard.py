@@ -1,6 +1,7 @@
 """Command line: corpora to Arrow shards, `python data_prep/shard.py --input PATH --output DIR`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,16 @@ if __name__ == "__main__" and not __package__:
 
 from rich.console import Console
 
+from data_prep.array_crew import ArrayCrew, find_array_task
 from data_prep.build import REJECTS, build
 from data_prep.data_config import read_config
 from data_prep.errors import BadRecordsError, DataError
 from data_prep.file_names import IGNORED_DIRECTORIES
 from data_prep.manifest import VALIDATION, Manifest
+from data_prep.mpi import MpiCrew, World, join_world
 from data_prep.options import BuildOptions
+from data_prep.phase import Crew
+from data_prep.pool import LocalCrew
 from data_prep.progress import ProgressLine
 
 EXIT_DATA_ERROR = 1
@@ -25,17 +30,28 @@ EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; give its exit status."""
+    """Run the command on every rank that was started; give its exit status."""
+    try:
+        world = join_world(os.environ)
+    except DataError as error:
+        _print_error(error)
+        return EXIT_DATA_ERROR
+    if world is None:
+        return _run(arguments, None)
+    return world.run(lambda: _run(arguments, world))
+
+
+def _run(arguments: Sequence[str] | None, world: World | None) -> int:
+    """Build the set; under MPI on rank 0, which leads the others."""
     progress = ProgressLine(Console(stderr=True))
     try:
         try:
-            options = parse_options(arguments)
-            manifest = build(options, progress)
+            options, task = parse_options(arguments)
+            manifest = build(options, progress, _choose_crew(options, task, world))
         finally:
             progress.close()
     except DataError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        _print_error(error)
         return EXIT_BAD_RECORDS if isinstance(error, BadRecordsError) else EXIT_DATA_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
@@ -44,14 +60,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_options(arguments: Sequence[str] | None) -> BuildOptions:
-    """Turn the command line, and the file that it names, into options.
+def _print_error(error: DataError) -> None:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+def _choose_crew(options: BuildOptions, task: str | None, world: World | None) -> Crew:
+    if world is not None:
+        if options.workers is not None or task is not None:
+            raise DataError(
+                f"--workers and --array-task have no meaning for {world.size} MPI ranks: each is "
+                "one worker; leave them out and start one rank per core"
+            )
+        return MpiCrew(world)
+    array_task = find_array_task(task, os.environ)
+    if array_task is not None:
+        return ArrayCrew(array_task, options.output, options.workers)
+    return LocalCrew(options.workers)
+
+
+def parse_options(arguments: Sequence[str] | None) -> tuple[BuildOptions, str | None]:
+    """Turn the command line, and the file that it names, into options and --array-task.
 
     Raises:
         DataError: The file is at fault, or the output or the tokenizer is not named.
     """
     given = vars(_make_parser().parse_args(arguments))
     config: Path | None = given.pop("config", None)
+    task: str | None = given.pop("array_task", None)
     options = read_config(config) if config else {}
     if given.keys() & {"inputs", "source"}:
         options.pop("sources", None)
@@ -62,7 +98,7 @@ def parse_options(arguments: Sequence[str] | None) -> BuildOptions:
     if missing:
         named = " and ".join(f"--{name}" for name in missing)
         raise DataError(f"{named} is missing; give it here or in a --config file")
-    return BuildOptions(**options)
+    return BuildOptions(**options), task
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -88,6 +124,12 @@ def _make_parser() -> argparse.ArgumentParser:
         help="a tokenizer.json or a directory with one; one trained on the input; or plain bytes",
     )
     add("--workers", type=int, metavar="N", help="processes (default: the cores it may use)")
+    add(
+        "--array-task",
+        metavar="I/N",
+        help="be one of N processes, maybe on other machines, that share --output and nothing else "
+        "(in a Slurm array: by itself)",
+    )
     add("--validation-fraction", type=float, metavar="F", help="(0.01)")
     add(
         "--glob",

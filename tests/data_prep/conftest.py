@@ -30,6 +30,9 @@ class Silence:
     def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
         """Ignore progress."""
 
+    def skip(self, input_bytes: int) -> None:
+        """Ignore what others did."""
+
 
 def make_texts(count: int, seed: int) -> list[str]:
     """Deterministic documents of 1 to 60 words, all different."""

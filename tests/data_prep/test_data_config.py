@@ -52,10 +52,10 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         tmp_path,
         "output: out\ntokenizer: bytes\nexclude: [a]\nsources: [{name: s, input: x}]\n",
     )
-    options = parse_options(["--config", str(path), "--output", "b", "--exclude", "c"])
+    options, _ = parse_options(["--config", str(path), "--output", "b", "--exclude", "c"])
     assert (options.output, options.exclude) == (Path("b"), ("c",))
     assert options.all_sources[0].name == "s"
-    options = parse_options(["--config", str(path), "--input", "y"])
+    options, _ = parse_options(["--config", str(path), "--input", "y"])
     assert options.all_sources == (
         Source("corpus", (Path("y"),), globs=(), exclude=("a",), text_key="text"),
     )
