@@ -34,6 +34,7 @@ setup(
     extras_require={
         "dev": [
             "hypothesis>=6.100",
+            "mpich>=5.0",
             "mypy>=1.15",
             "pytest>=8.3",
             "ruff>=0.9",

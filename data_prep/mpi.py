@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _SIGNS = ("PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI_PORT", "HYDI_CONTROL_FD")
 _POLL_S = 0.01
 _REPORT_S = 0.5
+_GRACE_S = 0.5
 _CLAIMS, _BYTES, _TOKENS, _REJECTS, _CELLS = range(5)
 
 
@@ -125,7 +126,6 @@ class World:
                 self.work_through(orders, None)
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
             self.abort(error)
-            raise
 
     def tell(self, orders: _Orders | _Dismissal | None) -> _Orders | _Dismissal | None:
         """Give what rank 0 tells; the others wait for it without keeping a core busy."""
@@ -140,7 +140,7 @@ class World:
             while_waiting()
             time.sleep(_POLL_S)
 
-    def abort(self, error: BaseException) -> None:
+    def abort(self, error: BaseException) -> NoReturn:
         """Say why and end every rank of the job."""
         where = f"rank {self.rank}/{self.size} on {self.mpi.Get_processor_name()}"
         if isinstance(error, KeyboardInterrupt):
@@ -154,7 +154,9 @@ class World:
                 print(f"error: {where}: {line}", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
+        time.sleep(_GRACE_S)  # launchers drop what they have not passed on when they end a job
         self.comm.Abort(status)
+        os._exit(status)  # MPICH's abort returns while the launcher ends the job
 
     def work_through(self, orders: _Orders, observer: Observer | None) -> None:
         """Claim and do items until none is left anywhere; every rank calls this.
@@ -182,7 +184,6 @@ class World:
                 self._meet(report)
         except BaseException as error:
             self.abort(error)
-            raise
         window.Unlock_all()
         window.Free()
 
