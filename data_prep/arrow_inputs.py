@@ -1,5 +1,6 @@
 """Read the text column of .parquet (by row groups) and of .arrow (IPC files and streams)."""
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,31 +85,36 @@ def read_arrow(path: str, file: int, reading: Reading) -> Iterator[RecordBatch]:
     Raises:
         DataError: It is neither, or has no such column of strings.
     """
-    with pa.memory_map(path) as source:
-        is_whole = _is_whole_arrow(path)
-        if source.size() >= len(ARROW_FILE_HEADER) and source.read(len(ARROW_MAGIC)) == ARROW_MAGIC:
-            source.seek(len(ARROW_FILE_HEADER))
-        else:
-            source.seek(0)
-        with _explained(path):
-            stream = pa.ipc.open_stream(source)
-            column = _find_column(stream.schema, path, reading)
-        row, damage = 0, "" if is_whole else "truncated .arrow"
-        while True:
-            try:
-                rows = stream.read_next_batch()
-            except StopIteration:
-                break
-            except (pa.ArrowException, OSError) as error:
-                damage = "truncated .arrow" if not is_whole else f"damaged .arrow ({error})"
-                break
-            for piece in _cut(rows):
-                yield _take_rows(_descend(piece, column), file, row, reading)
-                row += piece.num_rows
-        if damage:
-            batch = RecordBatch(file)
-            batch.reject(row, damage)
-            yield batch
+    is_whole = _is_whole_arrow(path)
+    with open(path, "rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    source = pa.BufferReader(pa.py_buffer(mapped))
+    if mapped[: len(ARROW_MAGIC)] == ARROW_MAGIC:
+        source.seek(len(ARROW_FILE_HEADER))
+    with _explained(path):
+        stream = pa.ipc.open_stream(source)
+        column = _find_column(stream.schema, path, reading)
+    row, passed, damage = 0, 0, "" if is_whole else "truncated .arrow"
+    while True:
+        try:
+            rows = stream.read_next_batch()
+        except StopIteration:
+            break
+        except (pa.ArrowException, OSError) as error:
+            damage = damage or f"damaged .arrow ({error})"
+            break
+        for piece in _cut(rows):
+            yield _take_rows(_descend(piece, column), file, row, reading)
+            row += piece.num_rows
+        # Pages that were read leave the memory of this process, or they would add up to the file.
+        position = source.tell() // mmap.PAGESIZE * mmap.PAGESIZE
+        if position > passed:
+            mapped.madvise(mmap.MADV_DONTNEED, passed, position - passed)
+            passed = position
+    if damage:
+        batch = RecordBatch(file)
+        batch.reject(row, damage)
+        yield batch
 
 
 def _ends(file: BinaryIO, size: int) -> tuple[bytes, bytes]:

@@ -9,11 +9,11 @@ from data_prep.encoder import Encoder
 from data_prep.shards import ShardRows
 from data_prep.tokenizer import TokenArray
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 22
 
 
 class Columns:
-    """Collects documents; texts are encoded about a megabyte at a time.
+    """Collects documents; texts are encoded some megabytes at a time.
 
     Args:
         encoder: Makes ids of texts.

@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 
 SEED = 20_240_501
-NUM_RANDOM = 400
-LONG_CHARACTERS = 6000
+NUM_RANDOM = 150
+LONG_CHARACTERS = 4000
 
 _WORDS = """
 a A the The _x __init__ def return self. x=1 (a,b) {} [] // /* */ # ## -> => != == <= 0 7 12 123

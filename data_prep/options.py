@@ -81,7 +81,7 @@ class BuildOptions:
     dedup: Dedup = "none"
     on_bad: BadRecordPolicy = "skip"
     max_bad_fraction: float = 0.001
-    shard_tokens: int = 1 << 25
+    shard_tokens: int = 1 << 24
     unit_bytes: int | None = None
     eos_token: str | None = None
     source: str = "corpus"

@@ -165,7 +165,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="largest share of bad records in files of records that is still accepted (0.001)",
     )
-    add("--shard-tokens", type=int, metavar="N", help="(33554432)")
+    add("--shard-tokens", type=int, metavar="N", help="(16777216)")
     add("--unit-bytes", type=int, metavar="N", help="input bytes per unit of work (by input size)")
     add("--eos-token", metavar="TOKEN", help="end of document (the usual names)")
     add("--source", metavar="NAME", help="folder name in shards/SPLIT for --input (corpus)")

@@ -61,11 +61,9 @@ def write_shard(path: Path, rows: ShardRows, metadata: Mapping[str, str]) -> Sha
     assert int(rows.offsets[-1]) == len(rows.tokens), (rows.offsets[-1], len(rows.tokens))
     schema = _schema(rows.tokens.dtype, metadata)
     documents = pa.LargeListArray.from_arrays(
-        pa.array(rows.offsets), pa.array(rows.tokens), type=schema.field("tokens").type
+        _view(rows.offsets), _view(rows.tokens), type=schema.field("tokens").type
     )
-    batch = pa.RecordBatch.from_arrays(
-        [documents, pa.array(rows.src), pa.array(rows.row)], schema=schema
-    )
+    batch = pa.RecordBatch.from_arrays([documents, _view(rows.src), _view(rows.row)], schema=schema)
     with whole_file(path) as temporary:
         with open(temporary, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
@@ -93,6 +91,12 @@ def read_shard(path: Path) -> tuple[ShardRows, dict[str, str]]:
             row=batch.column("row").to_numpy(zero_copy_only=True),
         )
         return rows, metadata
+
+
+def _view(values: NDArray[Any]) -> Any:
+    """An Arrow array on the memory of `values`; `pa.array` would import pandas for it."""
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 def _schema(dtype: np.dtype[Any], metadata: Mapping[str, str]) -> Any:

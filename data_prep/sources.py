@@ -22,7 +22,7 @@ from data_prep.saved_dataset import files_of_saved_dataset
 
 SMALLEST_UNIT_BYTES = 1 << 20
 LARGEST_UNIT_BYTES = 1 << 26
-UNITS_WANTED = 128
+UNITS_WANTED = 64
 READ_FORMATS = (
     ".jsonl and .json (also .gz, .zst, .xz), .parquet, .arrow, text files (compressed: .txt and "
     "source suffixes), saved Hugging Face datasets and directories"
@@ -144,7 +144,7 @@ def plan_units(files: Sequence[InputFile], unit_bytes: int) -> list[Unit]:
 
 
 def choose_unit_bytes(total_bytes: int) -> int:
-    """A power of two that gives about 128 units, between 1 MiB and 64 MiB."""
+    """A power of two that gives about 64 units, between 1 MiB and 64 MiB."""
     wanted = 1 << max(0, (total_bytes // UNITS_WANTED).bit_length() - 1)
     return min(max(wanted, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -262,7 +263,7 @@ def _promises(content: bytes) -> tuple[bool, bool]:
         Whether decoding gives the text back (byte-level pieces, no normalizer), and whether a
         text may be cut as `cut_text` does (the one split pattern for which that is known).
     """
-    layout = json.loads(content)
+    layout = orjson.loads(content)
     pieces = layout.get("pre_tokenizer") or {}
     steps = pieces.get("pretokenizers") or [pieces]
     is_lossless = (

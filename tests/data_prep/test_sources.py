@@ -61,7 +61,7 @@ def test_units_depend_on_sizes_alone() -> None:
     ]
     assert [unit.number for unit in units] == list(range(10))
     assert choose_unit_bytes(0) == 1 << 20
-    assert choose_unit_bytes(1 << 32) == 1 << 25
+    assert choose_unit_bytes(1 << 31) == 1 << 25
     assert choose_unit_bytes(1 << 50) == 1 << 26
 
 
