@@ -5,29 +5,33 @@
 # preemption. bash runs a trap only between commands or in `wait`, so the step runs in the background.
 
 # Runs srun with the given arguments and waits for it, handing signals on to its tasks.
-# Sets `status` to srun's exit status and `warned` to 1 when the time limit was announced.
-run_step() {
-  local srun_pid interrupted
+run_step() { run_supervised USR1 srun "$@"; }
+
+# run_supervised SIGNAL COMMAND...: runs a launcher and waits for it; USR1 and TERM reach it as SIGNAL.
+# Sets `status` to its exit status and `warned` to 1 when the time limit was announced.
+run_supervised() {
+  local launcher_pid interrupted signal=$1
+  shift
   warned=0 status=0 interrupted=0
   # srun hands USR1 on to every task; TERM would make it end the step itself, after the grace period.
   # (The tasks get scancel's TERM from Slurm directly; a second signal changes nothing.)
   trap 'warned=1 interrupted=1; say "USR1: the time limit is near, stopping the tasks"; forward_signal' USR1
   trap 'interrupted=1; say "TERM: stopping the tasks"; forward_signal' TERM
-  say "srun $*"
-  srun "$@" &
-  srun_pid=$!
+  say "$*"
+  "$@" &
+  launcher_pid=$!
   [ "$interrupted" = 0 ] || forward_signal # it came before there was a step
   while :; do
     interrupted=0 status=0
-    wait "$srun_pid" || status=$?
+    wait "$launcher_pid" || status=$?
     [ "$interrupted" = 1 ] || break # a trap ends `wait` early, with the signal's status
   done
   trap - USR1 TERM
-  say "srun ended with status $status"
+  say "${1##*/} ended with status $status"
 }
 
 forward_signal() {
-  [ -z "${srun_pid:-}" ] || kill -USR1 "$srun_pid" 2>/dev/null || true
+  [ -z "${launcher_pid:-}" ] || kill -s "$signal" "$launcher_pid" 2>/dev/null || true
 }
 
 # Ends the job with the step's status; puts it back into the queue instead when the time limit stopped it.
