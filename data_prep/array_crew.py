@@ -27,8 +27,8 @@ from data_prep.journal import CLAIMS, JOURNAL
 from data_prep.phase import Done, Observer, Phase
 from data_prep.pool import default_workers, work_through
 
-# Longer than network file systems keep a file time in memory.
-LEASE_S = 120.0
+# About as long as network file systems keep a file time in memory.
+LEASE_S = 60.0
 SIGN_S = 5.0
 _POLL_S = 0.5
 
@@ -83,9 +83,17 @@ class ArrayCrew:
         first = self._task.number * total // self._task.tasks
         observer.start(phase.verb, int(phase.sizes.sum()), total)
         left = [*range(first, total), *range(first)]
+        is_said = False
         while left:
             busy: list[int] = []
-            if not self._work(phase, left, busy, observer) and busy:
+            did = self._work(phase, left, busy, observer)
+            if busy and not did:
+                if not is_said:
+                    observer.say(
+                        f"waiting for {len(busy):,} units that other tasks work on; those of dead "
+                        f"tasks are taken over after {LEASE_S:.0f} s"
+                    )
+                is_said = True
                 time.sleep(_POLL_S)
             left = busy
 
