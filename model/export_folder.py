@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError
 
 RECORD_NAME = "headway.json"
+CARD_NAME = "README.md"
 FORMAT: Literal["headway-export"] = "headway-export"
 
 _PARTIAL_SUFFIX = ".partial"
@@ -61,7 +62,7 @@ class ExportRecord(_Entry):
     Attributes:
         future_tokens: number of heads that the folder holds.
         description: what the export is of.
-        files: every other file, by name.
+        files: every other file by name, without the model card, which is there to be edited.
     """
 
     format: Literal["headway-export"] = FORMAT
@@ -121,8 +122,9 @@ def written_aside(directory: Path) -> Iterator[Path]:
 
 
 def write_record(directory: Path, description: ExportDescription) -> None:
-    """Write headway.json over all files that lie in the folder now."""
-    files = {path.name: _entry(path) for path in sorted(directory.iterdir())}
+    """Write headway.json over all files that lie in the folder now, without the model card."""
+    paths = [path for path in sorted(directory.iterdir()) if path.name != CARD_NAME]
+    files = {path.name: _entry(path) for path in paths}
     record = ExportRecord(
         future_tokens=description.model.future_tokens, description=description, files=files
     )

@@ -28,6 +28,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.export_folder import (
+    CARD_NAME,
     ExportDescription,
     ExportRecord,
     read_record,
@@ -42,7 +43,6 @@ from model.language_model import MultiTokenModel
 from model.parameter_shapes import checked_parameters, head_of, parameter_shapes
 from model.process_groups import ensure_single_process
 
-CARD_NAME = "README.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_FILE_BYTES = 5_000_000_000
 TOKENIZER_NAME = "tokenizer.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 from model.errors import ConfigError
 from model.export_folder import ExportDescription
 from pipeline.config import RunConfig
-from pipeline.metrics import Record, read_metrics
+from pipeline.metrics import Scalars, read_metrics
 from pipeline.report import final_figures
 from pipeline.state import TrainState
 
@@ -71,7 +71,7 @@ def model_card(
     config: RunConfig,
     state: TrainState,
     description: ExportDescription,
-    records: Sequence[Record],
+    records: Sequence[Scalars],
 ) -> str:
     """The card as Markdown.
 
@@ -98,7 +98,7 @@ def model_card(
     )
 
 
-def metrics_until(run_dir: Path, step: int) -> list[Record]:
+def metrics_until(run_dir: Path, step: int) -> list[Scalars]:
     """The metrics of a run up to a step; empty where there are none to be read."""
     try:
         records = read_metrics(run_dir)

@@ -363,6 +363,7 @@ def test_settings_without_effect_are_said(small: Path) -> None:
         ("1b", 8, 8 << 20),
         ("7b", 64, 8 << 20),
         ("13b", 128, 8 << 20),
+        ("llama-3.2-1b-heads", 8, 1 << 20),
     ],
 )
 def test_shipped_configurations(name: str, world_size: int, tokens: int) -> None:

@@ -27,7 +27,7 @@ SIZES = [
     "model.rope_theta=500",
     "model.norm_eps=2e-5",
 ]
-LAYOUTS = [(1, 1, 0), (2, 1, 1), (2, 2, 2), (2, 1, 3)]  # ranks, tensor parallel, ZeRO
+LAYOUTS = [(1, 1, 0), (2, 2, 2), (2, 1, 3)]  # ranks, tensor parallel, ZeRO
 
 
 def _steps(case: Case) -> tuple[dict[str, bool], dict[str, int]]:
@@ -50,7 +50,7 @@ def _steps(case: Case) -> tuple[dict[str, bool], dict[str, int]]:
     return moved, sizes
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [0, 1, 3])
 def test_the_optimizer_knows_the_trained_heads_only(zero: int) -> None:
     """Frozen parameters do not move, decay included, and Adam's two moments are of the others."""
     ranks = run_ranks(2, _steps, Case(world=2, zero=zero, freeze="trunk"))

@@ -125,10 +125,14 @@ def test_pretraining_continues_with_heads_and_resumes_without_the_folder(
     assert load_export(tmp_path / "export").model.config.rope_scaling is not None
 
 
-def test_without_a_step_the_export_is_the_import(config: Path, llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_without_a_step_the_export_is_the_import(
+    stages: int, config: Path, llama: Path, tmp_path: Path
+) -> None:
     """At a learning rate of next to nothing, every tensor of the Llama comes out as it went in."""
     before = load_file(llama / "model.safetensors")
     arguments = _arguments(config, llama, optimizer__learning_rate=1e-30, train__steps=1)
+    arguments += [f"parallel.stages={stages}", "batch.accumulation=2"]
     assert run_job(tmp_path, arguments, world=2).codes == [0, 0]
     assert export_main([str(tmp_path / "run"), str(tmp_path / "export")]) == 0
     after = load_file(tmp_path / "export" / "model.safetensors")
