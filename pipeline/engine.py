@@ -24,18 +24,25 @@ from torch import Tensor, nn
 
 from data_prep.loader import Batch
 from model.backward import joint_backward, sequential_backward
-from model.errors import CheckpointError
 from model.freezing import freeze_parameters
 from model.hf_import import ImportedWeights
 from model.language_model import MultiTokenModel
 from model.layers import transformer_engine_available
 from model.loss import IGNORED
 from model.part import ModelPart
+from model.sharding import placement_of
 from pipeline.config import Precision, RunConfig
 from pipeline.deepspeed_config import deepspeed_config
 from pipeline.evaluation import EvalResult, evaluate_heads
+from pipeline.optimizer_state import (
+    Fragment,
+    adam_step,
+    fragments,
+    refresh_weights,
+    set_adam_step,
+)
+from pipeline.state_files import Snapshot, StateFiles, run_key
 from pipeline.topology import Topology
-from pipeline.zero_files import TAG
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -341,27 +348,61 @@ class Engine:
             else:
                 yield name, deepspeed.utils.safe_get_full_grad(parameter)
 
+    def snapshot(self) -> Snapshot:
+        """This rank's share of weights and optimizer states, as views that training changes."""
+        runs = {}
+        for fragment in self._fragments():
+            placement = placement_of(fragment.name)
+            if placement.dim is None and self.topology.tensor_rank > 0:
+                continue  # every tensor-parallel rank has the same, and the first one saves it
+            start = fragment.start + (fragment.owned.start or 0)
+            for kind, view in fragment.views.items():
+                if (run := view[fragment.owned]).numel():
+                    runs[run_key(kind, fragment.name, start)] = run
+        return Snapshot(
+            self.topology.info.rank,
+            self.topology.tensor_rank,
+            self.topology.tensor_size,
+            adam_step(self._engine.optimizer),
+            runs,
+        )
+
     def save(self, directory: Path) -> None:
-        """Write weights and optimizer states below `directory`, each rank its own files."""
-        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+        """Write weights and optimizer states into `directory`, each rank its own file."""
+        self.snapshot().write(directory)
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, in the same layout.
+        """Read weights and optimizer states that were saved in any layout; a collective.
+
+        Each rank reads its own share, a parameter at a time. The optimizer's settings stay those
+        of this run.
 
         Raises:
-            CheckpointError: DeepSpeed finds no files of this layout there.
+            CheckpointError: the files do not hold this model.
         """
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
-        if loaded is None:
-            raise CheckpointError(
-                f"{directory} holds no files that DeepSpeed can load in this layout; use another "
-                "checkpoint"
-            )
-        # The checkpoint's optimizer brings its own settings; those of this run hold.
-        options = self.config.optimizer
-        for group in self._engine.optimizer.param_groups:
-            decay = options.weight_decay if group["decayed"] else 0.0
-            group.update(weight_decay=decay, betas=options.betas, eps=options.eps)
+        files = StateFiles(directory, self.config.model)
+        for fragment in self._fragments():
+            for kind, view in fragment.views.items():
+                part = files.part(
+                    kind,
+                    fragment.name,
+                    tensor_rank=self.topology.tensor_rank,
+                    tensor_size=self.topology.tensor_size,
+                    start=fragment.start,
+                    stop=fragment.stop,
+                )
+                view.copy_(part)
+        set_adam_step(self._engine.optimizer, files.adam_step)
+        refresh_weights(self.model, self._engine.optimizer, zero=self._zero)
+
+    def _fragments(self) -> Iterator[Fragment]:
+        return fragments(
+            self.model,
+            self._engine.optimizer,
+            zero=self._zero,
+            data_rank=self.topology.data_rank,
+            data_size=self.topology.data_size,
+        )
 
 
 _UNDECAYED = ("layernorm.weight", "norm_weight")

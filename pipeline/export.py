@@ -137,7 +137,7 @@ def export(
     from pipeline.checkpoint import TOKENIZER, WEIGHTS, checkpoint_path, read_config, verify
     from pipeline.model_card import metrics_until, model_card
     from pipeline.state import read_state
-    from pipeline.zero_files import read_weights
+    from pipeline.state_files import read_weights
 
     checkpoint = checkpoint_path(checkpoint)
     if problems := verify(checkpoint):
@@ -160,12 +160,7 @@ def export(
     results = []
 
     def weights() -> Iterator[tuple[str, "Tensor"]]:
-        return read_weights(
-            checkpoint / WEIGHTS,
-            config.model,
-            tensor_size=state.layout.tensor,
-            num_stages=state.layout.stages,
-        )
+        return read_weights(checkpoint / WEIGHTS, config.model)
 
     def check(folder: Path) -> None:
         parity = compare(folder, description, weights())

@@ -34,7 +34,7 @@ from pipeline.samples import (
 from pipeline.stage_plan import plan_text
 from pipeline.staged_engine import build_engine
 from pipeline.starting_weights import imported_weights
-from pipeline.state import Layout, TrainState, read_state, resume_problems
+from pipeline.state import Layout, TrainState, layout_changes, read_state, resume_problems
 from pipeline.stopping import StopRequest
 from pipeline.throughput import Throughput
 from pipeline.topology import Topology
@@ -190,21 +190,34 @@ class Job:
             return None
         source = checkpoints.find(self.resume, report=logger.warning)
         if source is not None:
-            problems = resume_problems(read_state(source), state)
-            problems += model_problems(read_config(source), self.config)
+            saved, saved_config = read_state(source), read_config(source)
+            problems = resume_problems(saved, state)
+            problems += model_problems(saved_config, self.config)
             if problems:
                 raise CheckpointError(
                     f"{source} does not fit this run ({'; '.join(problems)}); start with the "
                     "saved values, or with --resume none to begin anew"
+                )
+            before = saved_config.global_batch_size(saved.layout.data)
+            now = self.config.global_batch_size(state.layout.data)
+            if before != now:
+                logger.warning(
+                    "a step was %d samples and is %d from now on: the data goes on where it was, "
+                    "but schedule, skipped batches and weight changes count steps",
+                    before,
+                    now,
                 )
         return source
 
     def _restore(self, engine: Engine, source: Path | None, state: TrainState) -> TrainState:
         if source is None:
             return state
+        saved = read_state(source)
+        if changes := layout_changes(saved.layout, state.layout):
+            logger.info("resuming in another layout than saved: %s", ", ".join(changes))
         engine.load(source / WEIGHTS)
         # A checkpoint of an earlier version has no summary yet; the fingerprints agree.
-        return read_state(source).model_copy(update={"data": state.data})
+        return saved.model_copy(update={"data": state.data, "layout": state.layout})
 
     def _announce(
         self, topology: Topology, state: TrainState, source: Path | None, samples: list[str]

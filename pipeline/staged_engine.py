@@ -30,8 +30,8 @@ from pipeline.evaluation import evaluate_heads
 from pipeline.stage_links import StageLinks
 from pipeline.stage_plan import depths, num_depths
 from pipeline.stage_runner import MicroBatchEngine, StageRunner, activation_shape
+from pipeline.state_files import Snapshot
 from pipeline.topology import Topology
-from pipeline.zero_files import stage_directory
 
 # DeepSpeed's name for ZeRO-3's count, per module, of input gradients that are still to arise.
 _GRADIENTS_TO_COME = "ds_grads_remaining"
@@ -214,26 +214,23 @@ class StagedEngine(Engine):
         """Which transfer this rank is waiting for, if any."""
         return self._links.clock.waiting_for
 
-    def save(self, directory: Path) -> None:
-        """Write this stage's weights and optimizer states below `directory`.
+    def snapshot(self) -> Snapshot:
+        """This rank's share of weights and optimizer states, as views that training changes.
 
         Raises:
             TrainingError: the stages' copies of the readout differ.
         """
         self._check_copies()
-        super().save(self._directory(directory))
+        return super().snapshot()
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, in the same layout.
+        """Read weights and optimizer states that were saved in any layout; a collective.
 
         Raises:
-            CheckpointError: DeepSpeed finds no files of this layout there.
+            CheckpointError: the files do not hold this model.
         """
-        super().load(self._directory(directory))
+        super().load(directory)
         self._spread_readout()
-
-    def _directory(self, directory: Path) -> Path:
-        return stage_directory(directory, self.topology.stage, self.topology.num_stages)
 
 
 def build_engine(

@@ -105,13 +105,21 @@ def read_state(directory: Path) -> TrainState:
         ) from None
 
 
+def layout_changes(saved: Layout, current: Layout) -> list[str]:
+    """In what the layout of a checkpoint's files is not this run's, one item each."""
+    return [
+        f"{field} {before} -> {now}"
+        for field in Layout.model_fields
+        if (before := getattr(saved, field)) != (now := getattr(current, field))
+    ]
+
+
 def resume_problems(saved: TrainState, current: TrainState) -> list[str]:
-    """Why a run cannot go on from a saved state, one line each; empty when it can."""
+    """Why a run cannot go on from a saved state, one line each; empty when it can.
+
+    The layout is no reason: files of any are read in any other.
+    """
     problems = []
-    for field in Layout.model_fields:
-        before, now = getattr(saved.layout, field), getattr(current.layout, field)
-        if before != now:
-            problems.append(f"layout {field}: saved with {before}, this run has {now}")
     for field, what in (
         ("data_fingerprint", "shard set"),
         ("data_seed", "run.seed"),

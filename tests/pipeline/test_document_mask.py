@@ -8,7 +8,7 @@ import torch
 from data_prep.shard_set import ShardSet
 from model.hf_format import build_model
 from pipeline.checkpoint import WEIGHTS, checkpoint_path, read_config
-from pipeline.zero_files import read_weights
+from pipeline.state_files import read_weights
 from tests.model.tiny import head_logits
 from tests.training_runs import last_step, metrics_without_times, run_job
 
@@ -29,7 +29,7 @@ def _losses_of_documents_alone(run_dir: Path, shards: Path) -> list[float]:
     """
     checkpoint = checkpoint_path(run_dir)
     config = read_config(checkpoint).model
-    weights = read_weights(checkpoint / WEIGHTS, config, tensor_size=1)
+    weights = read_weights(checkpoint / WEIGHTS, config)
     model = build_model(config, weights, torch.float64)
     validation = ShardSet.open(shards, "validation")
     sums, counts, pieces = [0.0] * HEADS, [0] * HEADS, 0

@@ -24,8 +24,8 @@ from pipeline.engine import Engine
 from pipeline.export import EXIT_USER_ERROR, compare, export, main
 from pipeline.launch import rank_info
 from pipeline.state import Layout, TrainState
+from pipeline.state_files import read_weights
 from pipeline.topology import Topology
-from pipeline.zero_files import TAG, read_weights
 from tests.harness import run_ranks
 
 HEADS, SEQUENCE = 3, 16
@@ -166,9 +166,7 @@ def broken(small: Trained, tmp_path: Path) -> Path:
 def test_weights_are_those_of_the_run(trained: Trained) -> None:
     """Read from the files, every parameter is the run's, bit by bit; in bf16 before rounding."""
     config = read_config(trained.checkpoint).model
-    weights = dict(
-        read_weights(trained.checkpoint / "zero", config, tensor_size=trained.case.tensor)
-    )
+    weights = dict(read_weights(trained.checkpoint / "zero", config))
     assert weights.keys() == trained.weights.keys()
     for name, expected in trained.weights.items():
         assert weights[name].dtype == torch.float32
@@ -260,35 +258,33 @@ def test_damaged_checkpoints_are_refused(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A changed, then a missing file of the checkpoint is named and nothing is written."""
-    path = broken / "zero" / TAG / "mp_rank_00_model_states.pt"
+    path = broken / "zero" / "rank_00000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     line = _fails(broken, tmp_path / "export", capsys)
-    assert "mp_rank_00_model_states.pt differs from its checksum" in line
+    assert "rank_00000.safetensors differs from its checksum" in line
     path.unlink()
-    assert "mp_rank_00_model_states.pt is missing" in _fails(broken, tmp_path / "export", capsys)
+    assert "rank_00000.safetensors is missing" in _fails(broken, tmp_path / "export", capsys)
 
 
 def test_incomplete_files_are_refused(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where DeepSpeed wrote too few files, the count says so; an unreadable one is named."""
-    files = broken / "zero" / TAG
-    second = files / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    """Where a rank's file is left out, the parameter is named; an unreadable file is named."""
+    files = broken / "zero"
+    second = files / "rank_00001.safetensors"
     content = second.read_bytes()
     second.unlink()
     _recommit(broken)
-    assert "has 1 of 2 optimizer files" in _fails(broken, tmp_path / "export", capsys)
+    assert "weight of parameter" in _fails(broken, tmp_path / "export", capsys)
     second.write_bytes(content[:1000])
     _recommit(broken)
     assert f"{second} cannot be read" in _fails(broken, tmp_path / "export", capsys)
-    second.write_bytes(content)
-    (files / "mp_rank_00_model_states.pt").unlink()
+    shutil.rmtree(files)
+    files.mkdir()
     _recommit(broken)
-    assert "has no model states of tensor-parallel rank 0" in _fails(
-        broken, tmp_path / "export", capsys
-    )
+    assert "has no rank_*.safetensors" in _fails(broken, tmp_path / "export", capsys)
 
 
 def test_weights_of_another_model_are_refused(small: Trained) -> None:
@@ -302,7 +298,7 @@ def test_weights_of_another_model_are_refused(small: Trained) -> None:
     ):
         other = ModelConfig.model_validate(config.model_dump() | change)
         with pytest.raises(CheckpointError, match=words):
-            list(read_weights(files, other, tensor_size=1))
+            list(read_weights(files, other))
 
 
 def test_things_that_are_no_checkpoint_are_refused(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_prep.loader import ShardSet
 from pipeline.checkpoint import WEIGHTS, checkpoint_path, read_config
-from pipeline.zero_files import read_weights
+from pipeline.state_files import read_weights
 from tests.training_runs import (
     last_step,
     metrics_without_times,
@@ -26,17 +26,15 @@ LAYOUTS = {
 }
 
 
-def _weights(run_dir: Path, tensor: int) -> dict[str, Tensor]:
+def _weights(run_dir: Path) -> dict[str, Tensor]:
     checkpoint = checkpoint_path(run_dir)
-    return dict(
-        read_weights(checkpoint / WEIGHTS, read_config(checkpoint).model, tensor_size=tensor)
-    )
+    return dict(read_weights(checkpoint / WEIGHTS, read_config(checkpoint).model))
 
 
-def _assert_same_run(straight: Path, resumed: Path, tensor: int) -> None:
+def _assert_same_run(straight: Path, resumed: Path) -> None:
     assert metrics_without_times(resumed) == metrics_without_times(straight)
-    expected = _weights(straight, tensor)
-    for name, weight in _weights(resumed, tensor).items():
+    expected = _weights(straight)
+    for name, weight in _weights(resumed).items():
         assert torch.equal(weight, expected[name]), name
 
 
@@ -61,7 +59,7 @@ def test_killed_twice_equals_uninterrupted(config: Path, tmp_path: Path, layout:
     outcome = run_job(tmp_path, arguments, world=world)
     assert outcome.codes == [0] * world, outcome.output
     assert "resumed from" in outcome.output[0]
-    _assert_same_run(straight, killed, tensor=2 if "tp2" in layout else 1)
+    _assert_same_run(straight, killed)
 
 
 def test_epoch_border(config: Path, shards: Path, tmp_path: Path) -> None:
@@ -77,7 +75,7 @@ def test_epoch_border(config: Path, shards: Path, tmp_path: Path) -> None:
     for stop in (border, border + 1, border + 3):
         arguments = [*base, f"run.dir={stopped}", f"train.stop_at_step={stop}"]
         assert run_job(tmp_path, arguments).codes == [0]
-    _assert_same_run(straight, stopped, tensor=1)
+    _assert_same_run(straight, stopped)
 
 
 def test_signal_stops_all_ranks_at_one_step(config: Path, tmp_path: Path) -> None:
@@ -95,7 +93,7 @@ def test_signal_stops_all_ranks_at_one_step(config: Path, tmp_path: Path) -> Non
     assert run_job(tmp_path, arguments, world=2).codes == [0, 0]
     base = [str(config), "--set", *settings, f"run.dir={straight}"]
     assert run_job(tmp_path, base, world=2).codes == [0, 0]
-    _assert_same_run(straight, stopped, tensor=1)
+    _assert_same_run(straight, stopped)
 
 
 def test_resume_reports_the_position(config: Path, tmp_path: Path) -> None:
@@ -215,7 +213,7 @@ def test_optimizer_settings_of_the_resumed_run_hold(config: Path, tmp_path: Path
         assert run_job(tmp_path, [*base, "train.stop_at_step=4"]).codes == [0]
         arguments = [*base, f"optimizer.weight_decay={decay}", "train.stop_at_step=8"]
         assert run_job(tmp_path, arguments).codes == [0]
-        weights.append(_weights(run_dir, 1))
+        weights.append(_weights(run_dir))
     name = "heads.readout.weight"
     assert weights[1][name].norm() < 0.99 * weights[0][name].norm()
     norm = "heads.readout.norm_weight"  # not decayed, before or after

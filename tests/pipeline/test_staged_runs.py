@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.checkpoint import WEIGHTS, checkpoint_path, read_config
 from pipeline.export import export
 from pipeline.staged_engine import StagedEngine
 from pipeline.state import read_state
-from pipeline.zero_files import read_weights
+from pipeline.state_files import read_weights
 from tests.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.harness import run_ranks
 from tests.training_runs import last_step, metrics_without_times, run_job, start_job
@@ -94,15 +94,9 @@ def test_staged_runs_write_the_metrics_of_one_stage(config: Path, tmp_path: Path
             assert all(0 <= share < 1 for share in idle)
 
 
-def _weights(run_dir: Path) -> Any:
+def _weights(run_dir: Path) -> Iterator[tuple[str, Tensor]]:
     checkpoint = checkpoint_path(run_dir)
-    layout = read_state(checkpoint).layout
-    return read_weights(
-        checkpoint / WEIGHTS,
-        read_config(checkpoint).model,
-        tensor_size=layout.tensor,
-        num_stages=layout.stages,
-    )
+    return read_weights(checkpoint / WEIGHTS, read_config(checkpoint).model)
 
 
 @pytest.mark.parametrize("name", ["three-dp2-zero3", "four-tp2-zero2"])
@@ -136,17 +130,6 @@ def test_a_staged_run_exports(config: Path, tmp_path: Path) -> None:
     parity = export(run_dir, tmp_path / "export", report=said.append)
     assert parity.holds
     assert "3 heads" in said[0]
-
-
-def test_another_plan_is_another_layout(config: Path, tmp_path: Path) -> None:
-    """The same number of stages holding other layers does not take the files for its own."""
-    _train(config, tmp_path, "auto2-zero1")
-    run_dir = tmp_path / "auto2-zero1"
-    plan = "parallel.stages=[trunk: 0-1, heads: 1-3]"
-    settings = [f"run.dir={run_dir}", plan, "parallel.zero=1", "batch.micro_size=1"]
-    outcome = run_job(tmp_path, [str(config), "--set", *settings, "batch.accumulation=4"], world=2)
-    assert set(outcome.codes) == {2}
-    assert "layout stage_plan: saved with [{trunk: 0-1, heads: 1}, heads: 2-3]" in outcome.errors[0]
 
 
 def test_dry_run_draws_the_grid(config: Path, tmp_path: Path) -> None:
