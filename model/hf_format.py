@@ -3,7 +3,7 @@
     config.json, generation_config.json   a LlamaForCausalLM of L - n + 1 layers
     model.safetensors                     trunk and head 1 (several files past 5 GB)
     model.safetensors.index.json          which file holds which of their tensors
-    extra_heads.safetensors               heads 2 .. n, absent when n = 1
+    extra_heads.safetensors               heads 2 .. n, likewise; absent when n = 1
     all_heads.safetensors.index.json      the files of all tensors, for the class below
     modeling_headway.py                   a class for transformers with all heads
     tokenizer.json, tokenizer_config.json

@@ -25,7 +25,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.export_folder import RECORD_NAME, read_record, verify_files
 from model.hf_config import read_llama_config
-from model.hf_files import EXTRA_HEADS_NAME, MODEL_INDEX_NAME, MODEL_NAME
+from model.hf_files import MODEL_INDEX_NAME, MODEL_NAME
 from model.hf_names import EXTRA_HEADS, hf_names, hf_shapes, join
 from model.parameter_shapes import head_of, parameter_shapes
 from model.rope_scaling import RopeScaling
@@ -65,8 +65,9 @@ class LlamaFolder:
             )
         files = _model_files(directory)
         if (directory / RECORD_NAME).is_file():
-            self.heads = read_record(directory).future_tokens
-            files += [directory / EXTRA_HEADS_NAME] if self.heads > 1 else []
+            record = read_record(directory)
+            self.heads = record.future_tokens
+            files += [directory / name for name in record.files if name.startswith(EXTRA_HEADS)]
         self._files = {name: path for path in files for name in _tensor_names(path)}
 
     @property

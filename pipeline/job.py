@@ -111,7 +111,7 @@ class Job:
         )
         checkpoints = CheckpointFolder(config.run.dir, config.checkpoint.keep)
         source = self._find_checkpoint(checkpoints, state)
-        imported = imported_weights(config, shards, topology) if source is None else None
+        imported = imported_weights(config, shards, topology, resumed=source is not None)
         engine = self._engine = build_engine(config, topology, self.precision, imported)
         state = self._restore(engine, source, state)
         if source is not None:

@@ -17,9 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def imported_weights(
-    config: RunConfig, shards: ShardSet, topology: Topology
+    config: RunConfig, shards: ShardSet, topology: Topology, *, resumed: bool
 ) -> ImportedWeights | None:
-    """The initial weights that `train.init_from` gives; None when the key is not set.
+    """The initial weights that `train.init_from` gives.
+
+    None when the key is not set, or when the run is resumed and its checkpoint has the weights.
 
     A collective: rank 0 checks the files' contents for all.
 
@@ -29,6 +31,9 @@ def imported_weights(
         DataError: the shards were made with another tokenizer.
     """
     if config.train.init_from is None:
+        return None
+    if resumed:
+        logger.info("train.init_from=%s is not read: the run goes on", config.train.init_from)
         return None
     folder = LlamaFolder(config.train.init_from)
     folder.check(config.model)

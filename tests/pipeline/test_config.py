@@ -406,3 +406,12 @@ def test_freezing_needs_a_trained_model_and_heads_to_train(
     """A frozen trunk that nobody trained, or nothing left to train, is refused."""
     (line,) = refusal(small, *settings)
     assert line.startswith(words)
+
+
+def test_weight_of_a_frozen_head_has_no_effect(small: Path) -> None:
+    """Head 1 belongs to the frozen model: its weight moves the reported loss and nothing else."""
+    settings = ["train.freeze=trunk", "train.init_from=llama", "model.head_weights=[3, 1, 1, 1]"]
+    lines = settings_without_effect(
+        load_config(small, settings), data_parallel_size=2, device="cpu"
+    )
+    assert lines == ["model.head_weights[0]=3: train.freeze=trunk, head 1 is only measured"]

@@ -118,6 +118,7 @@ def test_pretraining_continues_with_heads_and_resumes_without_the_folder(
     second = run_job(tmp_path, arguments, world=2)
     assert second.codes == [0, 0], second.output
     assert "weights from" not in second.output[0]
+    assert f"train.init_from={llama} is not read: the run goes on" in second.output[0]
     records = metrics_without_times(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1]["loss"] < records[0]["loss"]
