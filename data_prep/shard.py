@@ -1,14 +1,16 @@
 """Command line: corpora to Arrow shards, `python data_prep/shard.py --input PATH --output DIR`."""
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
-    # Run by path, Python puts this folder first; the packages are found from its parent.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # Run by path, Python puts this folder first, where its own modules (inspect) would be looked
+    # for before the library's; the packages are found from its parent.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
