@@ -19,11 +19,13 @@ from data_prep.mixture import Mixture, MixtureSegment, block_counts
 from data_prep.permutation import Permutation
 from data_prep.rows import PackingName, cut_rows
 from data_prep.shard_set import ShardSet
+from data_prep.tokenizer import TokenArray
 
 __all__ = ["Batch", "ShardSet", "TokenLoader"]
 
 POLL_S = 0.1
 IGNORED = -100
+LOCATED_SAMPLES = 1024
 
 
 class Batch(NamedTuple):
@@ -44,6 +46,13 @@ class Batch(NamedTuple):
     tokens: Tensor
     labels: Tensor
     documents: Tensor | None = None
+
+
+class _RowBuffer(NamedTuple):
+    """Tokens `[B, S + n]`, and a view of each row."""
+
+    tokens: TokenArray
+    rows: list[TokenArray]
 
 
 class TokenLoader:
@@ -124,6 +133,8 @@ class TokenLoader:
         )
         self.global_batch_size = micro_batch_size * accumulation * data_parallel_size
         self._permutation = lru_cache(maxsize=4 * len(self._rows))(self._make_permutation)
+        self._buffers = threading.local()
+        self._block = lru_cache(maxsize=4)(self._locate_block)
         self._check_size()
         self.mixture = Mixture(
             shards.sources,
@@ -133,6 +144,16 @@ class TokenLoader:
                 )
             ],
         )
+
+    @property
+    def mixture(self) -> Mixture:
+        """Where samples come from."""
+        return self._mixture
+
+    @mixture.setter
+    def mixture(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self._block.cache_clear()
 
     @property
     def rows_by_source(self) -> dict[str, int]:
@@ -222,17 +243,16 @@ class TokenLoader:
 
     def read(self, first_sample: int, count: int) -> Batch:
         """The rows of samples [first_sample, first_sample + count)."""
-        samples = np.arange(first_sample, first_sample + count, dtype=np.int64)
         length, places = self.sequence_length, self.sequence_length + self.future_tokens
-        tokens = np.empty((len(samples), places), self.shards.dtype)
-        documents = np.empty((len(samples), places), np.int32) if self.documents else None
-        ends = []
-        for place, (source, row) in enumerate(zip(*self._locate(samples), strict=True)):
-            numbers = None if documents is None else documents[place]
-            ends.append(self._rows[source].fill(row, tokens[place], numbers))
-        rows = torch.from_numpy(tokens.astype(np.int64))
-        shifted = [rows[:, head : head + length] for head in range(1, self.future_tokens + 1)]
-        batch = Batch(tokens=rows[:, :length].contiguous(), labels=torch.stack(shifted))
+        buffer = self._buffer(count)
+        documents = np.empty((count, places), np.int32) if self.documents else None
+        ends = self._fill(first_sample, buffer.rows, documents)
+        # Tokens and labels are written once, straight from the stored type.
+        views = np.empty((1 + self.future_tokens, count, length), np.int64)
+        for ahead, view in enumerate(views):
+            view[:] = buffer.tokens[:, ahead : ahead + length]
+        tokens, labels = torch.from_numpy(views[0]), torch.from_numpy(views[1:])
+        batch = Batch(tokens, labels)
         if min(ends) < places:
             _ignore_padding(batch.labels, torch.tensor(ends))
         if documents is None:
@@ -240,12 +260,53 @@ class TokenLoader:
         numbers_ahead = torch.from_numpy(documents)
         numbers_here = numbers_ahead[:, :length].contiguous()
         for head, labels in enumerate(batch.labels, start=1):
-            labels[numbers_ahead[:, head : head + length] != numbers_here] = IGNORED
+            labels.masked_fill_(numbers_ahead[:, head : head + length] != numbers_here, IGNORED)
         return batch._replace(documents=numbers_here)
 
-    def _locate(self, samples: NDArray[np.int64]) -> tuple[list[int], list[int]]:
-        """Source number and row of each global sample."""
-        sources, indices = self.mixture.locate(samples)
+    def _fill(
+        self, first_sample: int, tokens: list[TokenArray], documents: NDArray[np.int32] | None
+    ) -> list[int]:
+        """Write the rows of samples from `first_sample` on; how many places of each hold tokens."""
+        sources, rows = self._locate(first_sample, len(tokens))
+        if len(self._rows) == 1:
+            numbers = None if documents is None else list(documents)
+            return self._rows[0].fill(rows, tokens, numbers)
+        ends = [0] * len(rows)
+        for source in set(sources):
+            places = [place for place, chosen in enumerate(sources) if chosen == source]
+            filled = self._rows[source].fill(
+                [rows[place] for place in places],
+                [tokens[place] for place in places],
+                None if documents is None else [documents[place] for place in places],
+            )
+            for place, end in zip(places, filled, strict=True):
+                ends[place] = end
+        return ends
+
+    def _buffer(self, count: int) -> "_RowBuffer":
+        """Room for `count` rows as they are stored; each thread has its own, used again."""
+        buffer: _RowBuffer | None = getattr(self._buffers, "last", None)
+        if buffer is None or len(buffer.rows) != count:
+            tokens = np.empty((count, self.sequence_length + self.future_tokens), self.shards.dtype)
+            buffer = self._buffers.last = _RowBuffer(tokens, list(tokens))
+        return buffer
+
+    def _locate(self, first_sample: int, count: int) -> tuple[list[int], list[int]]:
+        """Source number and row of each sample of a range."""
+        first_block = first_sample // LOCATED_SAMPLES
+        last_block = (first_sample + count - 1) // LOCATED_SAMPLES
+        places = [self._block(block) for block in range(first_block, last_block + 1)]
+        start = first_sample - first_block * LOCATED_SAMPLES
+        sources, rows = np.concatenate(places, axis=1)[:, start : start + count].tolist()
+        return sources, rows
+
+    def _locate_block(self, block: int) -> NDArray[np.int64]:
+        """Source numbers and rows `[2, LOCATED_SAMPLES]` of a block of samples, all at once.
+
+        One by one they would take longer to find than to read. The last few are kept, by `_block`.
+        """
+        first = block * LOCATED_SAMPLES
+        sources, indices = self.mixture.locate(np.arange(first, first + LOCATED_SAMPLES))
         rows = np.empty_like(indices)
         for source in np.unique(sources).tolist():
             chosen = np.flatnonzero(sources == source)
@@ -254,7 +315,7 @@ class TokenLoader:
             for epoch in np.unique(epochs).tolist() if self.shuffle else ():
                 now = epochs == epoch
                 rows[chosen[now]] = self._permutation(source, epoch)(places[now])
-        return sources.tolist(), rows.tolist()
+        return np.stack([sources, rows])
 
     def _make_permutation(self, source: int, epoch: int) -> Permutation:
         """The order of an epoch of a source; kept for the few in use, by `_permutation`."""
@@ -287,4 +348,4 @@ def _ignore_padding(labels: Tensor, ends: Tensor) -> None:
     """
     places = torch.arange(labels.shape[2])
     for head, head_labels in enumerate(labels, start=1):
-        head_labels[places + head >= ends[:, None]] = IGNORED
+        head_labels.masked_fill_(places + head >= ends[:, None], IGNORED)

@@ -4,6 +4,8 @@ Legend: S sequence length, n future tokens. A row has S + n places: S inputs, an
 serve as targets.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, Protocol
 
 import numpy as np
@@ -27,18 +29,23 @@ class Rows(Protocol):
     count: int
     padding_share: float
 
-    def fill(self, row: int, tokens: TokenArray, documents: NDArray[np.int32] | None) -> int:
-        """Write one row.
+    def fill(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[TokenArray],
+        documents: Sequence[NDArray[np.int32]] | None,
+    ) -> list[int]:
+        """Write some rows.
 
         Args:
-            row: Which one.
-            tokens: `[S + n]` of the set's dtype, to be filled.
-            documents: `[S + n]` to be filled with the number of each place's document within the
-                row, or None.
+            rows: Which ones.
+            tokens: For each an array `[S + n]` of the set's dtype, to be filled.
+            documents: For each an array `[S + n]`, to be filled with the number of each place's
+                document within the row; or None.
 
         Returns:
-            How many places hold tokens; the others hold end-of-document tokens and a document
-            number of their own.
+            For each how many places hold tokens; the others hold end-of-document tokens and a
+            document number of their own.
 
         Raises:
             DataError: A file cannot be read or ends early.
@@ -67,15 +74,20 @@ class ConcatRows:
         self._length = sequence_length
         self.count = max(0, (shards.num_tokens - future_tokens) // sequence_length)
 
-    def fill(self, row: int, tokens: TokenArray, documents: NDArray[np.int32] | None) -> int:
-        """Write one row; see `Rows.fill`."""
-        start = row * self._length
-        self._shards.read_into(start, tokens)
-        if documents is not None:
-            documents[:] = 0
-            documents[self._shards.document_starts(start + 1, len(tokens) - 1) - start] = 1
-            np.cumsum(documents, out=documents)
-        return len(tokens)
+    def fill(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[TokenArray],
+        documents: Sequence[NDArray[np.int32]] | None,
+    ) -> list[int]:
+        """Write some rows; see `Rows.fill`."""
+        starts = [row * self._length for row in rows]
+        self._shards.read_rows(starts, tokens)
+        for start, numbers in zip(starts, documents or (), strict=False):
+            numbers[:] = 0
+            numbers[self._shards.document_starts(start + 1, len(numbers) - 1) - start] = 1
+            np.cumsum(numbers, out=numbers)
+        return [len(row) for row in tokens]
 
 
 class PackedRows:
@@ -96,22 +108,29 @@ class PackedRows:
         self._rows, self._starts, self._lengths = packing.rows, packing.starts, packing.lengths
         self._continue_rows(np.cumsum(lengths), sequence_length, future_tokens)
 
-    def fill(self, row: int, tokens: TokenArray, documents: NDArray[np.int32] | None) -> int:
-        """Write one row; see `Rows.fill`."""
+    def fill(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[TokenArray],
+        documents: Sequence[NDArray[np.int32]] | None,
+    ) -> list[int]:
+        """Write some rows; see `Rows.fill`."""
+        return [
+            self._fill_row(row, tokens[place], None if documents is None else documents[place])
+            for place, row in enumerate(rows)
+        ]
+
+    def _fill_row(self, row: int, tokens: TokenArray, documents: NDArray[np.int32] | None) -> int:
         pieces = slice(int(self._rows[row]), int(self._rows[row + 1]))
-        end = number = 0
-        for start, length in zip(
-            self._starts[pieces].tolist(), self._lengths[pieces].tolist(), strict=True
-        ):
-            self._shards.read_into(start, tokens[end : end + length])
-            if documents is not None:
-                documents[end : end + length] = number
-            end += length
-            number += 1
-        tokens[end:] = self._shards.eos_id
+        lengths = self._lengths[pieces].tolist()
+        ends: list[int] = list(accumulate(lengths))
+        targets = [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        self._shards.read_rows(self._starts[pieces].tolist(), targets)
+        tokens[ends[-1] :] = self._shards.eos_id
         if documents is not None:
-            documents[end:] = number
-        return end
+            documents[: ends[-1]] = np.repeat(np.arange(len(lengths)), lengths)
+            documents[ends[-1] :] = len(lengths)
+        return ends[-1]
 
     def _continue_rows(self, ends: NDArray[np.int64], length: int, targets: int) -> None:
         """Let pieces that fill a row go on into its target places, up to their document's end."""

@@ -2,14 +2,14 @@
 
 import os
 import threading
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.manifest import ShardEntry
 
-MAX_OPEN_FILES = 64
+MAX_OPEN_FILES = 256
 # Up to so many files are asked for their size when a set is opened. Beyond, asking takes a parallel
 # file system longer than it is worth (once per rank and shard): each is asked when first read.
 MAX_SIZES_AT_OPEN = 1024
@@ -21,13 +21,18 @@ class ShardFiles:
     Args:
         directory: The shard set.
         shards: Entries of its manifest.
+
+    Attributes:
+        lock: Keeps descriptors from being closed; held by whoever uses them.
+        descriptors: Of each shard, in order; -1 when its file is not open.
     """
 
     def __init__(self, directory: Path, shards: Sequence[ShardEntry]) -> None:
         self.directory = directory
         self._shards = shards
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self.descriptors = [-1] * len(shards)
+        self._opened: deque[int] = deque()
 
     def check(self) -> None:
         """See that every file is there: one listing per folder; sizes too, when files are few.
@@ -50,17 +55,16 @@ class ShardFiles:
             if few:
                 self._check_size(shard, path.stat().st_size)
 
-    def read(self, shard: ShardEntry, buffer: memoryview, position: int) -> None:
-        """Fill `buffer` with the bytes of a file from `position` on.
+    def read(self, number: int, buffer: memoryview, position: int) -> None:
+        """Fill `buffer` with the bytes of file `number` from `position` on.
 
         Raises:
             DataError: The file cannot be read, or is not the one the manifest describes.
         """
-        path = shard.path
-        # The lock keeps another thread from closing the descriptor in between.
-        with self._lock:
+        path = self._shards[number].path
+        with self.lock:
             try:
-                descriptor = self._descriptor(shard)
+                descriptor = self._descriptor(number)
                 while buffer:
                     size = os.preadv(descriptor, [buffer], position)
                     if size == 0:
@@ -77,9 +81,9 @@ class ShardFiles:
 
     def close(self) -> None:
         """Close all files; they open again when read."""
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
+        with self.lock:
+            while self._opened:
+                self._close_oldest()
 
     def _list(self, folder: str) -> set[str]:
         try:
@@ -95,18 +99,26 @@ class ShardFiles:
                 "or copy the set again"
             )
 
-    def _descriptor(self, shard: ShardEntry) -> int:
-        """An open file of a shard; the least recently used one is closed to stay in bounds."""
-        if shard.path in self._open:
-            self._open.move_to_end(shard.path)
-            return self._open[shard.path]
-        if len(self._open) >= MAX_OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
+    def _descriptor(self, number: int) -> int:
+        """An open file of a shard; the one that was opened first is closed to stay in bounds."""
+        if self.descriptors[number] >= 0:
+            return self.descriptors[number]
+        if len(self._opened) >= MAX_OPEN_FILES:
+            self._close_oldest()
+        shard = self._shards[number]
         descriptor = os.open(self.directory / shard.path, os.O_RDONLY)
         try:
             self._check_size(shard, os.fstat(descriptor).st_size)
+            # Reading ahead of random places would read many times what is needed.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         except BaseException:
             os.close(descriptor)
             raise
-        self._open[shard.path] = descriptor
+        self.descriptors[number] = descriptor
+        self._opened.append(number)
         return descriptor
+
+    def _close_oldest(self) -> None:
+        number = self._opened.popleft()
+        os.close(self.descriptors[number])
+        self.descriptors[number] = -1

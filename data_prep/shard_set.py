@@ -46,16 +46,17 @@ class ShardSet:
         split: str,
         manifest: Manifest,
         source: str | None = None,
-        files: ShardFiles | None = None,
+        parent: "ShardSet | None" = None,
     ) -> None:
         self.directory = directory
         self.split = split
         self.manifest = manifest
-        self.shards: Sequence[ShardEntry] = [
-            shard
-            for shard in manifest.shards
-            if shard.split == split and source in (None, shard.source)
+        whole = [shard for shard in manifest.shards if shard.split == split]
+        # The place of each shard of this stream among those of the split, whose files are shared.
+        self._numbers = [
+            number for number, shard in enumerate(whole) if source in (None, shard.source)
         ]
+        self.shards: Sequence[ShardEntry] = [whole[number] for number in self._numbers]
         self.sources = tuple(dict.fromkeys(shard.source for shard in self.shards))
         self.fingerprint: str = (
             manifest.splits[split].fingerprint
@@ -72,7 +73,12 @@ class ShardSet:
         self.total_bytes = sum(shard.bytes for shard in self.shards)
         self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
         self._starts = starts
-        self._files = files or ShardFiles(directory, self.shards)
+        # Where token 0 of the stream would lie in each file if the shard before reached that far.
+        self._bases = [
+            shard.values_offset - start * self.dtype.itemsize
+            for shard, start in zip(self.shards, starts, strict=False)
+        ]
+        self._files: ShardFiles = parent._files if parent else ShardFiles(directory, whole)
 
     @classmethod
     def open(
@@ -111,7 +117,7 @@ class ShardSet:
     def of_source(self, source: str) -> "ShardSet":
         """The stream of one source of this split; it shares the open files of this one."""
         assert source in self.sources, (source, self.sources)
-        return ShardSet(self.directory, self.split, self.manifest, source, self._files)
+        return ShardSet(self.directory, self.split, self.manifest, source, self)
 
     @property
     def vocab_size(self) -> int:
@@ -176,10 +182,34 @@ class ShardSet:
             shard = self.shards[number]
             first = start - self._starts[number]
             size = min(len(view), (shard.tokens - first) * itemsize)
-            self._files.read(shard, view[:size], shard.values_offset + first * itemsize)
+            position = shard.values_offset + first * itemsize
+            self._files.read(self._numbers[number], view[:size], position)
             view = view[size:]
             start += size // itemsize
             number += 1
+
+    def read_rows(self, starts: Sequence[int], rows: Sequence[TokenArray]) -> None:
+        """Fill each of `rows` as `read_into` does; a batch at once takes less time.
+
+        Raises:
+            DataError: A file cannot be read or ends early.
+        """
+        starting, bases, numbers = self._starts, self._bases, self._numbers
+        descriptors, itemsize, read = self._files.descriptors, self.dtype.itemsize, os.preadv
+        remaining = []
+        with self._files.lock:
+            for start, row in zip(starts, rows, strict=True):
+                place = bisect_right(starting, start) - 1
+                try:
+                    position = bases[place] + start * itemsize
+                    size = read(descriptors[numbers[place]], [row], position)  # type: ignore[list-item]
+                except OSError:
+                    size = 0
+                if size != row.nbytes or start + len(row) > starting[place + 1]:
+                    remaining.append((start, row))
+        # Files that are not open, rows over a shard's border, and whatever failed.
+        for start, row in remaining:
+            self.read_into(start, row)
 
     def document_starts(self, start: int, count: int) -> NDArray[np.int64]:
         """Where documents start within tokens [start, start + count) of the stream.
@@ -258,7 +288,7 @@ class ShardSet:
         out = np.empty(count, np.int64)
         shard = self.shards[number]
         position = shard.offsets_offset + first * out.itemsize
-        self._files.read(shard, out.view(np.uint8).data, position)
+        self._files.read(self._numbers[number], out.view(np.uint8).data, position)
         return out
 
     def _starts_in_shard(self, number: int, first: int, end: int) -> NDArray[np.int64]:

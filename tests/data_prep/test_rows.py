@@ -102,7 +102,7 @@ def test_packed_rows_hold_whole_documents(shards: ShardSet, heads: int) -> None:
     found = []
     for row in range(rows.count):
         tokens, documents = np.empty(S + heads, np.uint16), np.empty(S + heads, np.int32)
-        end = min(rows.fill(row, tokens, documents), S)
+        end = min(*rows.fill([row], [tokens], [documents]), S)
         assert tokens[:S].tolist() == batch.tokens[row].tolist()
         assert documents[:S].tolist() == batch.documents[row].tolist()
         assert documents[0] == 0
