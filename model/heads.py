@@ -62,7 +62,7 @@ class Readout(ColumnParallelLinear):
 class ReadoutCopy(nn.Module):
     """The readout of a stage whose heads use one that is trained in another stage.
 
-    Holds values, not parameters: whoever trains the readout sends them (`pipeline.readout_sync`).
+    Holds values, not parameters: whoever trains the readout sends them (`pipeline.staged_engine`).
     """
 
     weight: Tensor

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,52 +21,99 @@ from pipeline.topology import Topology
 _MAX_SENDS = 2
 
 
+class _Wait(NamedTuple):
+    """A wait on a GPU's stream, between two events."""
+
+    what: str
+    begin: Any
+    end: Any
+
+
 class IdleClock:
-    """Counts the time this rank waits for others.
+    """Counts the time this rank waits for others, and the time of the steps it does so in.
 
-    On a GPU a wait holds up the stream, not the process: events on the stream measure it.
-
-    Attributes:
-        waiting_for: what the rank waits for, or on a GPU asked for last; None between steps.
+    On a GPU a wait holds up the stream, not the process, which runs ahead: events on the stream
+    measure both times.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.waiting_for: str | None = None
         self._on_gpu = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []
+        self._waited_s = 0.0
+        self._elapsed_s = 0.0
+        self._waiting_for: str | None = None
+        # On a GPU: of the last step, not yet added up.
+        self._waits: list[_Wait] = []
+        self._steps: list[tuple[Any, Any]] = []
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What the rank waits for, None while it does not; any thread may ask."""
+        if not self._on_gpu:
+            return self._waiting_for
+        try:
+            ahead = next((wait for wait in list(self._waits) if not wait.end.query()), None)
+            return ahead.what if ahead and ahead.begin.query() else None
+        except RuntimeError:  # the GPU has failed, which others report
+            return None
 
     def wait(self, work: Any, what: str) -> None:
         """Wait for a transfer or collective to end; `what` completes "waits for ..."."""
-        self.waiting_for = what
         if self._on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            begin = _event()
             work.wait()
-            end.record()
-            self._events.append((begin, end))
+            self._waits.append(_Wait(what, begin, _event()))
             return
+        self._waiting_for = what
         started = time.perf_counter()
         work.wait()
-        self._seconds += time.perf_counter() - started
-        self.waiting_for = None
+        self._waited_s += time.perf_counter() - started
+        self._waiting_for = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """What happens in here is the time of which waiting is a share."""
+        self._add_up()  # the last step's; it has ended long ago
+        if self._on_gpu:
+            begin = _event()
+            yield
+            self._steps.append((begin, _event()))
+            return
+        started = time.perf_counter()
+        yield
+        self._elapsed_s += time.perf_counter() - started
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Waiting in here does not count."""
-        before = self.take()
+        self._add_up()
+        before = self._waited_s
         yield
-        self.take()
-        self._seconds = before
+        self._waits.clear()
+        self._waited_s = before
 
-    def take(self) -> float:
-        """Seconds waited since the last call."""
-        if self._events:
-            self._events[-1][1].synchronize()
-            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-            self._events.clear()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+    def take(self) -> tuple[float, float]:
+        """Seconds waited, and seconds of steps, since the last call."""
+        self._add_up()
+        taken = self._waited_s, self._elapsed_s
+        self._waited_s = self._elapsed_s = 0.0
+        return taken
+
+    def _add_up(self) -> None:
+        """Turn events into seconds, and forget them."""
+        if not self._steps:
+            return
+        self._steps[-1][1].synchronize()
+        self._waited_s += sum(wait.begin.elapsed_time(wait.end) for wait in self._waits) / 1000
+        self._elapsed_s += sum(begin.elapsed_time(end) for begin, end in self._steps) / 1000
+        self._waits.clear()
+        self._steps.clear()
+
+
+def _event() -> Any:
+    """Now, on the stream."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class Sender:
@@ -183,6 +230,25 @@ class StageLinks:
             self.gradients_in = Receiver(
                 backward, peer, self.clock, f"gradients from {name}", **kind
             )
+        with self.clock.uncounted():
+            self._connect(torch.zeros(1, **kind))
+
+    def _connect(self, tensor: Tensor) -> None:
+        """A first transfer over every link, in one order along the chain.
+
+        NCCL connects two ranks in their first transfer and holds both processes up until it has.
+        In a step each of two neighbours begins by receiving what the other sends later: connecting
+        there, both would wait for ever.
+        """
+        before = (self.activations_in, self.gradients_out)
+        after = (self.activations_out, self.gradients_in)
+        for link in (*before, *after):
+            if isinstance(link, Receiver):
+                link.expect([tuple(tensor.shape)])
+                link.receive()
+            elif link is not None:
+                link.send(tensor)
+                link.finish()
 
     def finish_sends(self) -> None:
         """Wait until what this stage sent has arrived."""

@@ -11,7 +11,6 @@ heads keeps nothing but z.
 Legend: B batch, S sequence, H hidden, n heads.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +90,6 @@ class StageRunner:
         self._order = order
         self._chunk_tokens = chunk_tokens
         self._sparse_first_gradient = sparse_first_gradient
-        self._elapsed_s = 0.0
 
     def run(self, batches: Sequence[Batch], scales: Tensor) -> Tensor:
         """Forward and backward of all micro-batches of a step.
@@ -103,7 +101,15 @@ class StageRunner:
         Returns:
             `[n]` float32, sum of each head's token losses over the chain's micro-batches.
         """
-        started = time.perf_counter()
+        with self._links.clock.step():
+            sums = self._run(batches, scales)
+            self._links.finish_sends()
+            work = dist.all_reduce(sums, group=self._topology.activation_group, async_op=True)
+            self._links.clock.wait(work, "the other stages at the end of a step")
+        return sums
+
+    def _run(self, batches: Sequence[Batch], scales: Tensor) -> Tensor:
+        """This stage's part of `run`: the losses of its own heads."""
         self._expect(batches)
         sums = torch.zeros_like(scales)
         gradients: ReadoutGradients | None = None
@@ -115,18 +121,12 @@ class StageRunner:
             gradients = self._backward(
                 in_flight.pop(micro), batches, micro, scales, sums, gradients
             )
-        self._links.finish_sends()
-        group = self._topology.activation_group
-        work = dist.all_reduce(sums, group=group, async_op=True)
-        self._links.clock.wait(work, "the other stages at the end of a step")
-        self._elapsed_s += time.perf_counter() - started
         return sums
 
     def idle_fractions(self) -> list[float]:
         """Share of the steps since the last call that each stage waited; a collective."""
         seconds = torch.zeros(2, self._topology.num_stages, dtype=torch.float64)
-        seconds[:, self._topology.stage] = torch.tensor([self._links.clock.take(), self._elapsed_s])
-        self._elapsed_s = 0.0
+        seconds[:, self._topology.stage] = torch.tensor(self._links.clock.take())
         seconds = seconds.to(self._topology.device)
         dist.all_reduce(seconds)
         idle, elapsed = seconds
