@@ -47,6 +47,15 @@ class Batch(NamedTuple):
     labels: Tensor
     documents: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
+        documents = self.documents
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            None if documents is None else documents.to(device, non_blocking=True),
+        )
+
 
 class _RowBuffer(NamedTuple):
     """Tokens `[B, S + n]`, and a view of each row."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.runtime.zero import partitioned_param_coordinator
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.loader import Batch
 from model.backward import joint_backward, sequential_backward
@@ -31,9 +31,11 @@ from model.layers import transformer_engine_available
 from model.loss import IGNORED
 from model.part import ModelPart
 from model.sharding import placement_of
+from pipeline.adamw import build_adamw
 from pipeline.config import Precision, RunConfig
 from pipeline.deepspeed_config import deepspeed_config
 from pipeline.evaluation import EvalResult, evaluate_heads
+from pipeline.gradients import discard_gradients, gradients_finite
 from pipeline.optimizer_state import (
     Fragment,
     adam_step,
@@ -93,7 +95,7 @@ class Engine:
         model = self._build_model(settings, imported)
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=self._build_optimizer(model),
+            optimizer=build_adamw(model, config.optimizer, fused=topology.device.type == "cuda"),
             mpu=topology,
             config=settings,
             dist_init_required=False,
@@ -144,23 +146,6 @@ class Engine:
         wanted = self.config.train.transformer_engine and self.topology.device.type == "cuda"
         return wanted and transformer_engine_available()
 
-    def _build_optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW over what is trained; matrices decay, norm weights do not."""
-        options = self.config.optimizer
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decayed = [p for name, p in parameters.items() if not name.endswith(_UNDECAYED)]
-        undecayed = [p for name, p in parameters.items() if name.endswith(_UNDECAYED)]
-        return torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": options.weight_decay, "decayed": True},
-                {"params": undecayed, "weight_decay": 0.0, "decayed": False},
-            ],
-            lr=options.learning_rate,
-            betas=options.betas,
-            eps=options.eps,
-            fused=self.topology.device.type == "cuda",
-        )
-
     def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
@@ -168,14 +153,14 @@ class Engine:
             batches: the rank's micro-batches of the step, `batch.accumulation` of them.
             learning_rate: for this step.
         """
-        batches = [self._to_device(batch) for batch in batches]
+        batches = [batch.to(self.topology.device) for batch in batches]
         counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
         # DeepSpeed averages over data-parallel ranks; the loss is a mean over global targets.
         scales = self._weights * self.topology.data_size / counts.clamp(min=1)
         sums = self._run_micro_batches(batches, scales)
         head_losses = self._global_sum(sums) / counts.clamp(min=1)
         if not self._gradients_finite(head_losses):
-            self._discard_gradients()
+            discard_gradients(self._engine, zero=self._zero)
             return StepResult(head_losses, float("nan"), applied=False)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -238,7 +223,7 @@ class Engine:
                 clip_grad_norm_(self.model.parameters(), max_norm=limit, mpu=self.topology)
             )
             if not math.isfinite(norm):
-                self._discard_gradients()
+                discard_gradients(self._engine, zero=self._zero)
                 return None
             self._engine.step()
             return norm
@@ -249,41 +234,12 @@ class Engine:
 
     def _gradients_finite(self, head_losses: Tensor) -> bool:
         """Whether losses and gradients are finite on all ranks, agreed by all ranks."""
-        finite = head_losses.isfinite().all()
-        if self._zero == 0:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    finite &= parameter.grad.isfinite().all()
-        else:
-            finite &= not self._engine.optimizer.has_overflow()
+        finite = head_losses.isfinite().all() & gradients_finite(
+            self.model, self._engine.optimizer, zero=self._zero, device=head_losses.device
+        )
         flag = finite.to(torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
-
-    def _discard_gradients(self) -> None:
-        """Forget the gradients of a step that will not be taken."""
-        optimizer = self._engine.optimizer
-        if self._zero == 0:
-            self._engine.zero_grad()
-            optimizer.zero_grad()
-        else:
-            optimizer.zero_grad()
-            for index in list(optimizer.averaged_gradients):
-                optimizer.averaged_gradients[index] = None
-        if self._zero in (1, 2):
-            for index in list(optimizer.all_grad_tensors):
-                optimizer.all_grad_tensors[index] = None
-            optimizer.micro_step_id = -1
-        if self._zero == 3:
-            optimizer.averaged_gradients = {}
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device, documents = self.topology.device, batch.documents
-        return Batch(
-            batch.tokens.to(device, non_blocking=True),
-            batch.labels.to(device, non_blocking=True),
-            None if documents is None else documents.to(device, non_blocking=True),
-        )
 
     def _global_sum(self, tensor: Any) -> Tensor:
         """Sum over the ranks that hold different data."""
@@ -297,7 +253,7 @@ class Engine:
         """
         self._engine.eval()
         with torch.no_grad():
-            sums = self._evaluate_batches(self._to_device(batch) for batch in batches)
+            sums = self._evaluate_batches(batch.to(self.topology.device) for batch in batches)
         self._engine.train()
         return EvalResult.from_sums(self._global_sum(sums))
 
@@ -403,9 +359,6 @@ class Engine:
             data_rank=self.topology.data_rank,
             data_size=self.topology.data_size,
         )
-
-
-_UNDECAYED = ("layernorm.weight", "norm_weight")
 
 
 def one_forward_one_backward(
