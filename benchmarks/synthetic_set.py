@@ -1,6 +1,7 @@
 """Shard sets of made-up documents for benchmarks of reading: any size, in seconds."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def make_set(directory: Path, *, shards: int, tokens: int) -> None:
         else:
             twin = entries[number % 2]
             os.link(directory / twin.path, directory / path)
-            entries.append(twin.model_copy(update={"path": path, "unit": number}))
+            entries.append(replace(twin, path=path, unit=number))
     facts = (tokenizer.sha256, tokenizer.eos_id, "uint16", entries)
     documents = sum(entry.rows for entry in entries)
     ledger = Ledger(records=documents, documents=documents)

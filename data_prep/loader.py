@@ -161,6 +161,9 @@ class TokenLoader:
 
     @mixture.setter
     def mixture(self, mixture: Mixture) -> None:
+        for segment in mixture.segments:
+            empty = [name for name, rows in self.rows_by_source.items() if not rows]
+            assert not any(segment.share(name) for name in empty), (segment, empty)
         self._mixture = mixture
         self._block.cache_clear()
 

@@ -101,7 +101,7 @@ class Job:
         stop = StopRequest(self.device)
         state = self._new_state(shards, topology)
         loader = training_samples(config, shards, topology)
-        validation = validation_samples(config, topology)
+        validation = validation_samples(config, shards, topology)
         self._watchdog = Watchdog(
             topology,
             timeout_s=config.train.heartbeat_timeout_s,
@@ -117,7 +117,7 @@ class Job:
         if source is not None:
             checkpoints.set_aside_after(state.step)
         follow_plan(loader, weight_stages(config, loader), state)
-        self._announce(topology, state, source, describe_samples(config, loader, state.batches))
+        self._announce(topology, state, source, describe_samples(config, loader, state))
         metrics = open_metrics_log(config, rank=self.info.rank, resumed_step=state.step)
         try:
             throughput = Throughput(config, topology)

@@ -10,6 +10,7 @@ from model.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.data_section import WeightStage
 from pipeline.mixture_plan import weight_problems
+from pipeline.state import TrainState
 from pipeline.topology import Topology
 from pipeline.validation import ValidationSamples
 
@@ -92,16 +93,19 @@ def weight_stages(config: RunConfig, loader: TokenLoader) -> tuple[WeightStage, 
     return (WeightStage(step=0, weights=weights),)
 
 
-def describe_samples(config: RunConfig, loader: TokenLoader, batches_behind: int) -> list[str]:
+def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) -> list[str]:
     """Mixture, packing and skipped batches of a run, in words; no line for what is not used.
 
     Args:
         config: the run.
         loader: its training samples.
-        batches_behind: batches that were trained on or skipped before.
+        state: where the run is.
     """
     lines = []
     data, rows = config.data, loader.rows_by_source
+    if len(rows) == 1 and data.weight_stages:
+        (name,) = rows
+        lines.append(f"no effect     data weights: {name} is the only source of these shards")
     if len(rows) > 1:
         for segment in loader.mixture.segments:
             shares = ", ".join(f"{name} {segment.share(name):.2%}" for name in rows)
@@ -114,36 +118,48 @@ def describe_samples(config: RunConfig, loader: TokenLoader, batches_behind: int
         )
     lines += [
         f"data.skip_batches: batches {first} to {last} of the data order "
-        + ("lie behind, no effect" if last <= batches_behind else "are not trained on")
+        + ("lie behind, no effect" if last <= state.batches else "are not trained on")
         for first, last in data.skip_batches
     ]
+    if state.next_sample:
+        counts = loader.mixture.counts(state.next_sample)
+        epochs = ", ".join(f"{name} {counts[name] / max(rows[name], 1):.3f}" for name in rows)
+        lines.append(f"epochs behind: {epochs}")
     return lines
 
 
-def validation_samples(config: RunConfig, topology: Topology) -> ValidationSamples | None:
+def validation_samples(
+    config: RunConfig, shards: ShardSet, topology: Topology
+) -> ValidationSamples | None:
     """This rank's validation samples; None when the run does not validate.
 
+    Args:
+        config: the run.
+        shards: its training split.
+        topology: the grid of ranks.
+
     Raises:
-        DataError: the split is damaged.
+        DataError: the validation split is damaged.
     """
     if not config.eval.every_steps:
         return None
     data, name = config.data, config.data.eval_split
     rows = tokens = 0
-    if name in ShardSet.open(data.shards, data.train_split).manifest.splits:
-        shards = ShardSet.open(data.shards, name)
-        tokens = shards.num_tokens
+    held_out: ShardSet | None = None
+    if name in shards.manifest.splits:
+        held_out = ShardSet.open(data.shards, name)
+        tokens = held_out.num_tokens
         rows = sum(
             cut_rows(
-                shards.of_source(source),
+                held_out.of_source(source),
                 data.packing,
                 sequence_length=data.sequence_length,
                 future_tokens=config.model.future_tokens,
             ).count
-            for source in shards.sources
+            for source in held_out.sources
         )
     # The same on all ranks, which have read the same files.
-    if rows < topology.data_size:
+    if held_out is None or rows < topology.data_size:
         logger.warning(
             "training without validation: %s has %d tokens in its split %r, less than a window of "
             "data.sequence_length=%d for each of %d data-parallel ranks; make the shards again "
@@ -155,4 +171,6 @@ def validation_samples(config: RunConfig, topology: Topology) -> ValidationSampl
             topology.data_size,
         )
         return None
-    return ValidationSamples(config, data_rank=topology.data_rank, data_size=topology.data_size)
+    return ValidationSamples(
+        config, held_out, data_rank=topology.data_rank, data_size=topology.data_size
+    )

@@ -18,16 +18,19 @@ class ValidationSamples:
 
     Args:
         config: the run.
+        shards: its validation split.
         data_rank: this rank's place among those that hold different data.
         data_size: how many such ranks there are.
 
     Raises:
-        DataError: the split is missing, damaged, or smaller than one row per rank.
+        DataError: the split is smaller than one row per rank.
     """
 
-    def __init__(self, config: RunConfig, *, data_rank: int, data_size: int) -> None:
+    def __init__(
+        self, config: RunConfig, shards: ShardSet, *, data_rank: int, data_size: int
+    ) -> None:
         self._loader = TokenLoader(
-            ShardSet.open(config.data.shards, config.data.eval_split),
+            shards,
             sequence_length=config.data.sequence_length,
             future_tokens=config.model.future_tokens,
             seed=0,

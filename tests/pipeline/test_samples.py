@@ -1,6 +1,7 @@
 """Runs on mixtures, packed and masked documents, with batches to skip: from the command line."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,8 @@ def test_a_scheduled_mixture_resumes_exactly(config: Path, mixed: Path, tmp_path
     state = read_state(tmp_path / "straight" / "checkpoints" / "step_00000010")
     assert (state.next_sample, state.skipped_batches, state.batches) == (52, 3, 13)
     assert [segment.first_sample for segment in state.mixture] == [0, 16]
+    position = state.model_dump_json(exclude={"layout"})
+    assert len(position) < 1000, position
     log = next((tmp_path / "straight" / "logs").glob("*0*")).read_text()
     assert "mixture from sample 16: prose 12.50%, code 87.50%" in log
     assert "batches 3 to 4 skipped, as data.skip_batches says" in log
@@ -82,6 +85,7 @@ def test_a_scheduled_mixture_resumes_exactly(config: Path, mixed: Path, tmp_path
     log = next((tmp_path / "stopped" / "logs").glob("*0*")).read_text()
     assert "batches 3 to 4 of the data order lie behind, no effect" in log
     assert "batches 9 to 9 of the data order are not trained on" in log
+    assert re.search(r"epochs behind: prose 0\.\d+, code 0\.\d+", log)
 
     changed = train(config, tmp_path / "changed", [*common, "data.weights={prose: 1}"], world=2)
     assert changed[:6] == straight[:6]
