@@ -18,7 +18,8 @@ ARROW_MAGIC = b"ARROW1"
 ARROW_FILE_HEADER = b"ARROW1\0\0"
 CONTINUATION = b"\xff\xff\xff\xff"
 END_OF_STREAM = CONTINUATION + bytes(4)
-BATCH_ROWS = 1024
+BATCH_ROWS = 256
+READ_BYTES = 1 << 20
 BATCH_BYTES = 1 << 21
 
 
@@ -49,7 +50,7 @@ def read_parquet(
         DataError: The file has no such column of strings, or its footer is damaged.
     """
     with pa.OSFile(path) as source, _explained(path):
-        parquet = pq.ParquetFile(source)
+        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
         column = _find_column(parquet.schema_arrow, path, reading)
         row = 0
         for number in range(parquet.num_row_groups):
@@ -66,7 +67,7 @@ def read_parquet_row(path: str, row: int, reading: Reading) -> Iterator[RecordBa
         DataError: As `read_parquet`.
     """
     with pa.OSFile(path) as source, _explained(path):
-        parquet = pq.ParquetFile(source)
+        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
         column = _find_column(parquet.schema_arrow, path, reading)
         first = 0
         for number in range(parquet.num_row_groups):

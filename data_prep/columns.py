@@ -10,6 +10,7 @@ from data_prep.shards import ShardRows
 from data_prep.tokenizer import TokenArray
 
 BATCH_BYTES = 1 << 22
+LARGEST_ROOM_TOKENS = 1 << 24
 
 
 class Columns:
@@ -25,14 +26,18 @@ class Columns:
         self._limit = limit_tokens
         self._texts: list[bytes] = []
         self._text_bytes = 0
-        self._tokens: list[TokenArray] = []
+        # Not touched, not in memory: the room is virtual until tokens are put there.
+        self._tokens: TokenArray = np.empty(min(limit_tokens, LARGEST_ROOM_TOKENS), encoder.dtype)
         self._num_tokens = 0
         self._lengths: list[NDArray[np.int64]] = []
         self._src: list[int] = []
         self._row: list[int] = []
 
     def add(self, file: int, texts: Sequence[bytes], rows: Sequence[int]) -> Iterator[ShardRows]:
-        """Append documents of one file; give the shards that are full by now."""
+        """Append documents of one file; give the shards that are full by now.
+
+        A shard that is given is a view: it is to be written before the next one is asked for.
+        """
         for first, last in _cut_batch(texts):
             part = texts[first:last]
             self._texts += part
@@ -53,36 +58,39 @@ class Columns:
     def _encode(self) -> None:
         if self._texts:
             tokens, lengths = self._encoder.encode(self._texts)
-            self._tokens.append(tokens)
-            self._num_tokens += len(tokens)
+            self._keep(tokens)
             self._lengths.append(lengths)
             self._texts = []
             self._text_bytes = 0
+
+    def _keep(self, tokens: TokenArray) -> None:
+        """Put tokens behind those that are there."""
+        needed = self._num_tokens + len(tokens)
+        if needed > len(self._tokens):
+            grown: TokenArray = np.empty(max(needed, 5 * needed // 4), self._tokens.dtype)
+            grown[: self._num_tokens] = self._tokens[: self._num_tokens]
+            self._tokens = grown
+        self._tokens[self._num_tokens : needed] = tokens
+        self._num_tokens = needed
 
     def _give_full(self) -> Iterator[ShardRows]:
         """All but the last piece of what is there: later documents may still fit into that one."""
         pieces = list(cut_rows(self._join(), self._limit))
         last = pieces.pop()
         yield from pieces
-        # A copy, so that the rest of the tokens is let go.
-        self._tokens, self._num_tokens = [last.tokens.copy()], len(last.tokens)
+        self._tokens[: len(last.tokens)] = last.tokens.copy()
+        self._num_tokens = len(last.tokens)
         self._lengths = [np.diff(last.offsets)]
         self._src, self._row = last.src.tolist(), last.row.tolist()
 
     def _join(self) -> ShardRows:
-        """All documents that were encoded; their pieces are let go on the way."""
-        tokens: TokenArray = np.empty(self._num_tokens, self._encoder.dtype)
-        start = 0
-        for number, piece in enumerate(self._tokens):
-            tokens[start : start + len(piece)] = piece
-            start += len(piece)
-            self._tokens[number] = piece[:0].copy()
-        assert start == self._num_tokens, (start, self._num_tokens)
+        """All documents that were encoded and not given yet."""
         lengths = np.concatenate(self._lengths)
-        self._tokens, self._num_tokens = [], 0
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        assert int(offsets[-1]) == self._num_tokens, (offsets[-1], self._num_tokens)
         return ShardRows(
-            tokens=tokens,
-            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            tokens=self._tokens[: self._num_tokens],
+            offsets=offsets,
             src=np.array(self._src, dtype=np.uint32),
             row=np.array(self._row, dtype=np.uint64),
         )
