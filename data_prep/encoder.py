@@ -118,15 +118,16 @@ def choose_encoder(tokenizer: Tokenizer, choice: EncoderChoice) -> EncoderReport
 
 def _why_not_gigatoken(tokenizer: Tokenizer) -> str:
     """Why gigatoken cannot encode for this tokenizer; empty when it can."""
+    texts = probe_texts(tokenizer.special_names)
     try:
-        fast = _Gigatoken(tokenizer)
+        ids, ends = _Gigatoken(tokenizer).encode([text.encode() for text in texts])
     except ImportError as error:
         return f"gigatoken cannot be imported ({error})"
-    except Exception as error:  # RuntimeError by its word; a panic of its parser is no Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in its native code is no Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"gigatoken does not know this tokenizer ({reason[:200]})"
-    texts = probe_texts(tokenizer.special_names)
-    ids, ends = fast.encode([text.encode() for text in texts])
     expected, expected_ends = tokenizer.encode_plain(texts)
     if np.array_equal(ids, expected) and np.array_equal(ends, expected_ends):
         return ""

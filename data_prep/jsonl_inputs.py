@@ -10,6 +10,7 @@ from data_prep.codecs import DamagedInputError, Stream
 from data_prep.records import BYTE_ORDER_MARK, Reading, RecordBatch
 
 BLOCK_BYTES = 1 << 20
+LEAST_BYTES = 1 << 13
 
 
 class Unusable(NamedTuple):
@@ -36,8 +37,9 @@ def read_lines(
     offset, pieces, held = start, list[bytes](), 0
     damage = ""
     while end is None or offset < end:
+        wanted = BLOCK_BYTES if end is None else min(BLOCK_BYTES, max(end - offset, LEAST_BYTES))
         try:
-            block = stream.read(BLOCK_BYTES)
+            block = stream.read(wanted)
         except DamagedInputError as error:
             block, damage = b"", str(error)
         cut = block.rfind(b"\n")

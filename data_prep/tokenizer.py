@@ -266,14 +266,17 @@ def _promises(content: bytes) -> tuple[bool, bool]:
     layout = orjson.loads(content)
     pieces = layout.get("pre_tokenizer") or {}
     steps = pieces.get("pretokenizers") or [pieces]
+    vocabulary = (layout.get("model") or {}).get("vocab")
+    added = layout.get("added_tokens") or []
     is_lossless = (
         layout.get("normalizer") is None
         and all(step.get("behavior") != "Removed" for step in steps)
         and any(step.get("type") == "ByteLevel" for step in steps)
         and not any(step.get("add_prefix_space") for step in steps)
         and (layout.get("decoder") or {}).get("type") == "ByteLevel"
-        and set(_byte_symbols()) <= set((layout.get("model") or {}).get("vocab") or ())
-        and not any(token.get("lstrip") or token.get("rstrip") for token in layout["added_tokens"])
+        and isinstance(vocabulary, dict)
+        and all(symbol in vocabulary for symbol in _byte_symbols())
+        and not any(token.get("lstrip") or token.get("rstrip") for token in added)
     )
     return is_lossless, is_lossless and steps[0].get("pattern") == {"Regex": SPLIT_PATTERN}
 

@@ -41,7 +41,7 @@ def read_all(content: bytes, codec: str, size: int) -> tuple[bytes, str]:
         found += block
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 @given(
     parts=st.lists(st.binary(max_size=300), max_size=4),
     size=st.integers(1, 100),

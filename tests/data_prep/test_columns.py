@@ -27,7 +27,7 @@ def copied(shard: ShardRows) -> ShardRows:
     return shard._replace(tokens=shard.tokens.copy())
 
 
-@settings(max_examples=100)
+@settings(deadline=None, max_examples=100)
 @given(
     batches=st.lists(st.lists(st.integers(1, 30), max_size=8), max_size=8),
     limit=st.integers(1, 60),

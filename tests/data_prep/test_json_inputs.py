@@ -47,7 +47,7 @@ def read_all(content: bytes, size: int, limit: int = 1 << 20) -> Found:
     return sorted(found, key=lambda record: record[0])
 
 
-@settings(max_examples=120)
+@settings(deadline=None, max_examples=120)
 @given(
     records=st.lists(OBJECTS, max_size=5),
     indent=st.sampled_from([None, 0, 1, 2, "\t"]),

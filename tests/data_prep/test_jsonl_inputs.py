@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep import jsonl_inputs
 from data_prep.records import Reading
 
 Read = Callable[..., list[tuple[int, str | None, str]]]
@@ -24,12 +25,15 @@ BAD_LINES = {
 }
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=40), max_size=12),
     ending=st.sampled_from(["\n", "\r\n"]),
     unit_bytes=st.integers(1, 64),
     last_newline=st.booleans(),
+    block_bytes=st.sampled_from([1, 5, 1 << 20]),
 )
 def test_every_cut_gives_every_line_once(
     tmp_path: Path,
@@ -38,13 +42,16 @@ def test_every_cut_gives_every_line_once(
     ending: str,
     unit_bytes: int,
     last_newline: bool,
+    block_bytes: int,
 ) -> None:
-    """However a .jsonl file is cut into units, each line is read once, in order, at its offset."""
+    """However a .jsonl file is cut into units and read, each line comes once, at its offset."""
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
     content = ending.encode().join(lines) + (ending.encode() if last_newline and lines else b"")
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    records = read_records(path, unit_bytes=unit_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonl_inputs, "BLOCK_BYTES", block_bytes)
+        records = read_records(path, unit_bytes=unit_bytes)
     assert [text for _, text, _ in records] == texts
     for (offset, _, _), line in zip(records, lines, strict=True):
         assert content[offset : offset + len(line)] == line
