@@ -41,6 +41,10 @@ FLOOR = "tokenizers"
 VOCABULARY = 32_000
 TRAINING_BYTES = 40_000_000
 MB = 1e6
+PEER_CODE = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from benchmarks.tokenizing_peers import run; run(*sys.argv[2:])"
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer = work / "tokenizer" / "tokenizer.json"
         tokenizer.parent.mkdir()
         tokenizer.write_bytes(train_tokenizer(_training_texts(corpus.path), given.vocabulary))
-        print(f"corpus: {corpus.documents:,} documents, {_size(corpus):.1f} MB", flush=True)
+        print(
+            f"corpus: {corpus.documents:,} documents, {corpus.text_bytes / MB:.1f} MB", flush=True
+        )
         results = _run_all(runners, corpus, tokenizer, work, given.repeat)
     section = _section(corpus, given.vocabulary, given.repeat, results)
     print(section)
@@ -165,10 +171,8 @@ def _command(runner: Runner, corpus: Path, tokenizer: Path, out: str) -> list[st
         }  # fmt: skip
         named = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return [sys.executable, script, *named]
-    script = str(HERE / "tokenizing_peers.py")
-    return [
-        sys.executable, script, runner.peer, str(corpus), str(tokenizer), out, str(runner.workers)
-    ]  # fmt: skip
+    words = [str(HERE.parent), runner.peer, str(corpus), str(tokenizer), out, str(runner.workers)]
+    return [sys.executable, "-c", PEER_CODE, *words]
 
 
 def _threads(runner: Runner) -> Mapping[str, str]:
@@ -207,18 +211,14 @@ def _digest(peer: str, out: Path) -> str:
     return digest.hexdigest()
 
 
-def _size(corpus: Corpus) -> float:
-    """Megabytes of text."""
-    return corpus.text_bytes / MB
-
-
 def _section(corpus: Corpus, vocabulary: int, repeat: int, results: Results) -> str:
     """The Markdown between the markers of this size."""
     median = {runner: _median(usages) for runner, usages in results.items()}
     floor = median.get(Runner(FLOOR, 2))
+    size = corpus.text_bytes / MB
     lines = [
         f"{_processor()}, {os.cpu_count()} threads, busy with other work; {_versions()}; "
-        f"{date.today().isoformat()}. {corpus.documents:,} documents, {_size(corpus):.1f} MB of "
+        f"{date.today().isoformat()}. {corpus.documents:,} documents, {size:.1f} MB of "
         f"text, vocabulary {vocabulary:,} ({EOS} behind each document); medians of {repeat}.",
         "",
         "| | wall s | CPU s | MB/s wall | MB/s CPU | wall, times the floor | CPU, times the floor "
@@ -231,7 +231,7 @@ def _section(corpus: Corpus, vocabulary: int, repeat: int, results: Results) -> 
             times = [f"{floor.wall_s / usage.wall_s:.1f}", f"{floor.cpu_s / usage.cpu_s:.1f}"]
         cells = [
             runner.name, f"{usage.wall_s:.2f}", f"{usage.cpu_s:.2f}",
-            f"{_size(corpus) / usage.wall_s:.0f}", f"{_size(corpus) / usage.cpu_s:.0f}", *times,
+            f"{size / usage.wall_s:.0f}", f"{size / usage.cpu_s:.0f}", *times,
             f"{usage.tree_bytes / MB:.0f}", f"{usage.process_bytes / MB:.0f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

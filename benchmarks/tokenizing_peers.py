@@ -1,4 +1,4 @@
-"""One way to tokenize a .jsonl file: `tokenizing_peers.py PEER CORPUS TOKENIZER OUT WORKERS`.
+"""The other ways to tokenize a .jsonl file, each run in a process of its own by data_prep.py.
 
 Each peer is written as its own documentation shows it, uses as many threads or processes as it is
 told, puts one EOS behind each document and stores the ids; OUT is a folder.
@@ -164,6 +164,6 @@ def _batches(lines: Iterator[bytes]) -> Iterator[list[str]]:
         yield texts
 
 
-if __name__ == "__main__":
-    peer, corpus, tokenizer, out, workers = sys.argv[1:]
+def run(peer: str, corpus: str, tokenizer: str, out: str, workers: str) -> None:
+    """Run one peer, as the words of a command line say it."""
     PEERS[peer](Path(corpus), Path(tokenizer), Path(out), int(workers))
