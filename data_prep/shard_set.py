@@ -293,24 +293,26 @@ class ShardSet:
 
     def _starts_in_shard(self, number: int, first: int, end: int) -> NDArray[np.int64]:
         """Document starts in tokens [first, end) of a shard."""
-        row = self._row_at(number, first)
         rows = self.shards[number].rows
+        row, block = self._block_at(number, first)
         found: list[NDArray[np.int64]] = []
-        while row < rows:
-            block = self._offsets(number, row, min(OFFSETS_PER_READ, rows - row))
-            found.append(block[(block >= first) & (block < end)])
-            if block[-1] >= end:
-                break
+        while True:
+            low, high = np.searchsorted(block, (first, end))
+            found.append(block[low:high])
             row += len(block)
-        return np.concatenate(found)
+            if row >= rows or block[-1] >= end:
+                return found[0] if len(found) == 1 else np.concatenate(found)
+            block = self._offsets(number, row, min(OFFSETS_PER_READ, rows - row))
 
-    def _row_at(self, number: int, token: int) -> int:
-        """A row at or before the document that holds `token`, by less than OFFSETS_PER_READ.
+    def _block_at(self, number: int, token: int) -> tuple[int, NDArray[np.int64]]:
+        """A block of offsets that begins at or before the document of `token`, and its first row.
 
         Guesses from the average length, then halves, in turn: a few reads for even lengths, and
         twice the logarithm of the rows for any.
         """
-        low, high = 0, self.shards[number].rows
+        rows = self.shards[number].rows
+        base = self.shards[number].offsets_offset // 8
+        low, high = 0, rows
         low_token, high_token = 0, self.shards[number].tokens
         guessing = True
         while high - low >= OFFSETS_PER_READ:
@@ -318,11 +320,14 @@ class ShardSet:
             guessing = not guessing
             row = low + int((high - low) * share) - OFFSETS_PER_READ // 2
             row = min(max(row, low), high - OFFSETS_PER_READ + 1)
+            # A block that fills a page of the file is one page read from the disk, not two.
+            past_page = (base + row) % OFFSETS_PER_READ
+            row = row - past_page if row - past_page >= low else row
             block = self._offsets(number, row, OFFSETS_PER_READ)
             if block[0] > token:
                 high, high_token = row, int(block[0])
             elif block[-1] <= token:
                 low, low_token = row + len(block) - 1, int(block[-1])
             else:
-                return row + int(np.searchsorted(block, token, side="right")) - 1
-        return low
+                return row, block
+        return low, self._offsets(number, low, min(OFFSETS_PER_READ, rows - low))
