@@ -162,7 +162,6 @@ class Claims:
             self._life.start()
         for _ in range(2):
             if self._create(name):
-                self._held.add(name)
                 return True
             if not self._is_abandoned(name):
                 return False
@@ -191,6 +190,7 @@ class Claims:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(path, "x") as file:
+                self._held.add(name)  # from here on it is ours to remove
                 file.write(owner)
         except FileExistsError:
             return False
