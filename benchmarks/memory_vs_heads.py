@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     points = [Point(v, n, mode) for v in vocabularies for n in heads for mode in MODES]
     results: Results = {}
     for point in points:
-        results[point] = _in_own_process(workload, point, device, 3 if options.time else 0)
+        results[point] = in_own_process(workload, point, device, 3 if options.time else 0)
         print(_line(point, results[point]), file=sys.stderr, flush=True)
     section = _section(workload, results, device)
     print(section)
@@ -71,7 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _in_own_process(workload: Workload, point: Point, device: str, timed_steps: int) -> Measurement:
+def in_own_process(workload: Workload, point: Point, device: str, timed_steps: int) -> Measurement:
     """Measure in a fresh process: its peak is of this point alone."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.training_step"])

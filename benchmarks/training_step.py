@@ -1,4 +1,4 @@
-"""What one training step needs: memory and time, sequential heads or the textbook's joint loss.
+"""What one training step needs: memory and time; sequential heads, joint loss, frozen trunk.
 
 Legend: B batch, S sequence, V vocabulary, n heads.
 """
@@ -15,6 +15,7 @@ from benchmarks.saved_tensors import SavedTensorMeter
 from benchmarks.workload import Measurement, Mode, Point, Workload
 from model.backward import sequential_backward
 from model.config import ModelConfig
+from model.freezing import freeze_parameters
 from model.language_model import MultiTokenModel
 from model.process_groups import ensure_single_process
 
@@ -61,6 +62,7 @@ def _build(workload: Workload, point: Point, device: torch.device) -> MultiToken
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=config.init_std)
+    freeze_parameters(model, "trunk" if point.mode == "frozen" else "none")
     return model
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Mode = Literal["sequential", "joint"]
+Mode = Literal["sequential", "joint", "frozen"]  # frozen: sequential, heads 2 .. n alone
 
 
 @dataclass(frozen=True)
