@@ -64,7 +64,7 @@ def write_report(run_dir: str | Path) -> Path:
     if not records:
         raise ConfigError(f"{run_dir} has no metrics yet; wait until the run has done a step")
     heads = _num_heads(records)
-    figures = [_figure(plot, records) for plot in _plots(heads)]
+    figures = [_figure(plot, records) for plot in _plots(heads, _sources(records))]
     config_path = run_dir / RESOLVED_CONFIG_NAME
     config = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
     page = _page(run_dir.resolve().name, records, [f for f in figures if f], config, heads)
@@ -116,7 +116,13 @@ def _num_heads(records: Sequence[Scalars]) -> int:
     return max(numbers, default=0)
 
 
-def _plots(num_heads: int) -> list[Plot]:
+def _sources(records: Sequence[Record]) -> list[str]:
+    """Names of the sources of a mixture; none of a run on one source."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    return [key.removeprefix("epochs_") for key in keys if key.startswith("epochs_")]
+
+
+def _plots(num_heads: int, sources: Sequence[str]) -> list[Plot]:
     colors = _head_colors(num_heads)
     heads = range(1, num_heads + 1)
     train = [Curve(f"loss_head_{k}", f"head {k}", colors[k - 1]) for k in heads]
@@ -134,6 +140,14 @@ def _plots(num_heads: int) -> list[Plot]:
             "Held-out tokens per forward",
             "tokens",
             (Curve("eval_tokens_per_forward", "tokens per forward", dashed=True),),
+        ),
+        Plot(
+            "Epochs of each source",
+            "epochs",
+            tuple(
+                Curve(f"epochs_{name}", name, color)
+                for name, color in zip(sources, _head_colors(len(sources)), strict=True)
+            ),
         ),
     ]
 

@@ -62,6 +62,18 @@ def test_report_shows_every_plot_and_the_configuration(page: str) -> None:
     assert "a &lt;run&gt;" in page
 
 
+def test_a_mixture_has_a_plot_of_its_sources(tmp_path: Path) -> None:
+    """How often the run went through each source, when there are several."""
+    log = MetricsLog(tmp_path / "mixed", resumed_step=0)
+    for step in (1, 2):
+        sources: dict[str, float | bool | None] = {"epochs_web": step / 9, "epochs_code": step / 3}
+        log.write({"step": step, "loss_head_1": 1.0, **sources})
+    log.close()
+    page = write_report(tmp_path / "mixed").read_text()
+    for text in ("Epochs of each source", "web", "code"):
+        assert f">{text}</text>" in page
+
+
 def test_report_needs_nothing_else(run_dir: Path, page: str) -> None:
     """No element loads a file or an address; ids used within the plots do not collide."""
     assert not re.search(r"<(img|link|iframe|script|object)\b", page)
