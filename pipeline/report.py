@@ -116,7 +116,7 @@ def _num_heads(records: Sequence[Scalars]) -> int:
     return max(numbers, default=0)
 
 
-def _sources(records: Sequence[Record]) -> list[str]:
+def _sources(records: Sequence[Scalars]) -> list[str]:
     """Names of the sources of a mixture; none of a run on one source."""
     keys = dict.fromkeys(key for record in records for key in record)
     return [key.removeprefix("epochs_") for key in keys if key.startswith("epochs_")]
