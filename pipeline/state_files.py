@@ -120,8 +120,9 @@ class StateFiles:
         self.tensor_size, self.adam_step = 1, 0
         for path in paths:
             self._index(path)
-        for runs in self._runs.values():
+        for (kind, name, _), runs in self._runs.items():
             runs.sort()
+            self._check_size(kind, name, max(run.stop for run in runs))
 
     def names(self) -> list[str]:
         """Parameters that the files hold, in the model's order; others last."""
@@ -233,6 +234,18 @@ class StateFiles:
                 "of this model"
             )
         return placement_of(name), shape
+
+    def _check_size(self, kind: str, name: str, stored: int) -> None:
+        """Refuse more elements than the parameter has: they would be another model's."""
+        if name not in self._shapes:
+            return  # said when it is read
+        placement, shape = self._placed(name)
+        expected = math.prod(_slice_shape(shape, placement, self.tensor_size))
+        if stored > expected:
+            raise CheckpointError(
+                f"{self._directory} holds {stored:,} elements of the {kind} of parameter {name}, "
+                f"the model's sizes give {expected:,}; use a checkpoint of this model"
+            )
 
     def _index(self, path: Path) -> None:
         try:

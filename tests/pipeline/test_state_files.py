@@ -123,3 +123,10 @@ def test_a_snapshot_on_the_host_does_not_change() -> None:
     copy = snapshot.on_host()
     live += 1
     assert copy.runs[run_key("weight", "x", 0)].tolist() == [0, 0, 0]
+
+
+def test_files_of_a_larger_model_are_refused(folders: dict[tuple[int, int], Path]) -> None:
+    """More elements than the model's sizes give are not cut off silently."""
+    smaller = MODEL.model_copy(update={"vocab_size": 48})
+    with pytest.raises(CheckpointError, match=r"holds 1,248 elements .* give 1,152"):
+        StateFiles(folders[1, 3], smaller)
