@@ -150,7 +150,7 @@ def balanced_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
     def heaviest(plan: tuple[ModelPart, ...]) -> float:
         return max(layer_equivalents(part, model) for part in plan)
 
-    shared = _shared(count, model)
+    shared = packed_plan(count, model)
     best = min(plans, key=heaviest, default=shared)
     return shared if heaviest(shared) < (1 - _WORTH_SHARING) * heaviest(best) else best
 
@@ -170,8 +170,11 @@ def _even_spans(start: int, items: int, parts: int) -> list[range]:
     return [range(first, stop) for first, stop in pairwise(cuts)]
 
 
-def _shared(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
-    """The best cut of trunk layers and heads in one row, by dynamic programming."""
+def packed_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
+    """The plan whose heaviest stage is lightest when trunk layers and heads may share a stage.
+
+    By dynamic programming over the trunk layers and the heads in one row.
+    """
     trunk, heads = model.trunk_layers, model.future_tokens
     weights = [1.0] * trunk + [1 + model.unembedding_layer_equivalents] * heads
     sums = [0.0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,18 @@ def test_bf16_on_cpu_follows_fp32(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_passes_a_dry_run(path: Path, tmp_path: Path) -> None:
-    """Every shipped configuration resolves and describes itself, on any machine."""
-    outcome = run_job(tmp_path, [str(path), "--dry-run", "--world-size", "64"])
+    """Every shipped configuration resolves and describes itself, on any machine.
+
+    It does so for the world size that its first lines name.
+    """
+    named = re.search(r"world size (\d+)", path.read_text())
+    assert named is not None, "the comment says for how many ranks it is"
+    outcome = run_job(tmp_path, [str(path), "--dry-run", "--world-size", named[1]])
     assert outcome.codes == [0], outcome.output
     for word in ("parameters", "layout", "tokens", "FLOPs per token", "zero_optimization"):
         assert word in outcome.output[0]
+    for share in re.findall(r"predicted idle ([\d.]+)%", outcome.output[0]):
+        assert float(share) < 10, "a shipped plan of stages keeps them busy"
     assert path.read_text().startswith("# For")
 
 
