@@ -3,6 +3,7 @@
 #
 #   sbatch slurm/pretrain_7b.sh                                        # configs/7b.yaml on 8 nodes
 #   sbatch --nodes=32 --time=24:00:00 slurm/pretrain_7b.sh --set batch.accumulation=1
+#   CONFIG=configs/7b_staged.yaml sbatch --nodes=5 slurm/pretrain_7b.sh  # a pipeline stage on each node
 #   CONFIG=configs/quickstart.yaml sbatch --nodes=4 slurm/pretrain_7b.sh
 #
 # Options before the script are Slurm's and win over the lines below (add --partition, --account, --time, and
