@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
+from data_prep.errors import DataError
 from data_prep.manifest import Manifest
 from data_prep.shard_set import ShardSet
 from data_prep.verify import find_problems
@@ -146,3 +149,28 @@ def test_an_empty_file_has_no_records(tmp_path: Path, build_set: Build, name: st
     empty, full = manifest.inputs
     assert empty.ledger.records == empty.ledger.empty == (1 if name == "e.txt" else 0)
     assert full.ledger.documents == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.gz", "b.json", "b.parquet"])
+def test_records_that_cannot_be_read_end_the_job(
+    tmp_path: Path, build_set: Build, name: str
+) -> None:
+    """What the system cannot read has an unknown number of records, so it is an error, not one."""
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(LINES))
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=rf"cannot read .*{name}: .*--exclude it"):
+        build_set(tmp_path / "a.jsonl", tmp_path / name)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_bad_records_end_the_job_when_asked(tmp_path: Path, build_set: Build) -> None:
+    """With --on-bad fail the first one is named by its place: a byte, or a row."""
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(lzma.compress(with_line(b"{}")))
+    offset = sum(len(line) + 1 for line in LINES[:10])
+    with pytest.raises(DataError, match=f"record at byte {offset} is bad: no 'text'"):
+        build_set(path, on_bad="fail")
+    rows = tmp_path / "b.parquet"
+    pq.write_table(pa.table({"text": ["a", None]}), rows)
+    with pytest.raises(DataError, match="record at row 1 is bad: 'text' is not a string"):
+        build_set(rows, on_bad="fail", output="rows")

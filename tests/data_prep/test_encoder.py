@@ -1,7 +1,8 @@
 """The fast encoder gives the ids of the library that defines them, or is not used."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from data_prep import encoder as encoder_module
 from data_prep.encoder import Encoder, EncoderName, choose_encoder
 from data_prep.errors import DataError
+from data_prep.manifest import Manifest
 from data_prep.tokenizer import (
     END_OF_TEXT,
     SpecialTokens,
@@ -199,3 +201,21 @@ def test_the_cache_of_the_fast_library_is_bounded(monkeypatch: pytest.MonkeyPatc
     second = encoder.encode([text])[0]
     assert len(loads) > 1
     assert np.array_equal(first, second)
+
+
+def test_the_encoder_changes_no_byte(
+    tmp_path: Path,
+    write_jsonl: Callable[..., Path],
+    build_set: Callable[..., Manifest],
+    read_tree: Callable[[Path], dict[str, bytes]],
+    texts: list[str],
+) -> None:
+    """Sets of both libraries are the same to the byte, and one goes on where the other stopped."""
+    path = write_jsonl(texts)
+    for encoder in ("gigatoken", "tokenizers"):
+        build_set(path, output=encoder, tokenizer="train:300", encoder=encoder)
+    trees = [read_tree(tmp_path / encoder) for encoder in ("gigatoken", "tokenizers")]
+    assert trees[0] == trees[1]
+    (tmp_path / "gigatoken" / "manifest.json").unlink()
+    build_set(path, output="gigatoken", tokenizer="train:300", encoder="tokenizers")
+    assert read_tree(tmp_path / "gigatoken") == trees[0]
