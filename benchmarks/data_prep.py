@@ -157,8 +157,12 @@ def _run_all(
                 f"{usage.cpu_s:.2f} s CPU, {usage.tree_bytes / MB:.0f} MB",
                 flush=True,
             )
-    compared = {digest for digest in digests.values() if digest}
-    assert len(compared) <= 1, f"not the same ids: {digests}"
+    by_peer = {runner.peer: digests[runner.name] for runner in runners}
+    gigatoken = by_peer.pop("gigatoken", "")
+    expected = {digest for digest in by_peer.values() if digest}
+    assert len(expected) <= 1, f"not the same ids: {digests}"
+    if gigatoken and gigatoken not in (expected or {gigatoken}):
+        print("note: gigatoken by itself stores other ids (data_prep/unicode_versions.py says why)")
     return results
 
 

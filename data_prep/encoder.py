@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_prep.encoder_probe import probe_texts
 from data_prep.errors import DataError
 from data_prep.tokenizer import TokenArray, Tokenizer
+from data_prep.unicode_versions import is_disputed
 
 EncoderChoice = Literal["auto", "gigatoken", "tokenizers"]
 EncoderName = Literal["bytes", "gigatoken", "tokenizers"]
@@ -170,9 +171,11 @@ class _Gigatoken:
     """The fast library behind the options of a tokenizer.
 
     Its cache of words grows with every new one, so it is made anew when it took much memory.
+    Documents with characters that it may take differently are encoded by `tokenizers`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         layout = orjson.loads(tokenizer.content)
         layout |= {"post_processor": None, "truncation": None, "padding": None}
         if tokenizer.special_tokens != "id":
@@ -184,8 +187,18 @@ class _Gigatoken:
         self._grown = 0
         self._backend = self._load()
 
-    def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Ids of all texts, and the place where each ends."""
+        ids, ends = self._encode_all(texts)
+        disputed = {number for number, text in enumerate(texts) if is_disputed(text)}
+        if not disputed:
+            return ids, ends
+        pieces: list[NDArray[Any]] = np.split(ids, ends[:-1])
+        for number in disputed:
+            pieces[number] = self._tokenizer.encode_plain([texts[number].decode()])[0]
+        return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces])
+
+    def _encode_all(self, texts: Sequence[bytes]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         before = _resident_bytes()
         encoded = self._backend.encode_batch(list(texts), parallel=False).layout
         ids, offsets = np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)

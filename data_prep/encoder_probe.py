@@ -11,7 +11,7 @@ _WORDS = """
 a A the The _x __init__ def return self. x=1 (a,b) {} [] // /* */ # ## -> => != == <= 0 7 12 123
 1234 3.14 1e-9 0x1F 'll 'S 're ' " ` ~ @ $ % ^ & * naïve été ÇA K ß Straße жизнь 数据 の 한국 é 🎉
 🇩🇪 ½ ² Ⅷ \u017f \u0130 \u0131 \u03a9 \u05d0 \u0627 \u0e01 \u094d \u0663 \u09ea \ua66f e\u0301 \u200d
-\u200b \ufeff \u00ad 👩\u200d💻 \ue000 \U0010ffff \x00 \x07 \x7f
+\u200b \ufeff \u00ad 👩\u200d💻 \U00016ec0 \U0002b73a \ue000 \U0010ffff \x00 \x07 \x7f
 """
 _BLANKS = (
     *(" ", "  ", "    ", "\t", "\n", "\n\n", "\r\n", "\r", " \n", "\n ", "\u00a0", "\u2003"),
