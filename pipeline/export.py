@@ -1,9 +1,14 @@
 """Command line: a checkpoint to a Hugging Face folder, `python -m pipeline.export CHECKPOINT DIR`.
 
-Reads any layout on one CPU process. The command itself compares logits with those of our model on
-the checkpoint's weights: transformers on the written folder as a plain Llama, the folder's own
-class of all heads, and our model on the folder, head by head. A folder that fails the comparison
-never gets its name.
+Reads any layout on one CPU process, in the memory of about one layer and the largest matrix. Before
+the folder gets its name the command checks it:
+
+- names and shapes are those that transformers' plain Llama and the class of all heads expect;
+- every tensor is the checkpoint's, rounded once, bit by bit;
+- logits of every head, layer by layer: transformers' layers with the folder's tensors against
+  training's layers with the checkpoint's;
+- for models up to `WHOLE_MODEL_BYTES`, logits again with whole models: transformers on the folder
+  as a plain Llama, the class of all heads, and our model on the folder.
 """
 
 import argparse
@@ -12,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from data_prep.errors import DataError
 from data_prep.manifest import load_manifest
@@ -22,53 +27,13 @@ from model.export_folder import ExportDescription, check_target
 from pipeline.config import RunConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from model.language_model import MultiTokenModel
+    from pipeline.export_parity import Parity
 
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
-# fp32 on the same weights in another order of additions; logits of a wrong model are off by more.
-RELATIVE_TOLERANCE = 1e-4
-_PARITY_ROWS = 2
-_PARITY_TOKENS = 64
-
-
-class Parity(NamedTuple):
-    """Largest differences of logits.
-
-    Attributes:
-        transformers: head 1, `transformers` on the folder against our model on the checkpoint.
-        all_heads: each head, the folder's own class in `transformers` against the same.
-        reloaded: each head, our model on the folder against our model on the checkpoint.
-        largest_logit: largest absolute logit, the scale of the differences.
-    """
-
-    transformers: float
-    all_heads: tuple[float, ...]
-    reloaded: tuple[float, ...]
-    largest_logit: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether all differences are rounding; not so when one is not a number."""
-        limit = RELATIVE_TOLERANCE * self.largest_logit
-        differences = (self.transformers, *self.all_heads, *self.reloaded)
-        return all(difference <= limit for difference in differences)
-
-    def summary(self) -> str:
-        """One line."""
-        heads, reloaded = _shown(self.all_heads), _shown(self.reloaded)
-        return (
-            f"largest difference of logits (up to {self.largest_logit:.3g}): head 1 in "
-            f"transformers {self.transformers:.2g}; heads 1 to {len(self.reloaded)} in its class "
-            f"with all heads {heads}; reloaded {reloaded}"
-        )
-
-
-def _shown(differences: tuple[float, ...]) -> str:
-    return ", ".join(f"{difference:.2g}" for difference in differences)
+# Models of more bytes in fp32 are compared layer by layer only.
+WHOLE_MODEL_BYTES = 2 << 30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +81,7 @@ def export(
     dtype: str | None = None,
     eos_token: str | None = None,
     report: Callable[[str], None],
-) -> Parity:
+) -> "tuple[Parity, ...]":
     """Export a checkpoint and compare the result with it.
 
     Args:
@@ -126,15 +91,19 @@ def export(
         eos_token: name of the end-of-document token; None = the one of the shards.
         report: told what was done, line by line.
 
+    Returns:
+        The comparison of logits layer by layer, and for a small model that of whole models.
+
     Raises:
         CheckpointError: the checkpoint is damaged or incomplete, the target may not be replaced
-            or written, or the logits differ; the target is then as it was.
+            or written, or tensors or logits differ; the target is then as it was.
         DataError: the tokenizer has no known end-of-document token.
     """
     check_target(directory)
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
     from model.hf_format import write_export
     from pipeline.checkpoint import TOKENIZER, WEIGHTS, checkpoint_path, read_config, verify
+    from pipeline.export_parity import RELATIVE_TOLERANCE
     from pipeline.model_card import metrics_until, model_card
     from pipeline.state import read_state
     from pipeline.state_files import read_weights
@@ -157,25 +126,22 @@ def export(
             "step": state.step,
         }
     )
-    results = []
-
-    def weights() -> Iterator[tuple[str, "Tensor"]]:
-        return read_weights(checkpoint / WEIGHTS, config.model)
+    results: list[Parity] = []
 
     def check(folder: Path) -> None:
-        parity = compare(folder, description, weights())
-        if not parity.holds:
-            raise CheckpointError(
-                f"{checkpoint} was not exported: the written model differs from it, "
-                f"{parity.summary()}; allowed is {RELATIVE_TOLERANCE:g} of the largest logit"
-            )
-        results.append(parity)
+        for parity in _checks(folder, description, checkpoint / WEIGHTS):
+            if not parity.holds:
+                raise CheckpointError(
+                    f"{checkpoint} was not exported: the written model differs from it, "
+                    f"{parity.summary()}; allowed is {RELATIVE_TOLERANCE:g} of the largest logit"
+                )
+            results.append(parity)
 
     records = metrics_until(checkpoint.absolute().parents[1], state.step)
     write_export(
         directory,
         description,
-        weights(),
+        read_weights(checkpoint / WEIGHTS, config.model),
         tokenizer=tokenizer.content,
         card=model_card(config, state, description, records),
         check=check,
@@ -185,8 +151,25 @@ def export(
         f"{config.model.num_parameters():,} parameters in {description.dtype}, "
         f"{config.model.future_tokens} heads"
     )
-    report(results[0].summary())
-    return results[0]
+    report("every tensor is the checkpoint's, names and shapes are those of transformers' classes")
+    for parity in results:
+        report(parity.summary())
+    return tuple(results)
+
+
+def _checks(folder: Path, description: ExportDescription, weights: Path) -> "Iterator[Parity]":
+    """Check a finished folder's tensors, then give its logits' differences in one or two ways."""
+    from pipeline.export_parity import compare
+    from pipeline.export_tensors import check_names, check_values
+    from pipeline.layered_parity import compare_layers
+    from pipeline.state_files import StateFiles, read_weights
+
+    files = StateFiles(weights, description.model)
+    check_names(folder)
+    check_values(folder, description, files)
+    yield compare_layers(folder, description, files)
+    if 4 * description.model.num_parameters() <= WHOLE_MODEL_BYTES:
+        yield compare(folder, description, read_weights(weights, description.model))
 
 
 def _tokenizer(path: Path, config: RunConfig, eos_token: str | None) -> Tokenizer:
@@ -207,76 +190,6 @@ def _eos_of_shards(config: RunConfig, tokenizer: bytes) -> str | None:
     except DataError:
         return None
     return entry.eos_token if entry.sha256 == hashlib.sha256(tokenizer).hexdigest() else None
-
-
-def compare(
-    folder: Path, description: ExportDescription, weights: Iterator[tuple[str, "Tensor"]]
-) -> Parity:
-    """Compare an export with the weights it was made from, in fp32, one model in memory at a time.
-
-    Args:
-        folder: the export.
-        description: what it is of.
-        weights: whole parameters that it was made from.
-    """
-    import torch
-
-    from model.hf_format import DTYPES, build_model, load_export
-
-    config = description.model
-    generator = torch.Generator().manual_seed(0)
-    shape = (_PARITY_ROWS, min(_PARITY_TOKENS, description.sequence_length))
-    tokens = torch.randint(config.vocab_size, shape, generator=generator)
-    stored = ((name, tensor.to(DTYPES[description.dtype])) for name, tensor in weights)
-    expected = _logits(build_model(config, stored, torch.float32), tokens)
-    reloaded = _logits(load_export(folder, torch.float32).model, tokens)
-    plain = _transformers_logits(folder, tokens, all_heads=False)[0]
-    heads = _transformers_logits(folder, tokens, all_heads=True)
-    return Parity(
-        transformers=float((plain - expected[0]).abs().max()),
-        all_heads=tuple((heads - expected).abs().amax((1, 2, 3)).tolist()),
-        reloaded=tuple((reloaded - expected).abs().amax((1, 2, 3)).tolist()),
-        largest_logit=float(expected.abs().max()),
-    )
-
-
-def _logits(model: "MultiTokenModel", tokens: "Tensor") -> "Tensor":
-    """`[n, B, S, V]` of all heads, from the same forward that training runs."""
-    import torch
-
-    with torch.no_grad():
-        trunk_output = model(tokens)
-        context = model.context(tokens.shape[1], tokens.device)
-        hidden = [model.heads.hidden(k, trunk_output, context) for k in model.heads.numbers]
-        return model.logits(torch.stack(hidden).transpose(1, 2))
-
-
-def _transformers_logits(folder: Path, tokens: "Tensor", *, all_heads: bool) -> "Tensor":
-    """`[1 or n, B, S, V]` of the folder as a plain Llama, or as its own class of all heads."""
-    import torch
-    import transformers
-
-    from model.modeling_headway import HeadwayForCausalLM
-
-    transformers.utils.logging.disable_progress_bar()
-    kind = HeadwayForCausalLM if all_heads else transformers.AutoModelForCausalLM
-    try:
-        model, found = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except ValueError as error:
-        raise CheckpointError(f"transformers refuses the written model: {error}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found.get(problem):
-            raise CheckpointError(
-                f"transformers reports {problem} in the written model: "
-                f"{sorted(map(str, found[problem]))[:3]}; nothing was exported"
-            )
-    with torch.no_grad():
-        logits: Tensor
-        if all_heads:
-            logits = model.eval().all_head_logits(tokens).permute(2, 0, 1, 3)
-        else:
-            logits = model.eval()(tokens, use_cache=False).logits.unsqueeze(0)
-    return logits
 
 
 if __name__ == "__main__":

@@ -139,6 +139,11 @@ class StateFiles:
             slices.append(self._elements(kind, name, rank, 0, math.prod(local)).view(local))
         return merge_slices(slices, placement)
 
+    def rows(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a matrix's whole weight or moment, without reading the others."""
+        _, shape = self._placed(name)
+        return self._rows(kind, name, range(start, stop), 0, shape[1])
+
     def part(
         self, kind: str, name: str, *, tensor_rank: int, tensor_size: int, start: int, stop: int
     ) -> Tensor:

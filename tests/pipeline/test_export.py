@@ -5,12 +5,15 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import xxhash
 from torch import Tensor
 
+import model.hf_format
+import pipeline.export
 from data_prep.loader import Batch
 from data_prep.tokenizer import bytes_tokenizer
 from model.config import ModelConfig
@@ -21,7 +24,8 @@ from model.sharding import merge_slices, placement_of
 from pipeline.checkpoint import CheckpointFolder, read_config
 from pipeline.config import RunConfig
 from pipeline.engine import Engine
-from pipeline.export import EXIT_USER_ERROR, compare, export, main
+from pipeline.export import EXIT_USER_ERROR, export, main
+from pipeline.export_parity import compare
 from pipeline.launch import rank_info
 from pipeline.state import Layout, TrainState
 from pipeline.state_files import read_weights
@@ -202,18 +206,43 @@ def test_export_holds_the_weights_of_any_layout(
 def test_the_written_type_can_be_chosen(small: Trained, tmp_path: Path, dtype: str) -> None:
     """Logits agree to rounding in either type, and exactly for our own model."""
     lines: list[str] = []
-    parity = export(small.checkpoint, tmp_path / "export", dtype=dtype, report=lines.append)
+    layered, parity = export(
+        small.checkpoint, tmp_path / "export", dtype=dtype, report=lines.append
+    )
     assert load_export(tmp_path / "export").record.description.dtype == dtype
     assert len(parity.reloaded) == HEADS
     assert max(parity.reloaded) == 0
     assert parity.transformers < 1e-5 < parity.largest_logit
-    assert len(lines) == 2
+    assert len(layered.all_heads) == HEADS
+    assert max(layered.all_heads) < 1e-5 < layered.largest_logit
+    assert [line.partition(":")[0] for line in lines[2:]] == ["layer by layer", "whole models"]
+
+
+def test_a_large_model_is_compared_layer_by_layer_only(
+    small: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the limit no whole model is built; wrong settings are refused all the same."""
+    monkeypatch.setattr(pipeline.export, "WHOLE_MODEL_BYTES", 100_000)
+    lines: list[str] = []
+    (parity,) = export(small.checkpoint, tmp_path / "export", report=lines.append)
+    assert parity.way == "layer by layer"
+    assert "layer by layer: largest difference" in lines[-1]
+    assert "whole models" not in "".join(lines)
+    settings = model.hf_format.hf_settings
+
+    def wrong(description: ExportDescription) -> dict[str, dict[str, Any]]:
+        other = description.model.model_copy(update={"norm_eps": 0.5})
+        return settings(description.model_copy(update={"model": other}))
+
+    monkeypatch.setattr(model.hf_format, "hf_settings", wrong)
+    with pytest.raises(CheckpointError, match=r"not exported: .* layer by layer: largest"):
+        export(small.checkpoint, tmp_path / "other", report=lines.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 def test_a_wrong_export_is_told_apart(small: Trained, tmp_path: Path) -> None:
     """The comparison fails for a changed head 1 in transformers, for any changed head in ours."""
-    parity = export(small.checkpoint, tmp_path / "export", report=lambda _: None)
-    assert parity.holds
+    export(small.checkpoint, tmp_path / "export", report=lambda _: None)
     description = load_export(tmp_path / "export").record.description
     for head in (1, 3):
         name = f"heads.layers.{head}.block.self_attention.linear_qkv.weight"

@@ -127,8 +127,7 @@ def test_a_staged_run_exports(config: Path, tmp_path: Path) -> None:
     """The exported model has every head, and its logits are those of the checkpoint."""
     run_dir = _train(config, tmp_path, "three-dp2-zero3")
     said: list[str] = []
-    parity = export(run_dir, tmp_path / "export", report=said.append)
-    assert parity.holds
+    export(run_dir, tmp_path / "export", report=said.append)  # raises where logits differ
     assert "3 heads" in said[0]
 
 

@@ -65,6 +65,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], P
     return folders
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_rows_are_found(folders: dict[tuple[int, int], Path], data: st.DataObject) -> None:
+    """Rows of a whole matrix, from files of any layout."""
+    folder = folders[data.draw(st.sampled_from(sorted(folders)))]
+    kind, name = data.draw(st.sampled_from([key for key in VALUES if VALUES[key].dim() == 2]))
+    whole = VALUES[kind, name]
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = data.draw(st.integers(start + 1, len(whole)))
+    rows = StateFiles(folder, MODEL).rows(kind, name, start, stop)
+    assert torch.equal(rows, whole[start:stop])
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_part_of_any_slice_is_found(
