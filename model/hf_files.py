@@ -1,11 +1,13 @@
 """Tensors spread over safetensors files, as Hugging Face's libraries look for them."""
 
 import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.errors import CheckpointError
@@ -16,8 +18,22 @@ MODEL_INDEX_NAME = "model.safetensors.index.json"
 ALL_HEADS_INDEX_NAME = "all_heads.safetensors.index.json"
 
 
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_HEADER_ALIGNMENT = 8
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes begin."""
+
+    file_name: str
+    offset: int
+
+
 class WeightFiles:
-    """Files of a Llama's tensors, and files of the extra heads'.
+    """Files of a Llama's tensors, and files of the extra heads', written tensor by tensor.
+
+    What each file holds, and where, follows from names and shapes alone, so headers are written
+    first and every tensor goes to its place when it comes: none is held.
 
     With extra heads there are two indexes. `model.safetensors.index.json` leaves them out, also
     where the model is one file: loaders that would read every safetensors file of a folder keep to
@@ -25,75 +41,91 @@ class WeightFiles:
 
     Args:
         folder: where to.
-        max_file_bytes: a new file is begun when a tensor would make one larger than this; no more
-            than one file of each kind is held in memory.
+        shapes: of all tensors, by name.
+        dtype: of all tensors.
+        max_file_bytes: a new file is begun with a tensor that would make one larger than this.
     """
 
-    def __init__(self, folder: Path, max_file_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        max_file_bytes: int,
+    ) -> None:
         self._folder = folder
-        self._model = _Files(folder, "model", max_file_bytes)
-        self._extra_heads = _Files(folder, EXTRA_HEADS, max_file_bytes)
+        self._shapes = shapes
+        self._dtype = dtype
+        self._places: dict[str, _Place] = {}
+        extra = {name for name in shapes if name.startswith(f"{EXTRA_HEADS}.")}
+        self._model = [name for name in shapes if name not in extra]
+        self._extra_heads = [name for name in shapes if name in extra]
+        for stem, names in (("model", self._model), (EXTRA_HEADS, self._extra_heads)):
+            files = list(self._files(names, max_file_bytes))
+            for number, held in enumerate(files, 1):
+                part = "" if len(files) == 1 else f"-{number:05d}-of-{len(files):05d}"
+                self._begin(f"{stem}{part}.safetensors", held)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one more tensor; writes what is held when the tensor does not fit in with it."""
-        files = self._extra_heads if name.startswith(f"{EXTRA_HEADS}.") else self._model
-        files.add(name, tensor)
+        """Write one tensor."""
+        assert (tuple(tensor.shape), tensor.dtype) == (self._shapes[name], self._dtype), name
+        place = self._places[name]
+        content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+        with (self._folder / place.file_name).open("r+b") as file:
+            file.seek(place.offset)
+            file.write(content.data)
 
     def close(self) -> None:
-        """Write the rest, give the files their names, and write the indexes."""
-        model, extra_heads = self._model.close(), self._extra_heads.close()
-        if extra_heads or len(set(model.values())) > 1:
-            self._write_index(MODEL_INDEX_NAME, model, self._model.total_bytes)
-        if extra_heads:
-            total_bytes = self._model.total_bytes + self._extra_heads.total_bytes
-            self._write_index(ALL_HEADS_INDEX_NAME, model | extra_heads, total_bytes)
+        """Write the indexes, all tensors being there."""
+        model_files = {self._places[name].file_name for name in self._model}
+        if self._extra_heads or len(model_files) > 1:
+            self._write_index(MODEL_INDEX_NAME, self._model)
+        if self._extra_heads:
+            self._write_index(ALL_HEADS_INDEX_NAME, self._model + self._extra_heads)
 
-    def _write_index(self, name: str, places: dict[str, str], total_bytes: int) -> None:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
-        (self._folder / name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    def _files(self, names: Sequence[str], max_file_bytes: int) -> Iterator[list[str]]:
+        """The names of each file's tensors."""
+        held: list[str] = []
+        held_bytes = 0
+        for name in names:
+            size = self._bytes(name)
+            if held and held_bytes + size > max_file_bytes:
+                yield held
+                held, held_bytes = [], 0
+            held.append(name)
+            held_bytes += size
+        if held:
+            yield held
 
+    def _begin(self, file_name: str, names: Sequence[str]) -> None:
+        """Write a file's header: its length, then JSON with each tensor's place behind it."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        stop = 0
+        for name in names:
+            start, stop = stop, stop + self._bytes(name)
+            header[name] = {
+                "dtype": _DTYPE_NAMES[self._dtype],
+                "shape": list(self._shapes[name]),
+                "data_offsets": [start, stop],
+            }
+        content = json.dumps(header, separators=(",", ":")).encode()
+        content += b" " * (-len(content) % _HEADER_ALIGNMENT)
+        with (self._folder / file_name).open("wb") as file:
+            file.write(len(content).to_bytes(8, "little") + content)
+            file.truncate(8 + len(content) + stop)
+        for name in names:
+            start = header[name]["data_offsets"][0]
+            self._places[name] = _Place(file_name, 8 + len(content) + start)
 
-class _Files:
-    """STEM.safetensors, or STEM-00001-of-0000N.safetensors and so on."""
+    def _bytes(self, name: str) -> int:
+        return math.prod(self._shapes[name]) * self._dtype.itemsize
 
-    def __init__(self, folder: Path, stem: str, max_file_bytes: int) -> None:
-        self.total_bytes = 0
-        self._folder = folder
-        self._stem = stem
-        self._max_file_bytes = max_file_bytes
-        self._tensors: dict[str, Tensor] = {}
-        self._bytes = 0
-        self._written: list[tuple[Path, list[str]]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one more tensor."""
-        if self._tensors and self._bytes + tensor.nbytes > self._max_file_bytes:
-            self._flush()
-        self._tensors[name] = tensor
-        self._bytes += tensor.nbytes
-        self.total_bytes += tensor.nbytes
-
-    def close(self) -> dict[str, str]:
-        """Write the rest; gives each tensor's file."""
-        if self._tensors:
-            self._flush()
-        count = len(self._written)
-        places: dict[str, str] = {}
-        for number, (path, names) in enumerate(self._written, 1):
-            part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
-            final = f"{self._stem}{part}.safetensors"
-            path.rename(self._folder / final)
-            places |= dict.fromkeys(names, final)
-        return places
-
-    def _flush(self) -> None:
-        path = self._folder / f"{self._stem}.part-{len(self._written) + 1}"
-        try:
-            save_file(self._tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # an I/O error in this library's own clothes
-            raise OSError(str(error)) from error
-        self._written.append((path, list(self._tensors)))
-        self._tensors, self._bytes = {}, 0
+    def _write_index(self, file_name: str, names: Sequence[str]) -> None:
+        index = {
+            "metadata": {"total_size": sum(self._bytes(name) for name in names)},
+            "weight_map": {name: self._places[name].file_name for name in names},
+        }
+        (self._folder / file_name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 class StoredTensors:
@@ -101,8 +133,8 @@ class StoredTensors:
 
     Args:
         folder: where the files are.
-        index_name: the index; where the folder has none of that name (one file, no extra heads),
-            the tensors are those of model.safetensors.
+        index_name: the index; where the folder has none of that name, the tensors are those of
+            model.safetensors.index.json, and without that (one file) of model.safetensors.
 
     Raises:
         CheckpointError: the index or a file cannot be read.
@@ -110,8 +142,9 @@ class StoredTensors:
 
     def __init__(self, folder: Path, index_name: str) -> None:
         self._folder = folder
-        index = folder / index_name
-        if index.is_file():
+        indexes = [folder / name for name in (index_name, MODEL_INDEX_NAME)]
+        index = next((path for path in indexes if path.is_file()), None)
+        if index is not None:
             try:
                 self._places: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
             except (OSError, ValueError, LookupError, TypeError) as error:

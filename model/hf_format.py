@@ -81,7 +81,7 @@ def write_export(
     Args:
         directory: where to; an earlier export there is replaced.
         description: what the export is of.
-        weights: whole parameters under our names, in any order; held one file at a time.
+        weights: whole parameters under our names, in any order; held one at a time.
         tokenizer: content of tokenizer.json.
         card: the model card; left out when empty.
         check: called with the finished folder before it gets its name; raises to refuse it.
@@ -174,11 +174,18 @@ def _write_weights(
     max_file_bytes: int,
 ) -> None:
     config, dtype = description.model, DTYPES[description.dtype]
-    files = WeightFiles(folder, max_file_bytes)
+    shapes = {
+        hf_name: hf_shape
+        for name, shape in parameter_shapes(config).items()
+        for hf_name, hf_shape in zip(
+            hf_names(name, config), hf_shapes(name, shape, config), strict=True
+        )
+    }
+    files = WeightFiles(folder, shapes, dtype, max_file_bytes)
     for name, tensor in checked_parameters(weights, config, folder):
         parts = split(name, tensor.to(dtype), config)
         for hf_name, part in zip(hf_names(name, config), parts, strict=True):
-            files.add(hf_name, part.contiguous())
+            files.add(hf_name, part)
     files.close()
 
 
