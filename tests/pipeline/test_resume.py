@@ -125,7 +125,7 @@ def test_damaged_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> None
     """A flipped bit in the newest checkpoint: auto says so and takes the one before it."""
     checkpoints = tmp_path / "run" / "checkpoints"
     assert run_job(tmp_path, [str(config), "--set", "train.stop_at_step=6"]).codes == [0]
-    victim = next((checkpoints / "step_00000006" / WEIGHTS).rglob("*optim_states.pt"))
+    victim = next((checkpoints / "step_00000006" / WEIGHTS).rglob("*.safetensors"))
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
