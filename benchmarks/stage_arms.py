@@ -87,12 +87,14 @@ class ArmResult(NamedTuple):
 
     Attributes:
         step_s: of each timed step.
+        cpu_s: processor time of a step.
         peak_bytes: growth of the resident set from before the model was built to its peak.
         first_loss: sum of all heads' mean losses in the first step.
         idle: measured share of the timed steps that each stage waited; empty where nobody counts.
     """
 
     step_s: list[float]
+    cpu_s: float
     peak_bytes: int
     first_loss: float
     idle: list[float]
@@ -104,7 +106,7 @@ class Rates(NamedTuple):
     Attributes:
         layer_flops: FLOP/s of layers, forward and backward.
         readout_flops: FLOP/s of the chunked loss.
-        bandwidth: bytes/s of a rank that gathers from all others.
+        bandwidth: bytes/s that a rank receives in a gather from all others.
         latency_s: of a small message in such a gather.
         optimizer_s: per parameter.
     """
@@ -150,13 +152,15 @@ def run_arm(workload: Workload, arm: Arm, timed_steps: int) -> ArmResult:
     first_loss = step(0)
     idle_shares()
     seconds = []
+    cpu_s = time.process_time()
     for number in range(1, timed_steps + 1):
         dist.barrier()
         started = time.perf_counter()
         step(number)
         dist.barrier()
         seconds.append(time.perf_counter() - started)
-    return ArmResult(seconds, _resident_peak() - before, first_loss, idle_shares())
+    cpu_s = (time.process_time() - cpu_s) / timed_steps
+    return ArmResult(seconds, cpu_s, _resident_peak() - before, first_loss, idle_shares())
 
 
 Steps = tuple[Callable[[int], float], Callable[[], list[float]]]

@@ -84,12 +84,14 @@ class Row(NamedTuple):
     Attributes:
         tokens_per_s: median of the rounds' medians.
         ratios: speed over the first arm's with as many ranks, round by round.
+        cpu_s: processor time of a step over all ranks, the median round's.
         peaks: bytes of each rank, the median round's.
         idle: measured share of each stage; empty where nobody counts.
     """
 
     tokens_per_s: float
     ratios: list[float]
+    cpu_s: float
     peaks: list[float]
     idle: list[float]
 
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, 2 ranks, one round")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     options = parser.parse_args(arguments)
-    workload, rounds, steps = (QUICK, 1, 2) if options.quick else (FULL, 5, 3)
+    workload, rounds, steps = (QUICK, 1, 2) if options.quick else (FULL, 3, 2)
     arms = [arm for arm in ARMS if arm.world == 2 or not options.quick]
     rates = run_ranks(2, PRELOAD, measure_rates, workload, 5 if options.quick else 40)
     results = measure(workload, arms, rounds, steps)
@@ -141,6 +143,7 @@ def summarize(workload: Workload, results: Rounds) -> dict[Arm, Row]:
         rows[arm] = Row(
             tokens / statistics.median(seconds[arm]),
             [theirs / ours for theirs, ours in pairs],
+            statistics.median(sum(rank.cpu_s for rank in ranks) for ranks in rounds),
             [
                 statistics.median(ranks[rank].peak_bytes for ranks in rounds)
                 for rank in range(arm.world)
@@ -165,14 +168,16 @@ def describe(workload: Workload, results: Rounds, rates: Rates) -> str:
         f"micro-batches of {workload.micro_size}, fp32. Rounds: {rounds}, "
         f"load of the machine at the end {os.getloadavg()[0]:.1f}.",
         "",
-        "| ranks | | tokens/s | over the first (rounds) | peak of each rank, MiB |",
-        "|---|---|---|---|---|",
+        "| ranks | | tokens/s | over the first (rounds) | CPU s of a step "
+        "| peak of each rank, MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for arm, row in rows.items():
+        peaks = " ".join(f"{peak / MIB:.0f}" for peak in row.peaks)
         ratio, low, high = statistics.median(row.ratios), min(row.ratios), max(row.ratios)
         lines.append(
             f"| {arm.world} | {arm.name} | {row.tokens_per_s:,.0f} | {ratio:.2f} "
-            f"({low:.2f} to {high:.2f}) | {' '.join(f'{p / MIB:.0f}' for p in row.peaks)} |"
+            f"({low:.2f} to {high:.2f}) | {row.cpu_s:.2f} | {peaks} |"
         )
     lines += ["", *_predictions(workload, rows, rates)]
     return "\n".join(lines)
