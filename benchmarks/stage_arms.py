@@ -63,9 +63,9 @@ class Workload:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
-    """A way to train on some ranks.
+    """A way to train on some ranks; each is its own key.
 
     Attributes:
         name: for tables.

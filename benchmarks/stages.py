@@ -42,7 +42,7 @@ FULL = Workload(
     hidden_size=256,
     vocab_size=4096,
     future_tokens=4,
-    sequence_length=256,
+    sequence_length=128,
     samples=16,
     micro_size=2,
     chunk_tokens=128,
@@ -101,8 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="stages.py")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, 2 ranks, one round")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--rounds", type=int, help="how often each way runs (default 3; quick 1)")
     options = parser.parse_args(arguments)
     workload, rounds, steps = (QUICK, 1, 2) if options.quick else (FULL, 3, 2)
+    rounds = options.rounds or rounds
     arms = [arm for arm in ARMS if arm.world == 2 or not options.quick]
     rates = run_ranks(2, PRELOAD, measure_rates, workload, 5 if options.quick else 40)
     results = measure(workload, arms, rounds, steps)

@@ -18,8 +18,8 @@ from benchmarks.layout_model import (
     step_flops,
 )
 from benchmarks.ranks import run_ranks
-from benchmarks.stage_arms import Rates, measure_rates, run_arm
-from benchmarks.stages import ARMS, PRELOAD, QUICK, describe
+from benchmarks.stage_arms import Rates, measure_rates, run_arm, run_config
+from benchmarks.stages import ARMS, FULL, PRELOAD, QUICK, describe
 from benchmarks.stages_simulation import INFINIBAND, fastest, layouts, samples_near, write_section
 from model.config import ModelConfig
 from model.part import ModelPart
@@ -140,6 +140,7 @@ def test_the_fastest_layout_fits_and_is_one_of_those_asked_for(work: Work) -> No
 def test_arms_train_the_same_model_and_fill_the_table() -> None:
     """Ours in one and two stages and DeepSpeed's PipelineModule begin with the same loss."""
     arms = [arm for arm in ARMS if arm.world == 2]
+    assert len({arm: run_config(FULL, arm).stage_plan for arm in ARMS}) == len(ARMS)
     results = {arm: [run_ranks(2, PRELOAD, run_arm, QUICK, arm, 2)] for arm in arms}
     losses = [rounds[0][0].first_loss for rounds in results.values()]
     assert losses == pytest.approx([losses[0]] * len(arms), rel=1e-5)
