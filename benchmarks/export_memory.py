@@ -30,9 +30,10 @@ from benchmarks.memory_vs_heads import hardware
 from data_prep.tokenizer import bytes_tokenizer
 from model.config import ModelConfig
 from model.parameter_shapes import layer_shapes, parameter_shapes
-from model.process_groups import ensure_single_process
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.config import RunConfig
+from pipeline.checkpoint_files import nothing, write_synced
+from pipeline.config import RunConfig, to_yaml
+from pipeline.run_files import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
 from pipeline.state import Layout, TrainState
 from pipeline.state_files import Snapshot, run_key
 
@@ -104,24 +105,27 @@ def run_config(run_dir: Path, layers: int, width: int, vocabulary: int) -> RunCo
 
 def write_checkpoint(config: RunConfig) -> None:
     """Commit random weights, each rank with a run of every parameter; moments are left out."""
-    ensure_single_process()
-    tokenizer = config.run.dir / "tokenizer.json"
-    tokenizer.parent.mkdir(parents=True)
-    tokenizer.write_bytes(bytes_tokenizer())
     layout = Layout(world_size=RANKS, data=RANKS, tensor=1, stages=1, zero=1, precision="bf16")
     state = TrainState(step=1, data_fingerprint="", data_seed=0, sequence_length=256, layout=layout)
 
-    def weights(folder: Path) -> None:
-        for rank in range(RANKS):
-            runs = {}
-            for name, shape in parameter_shapes(config.model).items():
-                size = torch.Size(shape).numel()
-                start, stop = size * rank // RANKS, size * (rank + 1) // RANKS
-                scale, mean = (0.0, 1.0) if len(shape) == 1 else (0.02, 0.0)
-                runs[run_key("weight", name, start)] = torch.randn(stop - start) * scale + mean
-            Snapshot(rank, 0, 1, 1, runs).write(folder)
-
-    CheckpointFolder(config.run.dir, keep=2).save(state, config, tokenizer, weights)
+    folder = CheckpointFolder(config.run.dir, config.checkpoint)
+    partial, entries = folder.prepare(1), {}
+    for rank in range(RANKS):
+        runs = {}
+        for name, shape in parameter_shapes(config.model).items():
+            size = torch.Size(shape).numel()
+            start, stop = size * rank // RANKS, size * (rank + 1) // RANKS
+            scale, mean = (0.0, 1.0) if len(shape) == 1 else (0.02, 0.0)
+            runs[run_key("weight", name, start)] = torch.randn(stop - start) * scale + mean
+        snapshot = Snapshot(rank, 0, 1, 1, runs)
+        entries[f"{WEIGHTS}/{snapshot.file_name}"] = snapshot.write(partial / WEIGHTS)
+    for name, content in (
+        (STATE_NAME, state.to_json().encode()),
+        (RESOLVED_CONFIG_NAME, to_yaml(config).encode()),
+        (TOKENIZER, bytes_tokenizer()),
+    ):
+        entries[name] = write_synced(partial / name, content)
+    folder.commit(1, entries, nothing)
 
 
 def measure(config: RunConfig, target: Path) -> Row:
@@ -159,7 +163,6 @@ def _child(sender: Connection, run_dir: Path, target: Path, whole_model_bytes: i
     """Import everything, say how much memory that took, then export and say how long it took."""
     for name in ("model.hf_format", "pipeline.export_tensors", "pipeline.layered_parity"):
         importlib.import_module(name)
-    ensure_single_process()
     pipeline.export.WHOLE_MODEL_BYTES = whole_model_bytes
     sender.send(_own_bytes(None))
     started = time.perf_counter()

@@ -1,118 +1,133 @@
-"""Checkpoints: written aside, agreed by all ranks, listed with checksums, renamed; `latest` last.
+"""A run's checkpoints: written aside, agreed by all ranks, listed, renamed; `latest` last.
 
 A folder that lacks its manifest, or whose files differ from it, is never taken for a checkpoint.
+How the ranks write is `pipeline.saving`'s business, what stays `pipeline.retention`'s.
 """
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
-import xxhash
 
 from model.errors import CheckpointError
-from pipeline.config import RESOLVED_CONFIG_NAME, RunConfig, load_config, to_yaml
-from pipeline.launch import is_communication_error
-from pipeline.state import STATE_NAME, TrainState
+from pipeline.agreement import from_all, from_main, place
+from pipeline.checkpoint_files import (
+    Entries,
+    checkpoint_path,
+    content_problems,
+    newest_checkpoint,
+    read_manifest,
+    size_problems,
+    sync_folder,
+    verify,
+    write_manifest,
+    write_synced,
+)
+from pipeline.config import RunConfig, load_config
+from pipeline.config_sections import CheckpointSection
+from pipeline.retention import Retention
+from pipeline.run_files import (
+    FOLDER,
+    LATEST,
+    PARTIAL,
+    RESOLVED_CONFIG_NAME,
+    WEIGHTS,
+    committed,
+    step_folder,
+    step_of,
+)
 
-FOLDER = "checkpoints"
-LATEST = "latest"
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
-WEIGHTS = "zero"
-_PARTIAL = ".partial"
 _RUN_FILES = (FOLDER, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
-_BLOCK_BYTES = 1 << 22
-
-Entries = dict[str, dict[str, str | int]]
 
 
 class CheckpointFolder:
     """The checkpoints of one run, on a file system that all ranks share.
 
-    All methods but `steps` are collectives: every rank calls them together.
-
     Args:
         run_dir: the run's folder.
-        keep: complete checkpoints to keep, the newest ones.
+        options: which of them to keep.
     """
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
+    def __init__(self, run_dir: Path, options: CheckpointSection) -> None:
         self.directory = run_dir / FOLDER
-        self.keep = keep
+        self._retention = Retention(self.directory, options)
 
-    def steps(self) -> list[Path]:
-        """Folders that were committed, oldest first."""
-        return sorted(path for path in self.directory.glob("step_*[0-9]") if path.is_dir())
+    def prepare(self, step: int) -> Path:
+        """An empty folder to write a step's files into; rank 0 makes it.
 
-    def save(
-        self,
-        state: TrainState,
-        config: RunConfig,
-        tokenizer: Path,
-        write_weights: Callable[[Path], None],
-    ) -> Path:
-        """Write and commit one checkpoint, then drop the ones that are too many.
-
-        Args:
-            state: progress to save.
-            config: the run, saved resolved.
-            tokenizer: the tokenizer.json the data was made with.
-            write_weights: collective that writes weights and optimizer states into a folder.
-
-        Returns:
-            The committed folder.
+        What killed or failed saves left is deleted first, so that it never fills the disk.
 
         Raises:
-            CheckpointError: writing failed on some rank; nothing was committed.
+            OSError: it cannot be made.
         """
-        final = self.directory / f"step_{state.step:08d}"
-        partial = final.with_name(final.name + _PARTIAL)
-        if _is_main():
-            _attempt(lambda: _make_empty(partial), partial)
-        dist.barrier()
-        _attempt(lambda: write_weights(partial / WEIGHTS), partial)
-        dist.barrier()
-        if _is_main():
-            _attempt(lambda: _write_texts(partial, state, config, tokenizer), partial)
-        dist.barrier()
-        names = _from_main(_file_names(partial) if _is_main() else None)
-        entries = _collect_entries(partial, names)
-        if _is_main():
-            _attempt(lambda: self._commit(partial, final, entries), partial)
-            self._drop_old(final)
-        dist.barrier()
+        self._retention.clear_partial()
+        partial = self._partial(step)
+        (partial / WEIGHTS).mkdir(parents=True)
+        return partial
+
+    def commit(self, step: int, entries: Entries, reached: Callable[[str], None]) -> Path:
+        """Make a checkpoint of what all ranks have written; rank 0 does it.
+
+        Args:
+            step: its step.
+            entries: every file, as its writer knows it; all are on the disk.
+            reached: told of each point that a test may crash at.
+
+        Raises:
+            OSError: it failed; there is no new checkpoint, or `latest` does not name it.
+        """
+        final, partial = step_folder(self.directory, step), self._partial(step)
+        reached("before-manifest")
+        write_manifest(partial, entries, reached)
+        if problems := size_problems(partial):
+            raise OSError(f"not all ranks see the same files: {'; '.join(problems[:3])}")
+        sync_folder(partial / WEIGHTS)
+        sync_folder(partial)
+        reached("after-manifest")
+        if final.exists() and verify(final):
+            final.rename(_aside(final))
+        if final.exists():  # this run saved the step before, and could not finish
+            shutil.rmtree(partial)
+        else:
+            partial.rename(final)
+        for folder in (self.directory, self.directory.parent, self.directory.parent.parent):
+            sync_folder(folder)  # the new name, and with the first save those of its folders
+        reached("after-rename")
+        self._point_latest_at(final, reached)
+        reached("after-latest")
+        self._retention.apply(final, reached)
         return final
 
-    def _commit(self, partial: Path, final: Path, entries: Entries) -> None:
-        manifest = json.dumps({"version": 1, "files": entries}, indent=1)
-        _write_synced(partial / MANIFEST, manifest.encode())
-        if problems := size_problems(partial):
-            raise OSError(f"not all ranks see the same files ({'; '.join(problems[:3])})")
-        for folder in {path.parent for path in partial.rglob("*")}:
-            _sync(folder)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync(self.directory)
-        self._point_latest_at(final)
+    def discard(self, step: int) -> str:
+        """Delete what a failed save has written; rank 0 does it.
 
-    def _point_latest_at(self, checkpoint: Path) -> None:
-        aside = self.directory / (LATEST + _PARTIAL)
-        _write_synced(aside, (checkpoint.name + "\n").encode())
+        Returns:
+            What is left: room on the disk, and the newest checkpoint.
+        """
+        shutil.rmtree(self._partial(step), ignore_errors=True)
+        try:
+            newest = newest_checkpoint(self.directory)
+            free_gib = _free_gib(self.directory)
+        except OSError as error:
+            return f"({self.directory} cannot be read: {error})"
+        name = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
+        return f"({free_gib:.2f} GiB free there); {name}"
+
+    def finish_deletions(self) -> None:
+        """Wait for deletions that are going on."""
+        self._retention.wait()
+
+    def _partial(self, step: int) -> Path:
+        final = step_folder(self.directory, step)
+        return final.with_name(final.name + PARTIAL)
+
+    def _point_latest_at(
+        self, checkpoint: Path, reached: Callable[[str], None] = lambda _point: None
+    ) -> None:
+        aside = self.directory / (LATEST + PARTIAL)
+        write_synced(aside, (checkpoint.name + "\n").encode(), "latest-half-written", reached)
+        reached("before-latest-rename")
         aside.replace(self.directory / LATEST)
-        _sync(self.directory)
-
-    def _drop_old(self, newest: Path) -> None:
-        """Delete what is past `keep` and what killed saves left, after the newest is committed."""
-        older = [path for path in self.steps() if path.name <= newest.name]
-        for old in older[: -self.keep]:
-            old.rename(old.with_name(old.name + _PARTIAL))
-        for left in self.directory.glob(f"step_*{_PARTIAL}"):
-            shutil.rmtree(left, ignore_errors=True)
+        sync_folder(self.directory)
 
     def find(self, resume: str, report: Callable[[str], None]) -> Path | None:
         """The checkpoint to resume from, verified by all ranks together.
@@ -126,38 +141,48 @@ class CheckpointFolder:
             CheckpointError: the named checkpoint is missing or damaged.
         """
         if resume != "auto":
-            chosen = checkpoint_path(Path(resume))
-            if problems := verify(chosen):
+            chosen = from_main(lambda: checkpoint_path(Path(resume)), CheckpointError)
+            if problems := verify_together(chosen):
                 raise CheckpointError(
                     f"{chosen} is damaged: {'; '.join(problems[:3])}; use another checkpoint, or "
                     "--resume auto for the newest whole one"
                 )
             return chosen
-        names = _from_main([path.name for path in self.steps()])
-        for name in reversed(names):
-            problems = verify(self.directory / name)
+        found = from_main(lambda: committed(self.directory), CheckpointError)
+        for checkpoint in reversed(found):
+            problems = verify_together(checkpoint)
             if not problems:
-                return self.directory / name
-            report(f"passing over {self.directory / name}: {'; '.join(problems[:3])}")
-        if names:
+                return checkpoint
+            report(f"passing over {checkpoint}: {'; '.join(problems[:3])}")
+        if found:
             raise CheckpointError(
-                f"all {len(names)} checkpoints in {self.directory} are damaged; check the storage, "
+                f"all {len(found)} checkpoints in {self.directory} are damaged; check the storage, "
                 "or begin anew with --resume none (they are then moved aside)"
             )
         return None
 
     def set_aside_after(self, step: int) -> None:
-        """Take checkpoints past `step` out of the way: this run goes on from there another way."""
-        if _is_main():
-            steps = self.steps()
-            newer = [path for path in steps if int(path.name.removeprefix("step_")) > step]
-            if newer and len(newer) < len(steps):
-                self._point_latest_at(steps[-len(newer) - 1])  # first: it must never dangle
+        """Take checkpoints past `step` out of the way: this run goes on from there another way.
+
+        A collective: rank 0 moves, all ranks wait.
+        """
+
+        def move() -> None:
+            steps = committed(self.directory)
+            newer = [path for path in steps if (step_of(path) or 0) > step]
+            older = steps[: len(steps) - len(newer)]
+            if older and newest_checkpoint(self.directory) != older[-1]:
+                self._point_latest_at(older[-1])  # first: it must never dangle
             for path in newer:
-                aside = path.with_name(f"superseded_{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-        dist.barrier()
+                path.rename(_aside(path))
+
+        try:
+            from_main(move, OSError)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints past step {step} in {self.directory} cannot be set aside ({error}); "
+                "this run would collide with them: make the folder writable"
+            ) from error
 
     def set_aside(self, run_dir: Path) -> Path | None:
         """Move an earlier run's files out of the way of a new run that starts from nothing.
@@ -165,8 +190,10 @@ class CheckpointFolder:
         Returns:
             Where they went; None when there were none. Rank 0 moves, all ranks wait.
         """
-        target = None
-        if _is_main() and (self.steps() or (run_dir / "metrics.jsonl").exists()):
+
+        def move() -> Path | None:
+            if not (committed(self.directory) or (run_dir / "metrics.jsonl").exists()):
+                return None
             numbers = [path.name.removeprefix("previous_") for path in run_dir.glob("previous_*")]
             number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
             target = run_dir / f"previous_{number}"
@@ -174,25 +201,15 @@ class CheckpointFolder:
             for name in _RUN_FILES:
                 if (run_dir / name).exists():
                     (run_dir / name).rename(target / name)
-        dist.barrier()
-        return target
+            return target
 
-
-def checkpoint_path(path: Path) -> Path:
-    """The checkpoint that a path names: itself, or the newest of a run or checkpoints folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / STATE_NAME).is_file() or (path / MANIFEST).is_file():
-        return path
-    for folder in (path, path / FOLDER):
-        if (folder / LATEST).is_file():
-            return folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-    raise CheckpointError(
-        f"{path} is no checkpoint: it has neither {STATE_NAME} nor {LATEST}; give a folder such "
-        "as runs/NAME/checkpoints/step_00000100, or the run's folder"
-    )
+        try:
+            return from_main(move, OSError)
+        except OSError as error:
+            raise CheckpointError(
+                f"the earlier files of {run_dir} cannot be moved aside ({error}); make the folder "
+                "writable, or set another run.dir"
+            ) from error
 
 
 def read_config(checkpoint: Path) -> RunConfig:
@@ -200,98 +217,18 @@ def read_config(checkpoint: Path) -> RunConfig:
     return load_config(checkpoint / RESOLVED_CONFIG_NAME)
 
 
-def size_problems(checkpoint: Path) -> list[str]:
-    """What is missing from a checkpoint or has another size than its manifest says."""
-    try:
-        entries = _manifest(checkpoint)
-    except (OSError, ValueError, KeyError):
-        return [f"{MANIFEST} is missing or unreadable"]
-    problems = []
-    for name, entry in entries.items():
-        path = checkpoint / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-    return problems
+def verify_together(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint; every rank reads its share of it and all get all.
 
-
-def _manifest(checkpoint: Path) -> Entries:
-    entries: Entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return entries
-
-
-def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint: sizes, then checksums; empty when it is whole.
-
-    Works on one process and as a collective; then every rank reads its share and all agree.
+    Sizes are rank 0's to see, so that all ranks judge the same files.
     """
-    problems = _from_main(size_problems(checkpoint))
+    problems = from_main(lambda: size_problems(checkpoint), OSError)
     if problems:
         return problems
-    entries: Entries = _from_main(_manifest(checkpoint) if _is_main() else None)
-    found = _collect_entries(checkpoint, sorted(entries))
-    return [f"{name} differs from its checksum" for name in entries if found[name] != entries[name]]
-
-
-def _from_main(value: Any) -> Any:
-    """Rank 0's value on all ranks: one view for all, whatever a node's file system has cached."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _file_names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _collect_entries(folder: Path, names: list[str]) -> Entries:
-    """Size and xxh3 of every file; each rank reads and syncs its share, all get all."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = {name: _entry(folder / name) for name in names[rank::world]}
-    if world == 1:
-        return mine
-    gathered: list[Entries] = [{} for _ in range(world)]
-    dist.all_gather_object(gathered, mine)
-    return {name: entry for part in gathered for name, entry in sorted(part.items())}
-
-
-def _entry(path: Path) -> dict[str, str | int]:
-    """A file's manifest entry; one that this rank cannot read has no checksum to agree with."""
-    try:
-        return {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
-    except OSError as error:
-        return {"bytes": -1, "xxh3": f"unreadable: {error.strerror}"}
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _attempt(action: Callable[[], None], partial: Path) -> None:
-    """Do it, or leave nothing behind and say why.
-
-    Raises:
-        CheckpointError: it failed (disk full, no permission, ...).
-    """
-    try:
-        action()
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if is_communication_error(error):
-            raise  # another rank is gone; the disk is not to blame
-        shutil.rmtree(partial, ignore_errors=True)
-        free = _free_gib(partial)
-        raise CheckpointError(
-            f"cannot write checkpoint {partial.name.removesuffix(_PARTIAL)} below "
-            f"{partial.parent}: {str(error).splitlines()[0]} ({free:.1f} GiB free there); make "
-            "room or fix the folder, then start again: earlier checkpoints are untouched"
-        ) from error
+    entries = from_main(lambda: read_manifest(checkpoint), CheckpointError)
+    rank, world = place()
+    found = from_all(content_problems(checkpoint, entries, sorted(entries)[rank::world]))
+    return [problem for part in found for problem in part]
 
 
 def _free_gib(path: Path) -> float:
@@ -300,32 +237,11 @@ def _free_gib(path: Path) -> float:
     return shutil.disk_usage(path).free / 2**30
 
 
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _write_texts(folder: Path, state: TrainState, config: RunConfig, tokenizer: Path) -> None:
-    _write_synced(folder / STATE_NAME, state.to_json().encode())
-    _write_synced(folder / RESOLVED_CONFIG_NAME, to_yaml(config).encode())
-    _write_synced(folder / TOKENIZER, tokenizer.read_bytes())
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def _aside(path: Path) -> Path:
+    """A free name for a checkpoint that is not this run's any more."""
+    target = path.with_name(f"superseded_{path.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"superseded_{path.name}_{number}")
+    return target

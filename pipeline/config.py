@@ -31,8 +31,6 @@ from pipeline.data_section import DataSection
 from pipeline.stage_plan import num_stages, plan_problems, stage_plan
 from pipeline.yaml_text import dump_yaml, parse_yaml, yaml_fault
 
-RESOLVED_CONFIG_NAME = "config.yaml"
-
 # Keys whose value is itself a mapping.
 _MAPPINGS = ("data.weights", "model.rope_scaling")
 
@@ -146,6 +144,28 @@ def _frozen_stages_problems(parallel: ParallelSection, train: TrainSection) -> l
     ]
 
 
+def _best_checkpoint_problems(evaluation: EvalSection, checkpoint: CheckpointSection) -> list[str]:
+    if not checkpoint.keep_best:
+        return []
+    best, saves, validations = (
+        f"checkpoint.keep_best={checkpoint.keep_best}",
+        checkpoint.every_steps,
+        evaluation.every_steps,
+    )
+    if not validations:
+        return [
+            f"{best} needs validation losses, and eval.every_steps=0 makes none; set "
+            "eval.every_steps, or keep_best=0"
+        ]
+    if saves % validations:
+        return [
+            f"{best} compares validation losses of saved weights, but steps of "
+            f"checkpoint.every_steps={saves} are not all validated with eval.every_steps="
+            f"{validations}; make every_steps a multiple of it, or set keep_best=0"
+        ]
+    return []
+
+
 def _problems_between(sections: Mapping[str, Any]) -> list[str]:
     """Broken rules between sections; a rule waits until the sections it needs are sound."""
     rules: tuple[tuple[Callable[..., list[str]], tuple[str, str]], ...] = (
@@ -156,6 +176,7 @@ def _problems_between(sections: Mapping[str, Any]) -> list[str]:
         (_window_problems, ("model", "data")),
         (_schedule_problems, ("train", "schedule")),
         (_freeze_problems, ("model", "train")),
+        (_best_checkpoint_problems, ("eval", "checkpoint")),
     )
     problems = []
     for rule, needed in rules:
@@ -329,6 +350,7 @@ def settings_without_effect(
     for key, every in (
         ("eval.every_steps", config.eval.every_steps),
         ("checkpoint.every_steps", config.checkpoint.every_steps),
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
     ):
         if every > last_step:
             lines.append(f"{key}={every}: the run stops at step {last_step}")

@@ -197,10 +197,24 @@ class EvalSection(Section):
 
 
 class CheckpointSection(Section):
-    """Checkpoints to resume from (every_steps 0: only at the end)."""
+    """Checkpoints to resume from.
+
+    Attributes:
+        every_steps: steps between them; 0 = only at the end.
+        asynchronous: training waits for a copy to host memory only, not for the disk.
+        on_error: a save fails: warn = say so and go on; stop = end the run. The last save of a
+            run ends it with an error either way.
+        keep: how many of the newest stay.
+        keep_every: those of every so many steps stay for ever; 0 = none.
+        keep_best: how many of the lowest validation loss stay; 0 = none.
+    """
 
     every_steps: Count = 0
+    asynchronous: bool = True
+    on_error: Literal["warn", "stop"] = "warn"
     keep: int = 2
+    keep_every: Count = 0
+    keep_best: Count = 0
 
     @field_validator("keep")
     @classmethod
@@ -211,6 +225,25 @@ class CheckpointSection(Section):
                 "after a new one has been verified, so one is never enough; set checkpoint.keep=2"
             )
         return keep
+
+    @field_validator("keep_every")
+    @classmethod
+    def _names_saved_steps(cls, keep_every: int, info: ValidationInfo) -> int:
+        every = info.data.get("every_steps")
+        if not keep_every or every is None:
+            return keep_every
+        if every == 0:
+            raise ValueError(
+                f"keep_every={keep_every} keeps nothing: checkpoint.every_steps=0 saves at the end "
+                "only; set checkpoint.every_steps to a divisor of it, or keep_every to 0"
+            )
+        if keep_every % every:
+            nearest = (keep_every // every * every, -(-keep_every // every) * every)
+            raise ValueError(
+                f"keep_every={keep_every} is not a multiple of checkpoint.every_steps={every}, so "
+                f"few such steps are saved; use {' or '.join(str(n) for n in nearest if n)}"
+            )
+        return keep_every
 
 
 class LogSection(Section):

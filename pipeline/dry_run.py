@@ -24,6 +24,7 @@ from pipeline.stage_plan import (
 )
 
 _GRID_WIDTH = 8
+_STATE_BYTES = 12  # of a trained parameter in a checkpoint: weight and both moments in fp32
 
 
 def describe(config: RunConfig, *, world_size: int, device: Device, precision: Precision) -> str:
@@ -57,6 +58,8 @@ def describe(config: RunConfig, *, world_size: int, device: Device, precision: P
         f"{config.batch.accumulation})",
         f"length        {config.last_step:,} of {config.train.steps:,} steps, "
         f"{tokens * config.last_step:,} tokens",
+        f"checkpoint    {_STATE_BYTES * count.total / 2**30:.3g} GiB over all ranks"
+        f"{', copied to their host memory first' if config.checkpoint.asynchronous else ''}",
         f"compute       {flops:.4g} FLOPs per token, {flops * tokens:.4g} per step, "
         f"{flops * tokens * config.last_step:.4g} for the run",
     ]

@@ -102,9 +102,11 @@ def export(
     check_target(directory)
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
     from model.hf_format import write_export
-    from pipeline.checkpoint import TOKENIZER, WEIGHTS, checkpoint_path, read_config, verify
+    from pipeline.checkpoint import read_config
+    from pipeline.checkpoint_files import checkpoint_path, verify
     from pipeline.export_parity import RELATIVE_TOLERANCE
     from pipeline.model_card import metrics_until, model_card
+    from pipeline.run_files import TOKENIZER, WEIGHTS
     from pipeline.state import read_state
     from pipeline.state_files import read_weights
 

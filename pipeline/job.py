@@ -11,8 +11,8 @@ import torch.distributed as dist
 from data_prep.data_summary import summarize
 from data_prep.loader import ShardSet
 from model.errors import CheckpointError
-from pipeline.checkpoint import WEIGHTS, CheckpointFolder, read_config
-from pipeline.config import RESOLVED_CONFIG_NAME, Device, Precision, RunConfig, to_yaml
+from pipeline.checkpoint import CheckpointFolder, read_config
+from pipeline.config import Device, Precision, RunConfig, to_yaml
 from pipeline.dry_run import describe
 from pipeline.engine import Engine
 from pipeline.launch import (
@@ -23,6 +23,7 @@ from pipeline.launch import (
 )
 from pipeline.metrics_writers import open_metrics_log
 from pipeline.mixture_plan import follow_plan
+from pipeline.run_files import RESOLVED_CONFIG_NAME, WEIGHTS
 from pipeline.run_log import start_run_log
 from pipeline.samples import (
     describe_samples,
@@ -31,6 +32,7 @@ from pipeline.samples import (
     validation_samples,
     weight_stages,
 )
+from pipeline.saving import Saver
 from pipeline.stage_plan import plan_text
 from pipeline.staged_engine import build_engine
 from pipeline.starting_weights import imported_weights
@@ -109,7 +111,7 @@ class Job:
             waiting_for=lambda: self._engine.waiting_for if self._engine else None,
             abort=self._abort,
         )
-        checkpoints = CheckpointFolder(config.run.dir, config.checkpoint.keep)
+        checkpoints = CheckpointFolder(config.run.dir, config.checkpoint)
         source = self._find_checkpoint(checkpoints, state)
         imported = imported_weights(config, shards, topology, resumed=source is not None)
         engine = self._engine = build_engine(config, topology, self.precision, imported)
@@ -121,9 +123,8 @@ class Job:
         metrics = open_metrics_log(config, rank=self.info.rank, resumed_step=state.step)
         try:
             throughput = Throughput(config, topology)
-            parts = Collaborators(
-                engine, loader, validation, checkpoints, metrics, throughput, stop
-            )
+            saver = Saver(checkpoints, config, self.device, shards.tokenizer_path, state.step)
+            parts = Collaborators(engine, loader, validation, saver, metrics, throughput, stop)
             stopped_by = Trainer(config, state, parts).fit()
         finally:
             metrics.close()

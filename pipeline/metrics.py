@@ -1,13 +1,17 @@
 """metrics.jsonl: one line per reported step, the truth that every other writer reads from."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from model.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -32,6 +36,7 @@ class MetricsLog:
 
     On resume, lines past the resumed step and torn lines are taken out first, so the file reads as
     if the run had never stopped. Only rank 0 has a file; on other ranks everything is a no-op.
+    A full disk does not end a run: lines that cannot be written wait until they can.
 
     Args:
         run_dir: Folder of the run; None on ranks that write nothing.
@@ -43,15 +48,18 @@ class MetricsLog:
         self, run_dir: Path | None, *, resumed_step: int, writers: Sequence[MetricsWriter] = ()
     ) -> None:
         self._writers = list(writers)
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._end = 0  # of the last whole line in the file
+        self._waiting = b""
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
             path = run_dir / METRICS_NAME
             cut_after(path, resumed_step)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = FileIO(path, "a")
+            self._end = path.stat().st_size
 
     def write(self, record: Mapping[str, Value | list[float]]) -> None:
-        """Append one record and flush it; a number that is not finite is written as null.
+        """Append one record and hand it to the system; a number that is not finite becomes null.
 
         The other writers get the items of a list one by one, as `key_0`, `key_1`, ...
         """
@@ -59,15 +67,46 @@ class MetricsLog:
             return
         assert "step" in record, f"a record needs its step, got {sorted(record)}"
         finite = {key: _finite(value) for key, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        self._write_waiting(self._file)
         scalars = scalars_of(finite)
-        for writer in self._writers:
-            writer.write(scalars)
+        for writer in list(self._writers):
+            try:
+                writer.write(scalars)
+            except OSError as error:
+                self._writers.remove(writer)
+                logger.warning(
+                    "%s cannot write (%s) and gets no more records of this run; %s has them all",
+                    type(writer).__name__,
+                    error,
+                    METRICS_NAME,
+                )
+
+    def _write_waiting(self, file: FileIO) -> None:
+        """Append the lines that wait; a line that did not fit is taken out again."""
+        try:
+            written = file.write(self._waiting)
+            if written != len(self._waiting):
+                raise OSError(f"{written} of {len(self._waiting)} bytes written")
+        except OSError as error:
+            logger.warning("%s waits for room: %s", METRICS_NAME, error)
+            file.truncate(self._end)
+            return
+        self._end += len(self._waiting)
+        self._waiting = b""
+
+    def sync(self) -> None:
+        """Bring the lines to the disk, so that they outlive a power cut as a checkpoint does.
+
+        Other threads may call it while lines are written.
+        """
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file and all writers; later records are ignored."""
         if self._file is not None:
+            self._write_waiting(self._file)
             self._file.close()
             self._file = None
             for writer in self._writers:

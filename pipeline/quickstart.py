@@ -19,10 +19,10 @@ import psutil
 import torch
 
 from model.errors import ConfigError
-from pipeline.checkpoint import FOLDER, LATEST
 from pipeline.config import RunConfig, load_config
 from pipeline.metrics import METRICS_NAME, Scalars, read_metrics
 from pipeline.report import REPORT_NAME
+from pipeline.run_files import FOLDER, LATEST
 
 CONFIG = Path("configs/quickstart.yaml")
 CPU_RANKS = 2

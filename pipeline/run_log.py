@@ -8,6 +8,15 @@ from pathlib import Path
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
+class _RankFile(logging.FileHandler):
+    """A rank's file; lines that do not fit on a full disk are lost, and do not fill stderr."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing when the disk is full; what matters is said elsewhere, too."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 class _Console(logging.Handler):
     """Writes to whatever stdout is now, so that lines stay clear of the live progress line."""
 
@@ -25,7 +34,7 @@ def start_run_log(run_dir: Path, rank: int) -> Path:
     """
     path = run_dir / "logs" / f"rank_{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8")]
+    handlers: list[logging.Handler] = [_RankFile(path, encoding="utf-8")]
     if rank == 0:
         handlers.append(_Console(logging.INFO))
     for handler in handlers:

@@ -9,8 +9,8 @@ from data_prep.errors import DataError
 from data_prep.loader import ShardSet
 from model.errors import CheckpointError
 from model.hf_import import ImportedWeights, LlamaFolder
-from pipeline.checkpoint import TOKENIZER
 from pipeline.config import RunConfig
+from pipeline.run_files import TOKENIZER
 from pipeline.topology import Topology
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_prep.data_summary import DataSummary, differences
 from data_prep.mixture import MixtureSegment
 from model.errors import CheckpointError
-
-STATE_NAME = "state.json"
+from pipeline.run_files import STATE_NAME
 
 
 class Layout(BaseModel):
@@ -47,6 +46,7 @@ class TrainState(BaseModel):
         samples_by_source: samples of each source before `next_sample`, skipped ones included.
         data: what the training split is, to tell another one from it.
         layout: of the checkpoint's files.
+        eval_loss: validation loss after this step; None when it was not validated.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,6 +65,7 @@ class TrainState(BaseModel):
     samples_by_source: dict[str, int] = {}
     data: DataSummary | None = None
     layout: Layout
+    eval_loss: float | None = None
 
     @property
     def batches(self) -> int:
@@ -78,6 +79,7 @@ class TrainState(BaseModel):
         self.next_sample += (1 + skipped_batches) * samples
         self.tokens += samples * self.sequence_length
         self.skipped_steps += not applied
+        self.eval_loss = None
 
     def to_json(self) -> str:
         """Indented JSON."""

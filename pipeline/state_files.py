@@ -19,19 +19,20 @@ Nothing here is pickled: files hold numbers and strings only.
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.parameter_shapes import checked_parameters, parameter_shapes
 from model.sharding import Placement, merge_slices, placement_of
+from pipeline.checkpoint_files import FileEntry, nothing
+from pipeline.tensor_file import write_tensors
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 _PATTERN = "rank_*.safetensors"
@@ -54,13 +55,20 @@ class Snapshot(NamedTuple):
     adam_step: int
     runs: dict[str, Tensor]
 
-    def on_host(self) -> "Snapshot":
-        """A copy in the host's memory, which training does not change any more."""
-        copies = {key: run.detach().to("cpu", copy=True) for key, run in self.runs.items()}
-        return self._replace(runs=copies)
+    @property
+    def file_name(self) -> str:
+        """The rank's file in a checkpoint."""
+        return f"rank_{self.rank:05d}.safetensors"
 
-    def write(self, directory: Path) -> None:
-        """Write the rank's file.
+    def write(self, directory: Path, reached: Callable[[str], None] = nothing) -> FileEntry:
+        """Write the rank's file through to the disk.
+
+        Args:
+            directory: of the checkpoint's tensors.
+            reached: told of each point that a test may crash at.
+
+        Returns:
+            What the file is.
 
         Raises:
             OSError: the file cannot be written.
@@ -72,10 +80,7 @@ class Snapshot(NamedTuple):
             "adam_step": str(self.adam_step),
         }
         runs = {key: run.detach().contiguous() for key, run in self.runs.items()}
-        try:
-            save_file(runs, directory / f"rank_{self.rank:05d}.safetensors", metadata)
-        except SafetensorError as error:  # the library wraps the system's errors
-            raise OSError(str(error)) from error
+        return write_tensors(directory / self.file_name, runs, metadata, reached)
 
 
 def run_key(kind: str, name: str, start: int) -> str:

@@ -1,19 +1,18 @@
 """The training loop: when things happen. What happens is the collaborators' business."""
 
 import logging
-import time
+import math
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.loader import Batch, TokenLoader
 from model.errors import TrainingError
 from pipeline.batch_places import BatchPlace, batch_places
-from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import RunConfig
 from pipeline.engine import Engine, StepResult
 from pipeline.metrics import MetricsLog, Record
+from pipeline.saving import Saver
 from pipeline.schedule import learning_rate
 from pipeline.state import TrainState
 from pipeline.stopping import StopRequest
@@ -30,7 +29,7 @@ class Collaborators(NamedTuple):
         engine: model and optimizer.
         loader: training batches.
         validation: validation batches, or None when the run does not validate.
-        checkpoints: where to save.
+        saver: saves the run, while it goes on.
         metrics: where figures go.
         throughput: times steps and measures memory.
         stop: signals, agreed over ranks.
@@ -39,7 +38,7 @@ class Collaborators(NamedTuple):
     engine: Engine
     loader: TokenLoader
     validation: ValidationSamples | None
-    checkpoints: CheckpointFolder
+    saver: Saver
     metrics: MetricsLog
     throughput: Throughput
     stop: StopRequest
@@ -58,7 +57,6 @@ class Trainer:
         self.config = config
         self.state = state
         self.parts = parts
-        self._saved_step: int | None = state.step or None
         self._skipped_in_a_row = 0
 
     def fit(self) -> str | None:
@@ -69,17 +67,21 @@ class Trainer:
 
         Raises:
             TrainingError: too many steps in a row had gradients that were not finite.
+            CheckpointError: the last save failed, or any with `checkpoint.on_error: stop`.
         """
         stopped_by = None
         places = self._places()
-        with closing(self._batches()) as batches:
-            while self.state.step < self.config.last_step and stopped_by is None:
-                result = self._step(next(batches), next(places))
-                self._record(result)
-                self._save_if_due()
-                stopped_by = self.parts.stop.agreed()
-        if self._saved_step != self.state.step:
-            self._save()
+        try:
+            with closing(self._batches()) as batches:
+                while self.state.step < self.config.last_step and stopped_by is None:
+                    result = self._step(next(batches), next(places))
+                    self._record(result)
+                    self._save_if_due()
+                    stopped_by = self.parts.stop.agreed()
+        except TrainingError:
+            self.parts.saver.finish("the run ends")  # what was begun before still counts
+            raise
+        self._save_last()
         return stopped_by if self.state.step < self.config.last_step else None
 
     def _places(self) -> Iterator[BatchPlace]:
@@ -167,6 +169,7 @@ class Trainer:
             "learning_rate": self._learning_rate(step),
             **self.parts.throughput.figures(),
             **self._source_figures(),
+            **self.parts.saver.figures(),
         }
         if idle := self.parts.engine.stage_idle_fractions():
             record["stage_idle_fraction"] = idle
@@ -192,25 +195,43 @@ class Trainer:
         result = self.parts.engine.evaluate(self.parts.validation)
         weights = self.config.model.loss_weights
         losses = result.head_losses
+        loss = sum(w * loss for w, loss in zip(weights, losses, strict=True))
+        self.state.eval_loss = loss if math.isfinite(loss) else None
         return {
-            "eval_loss": sum(w * loss for w, loss in zip(weights, losses, strict=True)),
+            "eval_loss": loss,
             **{f"eval_loss_head_{k}": loss for k, loss in enumerate(losses, start=1)},
             "eval_tokens_per_forward": result.tokens_per_forward,
         }
 
     def _save_if_due(self) -> None:
+        """Commit what has been written meanwhile, and begin the next save when it is due."""
+        self.parts.saver.advance()
         every = self.config.checkpoint.every_steps
         if every and self.state.step % every == 0:
-            self._save()
+            self._begin_save(asynchronous=self.config.checkpoint.asynchronous)
 
-    def _save(self) -> None:
-        started = time.monotonic()
-        loader = self.parts.loader
-        tokenizer: Path = loader.shards.tokenizer_path
+    def _begin_save(self, *, asynchronous: bool, last: bool = False) -> None:
+        loader, saver = self.parts.loader, self.parts.saver
         if self.state.mixture:
             self.state.samples_by_source = loader.mixture.counts(self.state.next_sample)
-        folder = self.parts.checkpoints.save(
-            self.state, self.config, tokenizer, self.parts.engine.save
+        saver.begin(
+            self.state,
+            self.parts.engine.snapshot,
+            asynchronous=asynchronous,
+            last=last,
+            beside=self.parts.metrics.sync,  # no line of a step that is saved may be lost
         )
-        self._saved_step = self.state.step
-        logger.info("saved %s in %.1f s", folder, time.monotonic() - started)
+        if not asynchronous:
+            saver.finish()
+
+    def _save_last(self) -> None:
+        """See that the progress of this run is saved before it ends.
+
+        Raises:
+            CheckpointError: it cannot be saved.
+        """
+        saver = self.parts.saver
+        saver.finish("the run ends")
+        if saver.saved_step != self.state.step:
+            self._begin_save(asynchronous=False, last=True)
+        saver.close()

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import multiprocessing.process
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tests.harness import prepared_context
 
-TIMES = ("tokens_per_s", "step_time_s", "memory_peak_gib")
+TIMES = ("tokens_per_s", "step_time_s", "memory_peak_gib", "save_stall_s", "save_total_s")
 CONFIG = """
 run: {name: tiny, seed: 7}
 model:
@@ -75,6 +76,17 @@ class RunningJob:
         assert pid is not None
         os.kill(pid, number)
 
+    def lift_file_limit(self, rank: int) -> None:
+        """Let a rank write files of any size again."""
+        pid = self._processes[rank].pid
+        assert pid is not None
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+
+    def output(self, rank: int) -> str:
+        """What a rank has written so far."""
+        return self._outputs[rank].read_text(encoding="utf-8")
+
     def is_alive(self, rank: int) -> bool:
         """Whether a rank still runs."""
         return self._processes[rank].is_alive()
@@ -108,7 +120,12 @@ class RunningJob:
 
 
 def start_job(
-    folder: Path, arguments: Sequence[str], *, world: int, environment: Mapping[str, str] = {}
+    folder: Path,
+    arguments: Sequence[str],
+    *,
+    world: int,
+    environment: Mapping[str, str] = {},
+    file_limits: Mapping[int, int] = {},
 ) -> RunningJob:
     """Start `python -m pipeline.train ARGUMENTS` on `world` ranks.
 
@@ -117,6 +134,7 @@ def start_job(
         arguments: of the command line.
         world: number of ranks.
         environment: variables that differ from the ranks' usual ones.
+        file_limits: by rank, the size in bytes past which it cannot write a file.
     """
     context = prepared_context()
     port = str(free_port())
@@ -133,7 +151,9 @@ def start_job(
             **environment,
         }
         process = context.Process(
-            target=_train_main, args=(list(arguments), variables, output), daemon=False
+            target=_train_main,
+            args=(list(arguments), variables, output, file_limits.get(rank)),
+            daemon=False,
         )
         process.start()
         processes.append(process)
@@ -169,9 +189,14 @@ def last_step(run_dir: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def _train_main(arguments: list[str], variables: dict[str, str], output: Path) -> None:
+def _train_main(
+    arguments: list[str], variables: dict[str, str], output: Path, file_limit: int | None
+) -> None:
     import torch
 
+    if file_limit is not None:
+        _, highest = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, highest))
     os.environ.update(variables)
     torch.set_num_threads(1)
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)

@@ -7,7 +7,9 @@ import torch
 
 from data_prep.shard_set import ShardSet
 from model.hf_format import build_model
-from pipeline.checkpoint import WEIGHTS, checkpoint_path, read_config
+from pipeline.checkpoint import read_config
+from pipeline.checkpoint_files import checkpoint_path
+from pipeline.run_files import WEIGHTS
 from pipeline.state_files import read_weights
 from tests.model.tiny import head_logits
 from tests.training_runs import last_step, metrics_without_times, run_job

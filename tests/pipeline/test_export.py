@@ -1,6 +1,5 @@
 """Export: the weights of every layout, a folder equal to them, or an error and no folder."""
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
 from torch import Tensor
 
 import model.hf_format
@@ -22,11 +20,14 @@ from model.export_folder import ExportDescription
 from model.hf_format import load_export
 from model.sharding import merge_slices, placement_of
 from pipeline.checkpoint import CheckpointFolder, read_config
+from pipeline.checkpoint_files import read_entry, write_manifest
 from pipeline.config import RunConfig
 from pipeline.engine import Engine
 from pipeline.export import EXIT_USER_ERROR, export, main
 from pipeline.export_parity import compare
 from pipeline.launch import rank_info
+from pipeline.run_files import WEIGHTS
+from pipeline.saving import Saver
 from pipeline.state import Layout, TrainState
 from pipeline.state_files import read_weights
 from pipeline.topology import Topology
@@ -118,7 +119,11 @@ def _train_and_save(case: Case, run_dir: Path) -> dict[str, Tensor]:
     state = TrainState(
         step=2, data_fingerprint="", data_seed=3, sequence_length=SEQUENCE, layout=layout
     )
-    CheckpointFolder(run_dir, keep=2).save(state, config, tokenizer, engine.save)
+    saver = Saver(
+        CheckpointFolder(run_dir, config.checkpoint), config, torch.device("cpu"), tokenizer, 0
+    )
+    saver.begin(state, engine.snapshot, asynchronous=False)
+    saver.finish()
     return {name: _whole(name, part, topology) for name, part in engine.parameters()}
 
 
@@ -170,7 +175,7 @@ def broken(small: Trained, tmp_path: Path) -> Path:
 def test_weights_are_those_of_the_run(trained: Trained) -> None:
     """Read from the files, every parameter is the run's, bit by bit; in bf16 before rounding."""
     config = read_config(trained.checkpoint).model
-    weights = dict(read_weights(trained.checkpoint / "zero", config))
+    weights = dict(read_weights(trained.checkpoint / WEIGHTS, config))
     assert weights.keys() == trained.weights.keys()
     for name, expected in trained.weights.items():
         assert weights[name].dtype == torch.float32
@@ -261,14 +266,9 @@ def test_a_wrong_export_is_told_apart(small: Trained, tmp_path: Path) -> None:
 def _recommit(checkpoint: Path) -> None:
     """List the files anew, so that only their content can show that something is missing."""
     files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != "manifest.json"]
-    entries = {
-        str(path.relative_to(checkpoint)): {
-            "bytes": path.stat().st_size,
-            "xxh3": xxhash.xxh3_128(path.read_bytes()).hexdigest(),
-        }
-        for path in files
-    }
-    (checkpoint / "manifest.json").write_text(json.dumps({"version": 1, "files": entries}))
+    write_manifest(
+        checkpoint, {str(path.relative_to(checkpoint)): read_entry(path) for path in files}
+    )
 
 
 def _fails(checkpoint: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -287,7 +287,7 @@ def test_damaged_checkpoints_are_refused(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A changed, then a missing file of the checkpoint is named and nothing is written."""
-    path = broken / "zero" / "rank_00000.safetensors"
+    path = broken / WEIGHTS / "rank_00000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -301,7 +301,7 @@ def test_incomplete_files_are_refused(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where a rank's file is left out, the parameter is named; an unreadable file is named."""
-    files = broken / "zero"
+    files = broken / WEIGHTS
     second = files / "rank_00001.safetensors"
     content = second.read_bytes()
     second.unlink()
@@ -319,7 +319,7 @@ def test_incomplete_files_are_refused(
 def test_weights_of_another_model_are_refused(small: Trained) -> None:
     """More layers, or other sizes, than the files hold: the first parameter is named."""
     config = read_config(small.checkpoint).model
-    files = small.checkpoint / "zero"
+    files = small.checkpoint / WEIGHTS
     for change, words in (
         ({"layers": 6}, r"parameter trunk\.layers\.2\..* is missing, and 5 more"),
         ({"layers": 4}, r"parameter trunk\.layers\.1\..* is not one of this model's"),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from data_prep.loader import ShardSet
-from pipeline.checkpoint import WEIGHTS, checkpoint_path, read_config
+from pipeline.checkpoint import read_config
+from pipeline.checkpoint_files import checkpoint_path
+from pipeline.run_files import WEIGHTS
 from pipeline.state_files import read_weights
 from tests.training_runs import (
     last_step,
@@ -81,7 +83,7 @@ def test_epoch_border(config: Path, shards: Path, tmp_path: Path) -> None:
 def test_signal_stops_all_ranks_at_one_step(config: Path, tmp_path: Path) -> None:
     """SIGTERM to one rank: all save the same step and exit 75; the run then goes on exactly."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    settings = ["train.steps=40", "checkpoint.every_steps=0"]
+    settings = ["train.steps=40", "checkpoint.every_steps=5"]  # one may be in flight
     arguments = [str(config), "--set", *settings, f"run.dir={stopped}"]
     job = start_job(tmp_path, arguments, world=2)
     job.wait_until(lambda: last_step(stopped) >= 5)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from data_prep.loader import Batch
-from pipeline.checkpoint import WEIGHTS, checkpoint_path, read_config
+from pipeline.checkpoint import read_config
+from pipeline.checkpoint_files import checkpoint_path
 from pipeline.export import export
+from pipeline.run_files import WEIGHTS
 from pipeline.staged_engine import StagedEngine
 from pipeline.state import read_state
 from pipeline.state_files import read_weights

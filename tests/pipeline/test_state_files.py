@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.parameter_shapes import parameter_shapes
 from model.sharding import placement_of, take_slice
+from pipeline.host_copy import HostCopy
 from pipeline.state_files import KINDS, Snapshot, StateFiles, read_weights, run_key
 
 MODEL = ModelConfig(
@@ -130,12 +131,18 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_on_the_host_does_not_change() -> None:
-    """What is trained after the copy was made is not in it."""
+    """What is trained after the copy was made is not in it; the next copy uses its memory."""
     live = torch.zeros(3)
-    snapshot = Snapshot(0, 0, 1, 0, {run_key("weight", "x", 0): live})
-    copy = snapshot.on_host()
+    key = run_key("weight", "x", 0)
+    snapshot, memory = Snapshot(0, 0, 1, 0, {key: live}), HostCopy()
+    copy = memory.take(snapshot)
     live += 1
-    assert copy.runs[run_key("weight", "x", 0)].tolist() == [0, 0, 0]
+    assert copy.runs[key].tolist() == [0, 0, 0]
+    second = memory.take(snapshot)
+    assert second.runs[key].tolist() == [1, 1, 1]
+    assert second.runs[key].data_ptr() == copy.runs[key].data_ptr()
+    larger = memory.take(snapshot._replace(runs={key: torch.ones(5)}))
+    assert larger.runs[key].tolist() == [1] * 5
 
 
 def test_files_of_a_larger_model_are_refused(folders: dict[tuple[int, int], Path]) -> None:

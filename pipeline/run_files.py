@@ -1,0 +1,50 @@
+"""Names of what lies in a run's folder, and in each of its checkpoints.
+
+The tree:
+
+    runs/NAME/
+      config.yaml  metrics.jsonl  logs/  tensorboard/
+      checkpoints/
+        latest                     text: the name of the newest complete checkpoint
+        step_00000500/
+          manifest.json            every other file with its size and checksum
+          state.json               step, tokens, data position, layout, validation loss
+          config.yaml              the run as it was, resolved; can be passed to pipeline.train
+          tokenizer.json           of the data
+          tensors/rank_00000.safetensors ...
+        step_00001000.partial/     being written or deleted; never read
+        superseded_step_00001500/  what a run that went back to step 1000 left behind; never read
+"""
+
+import re
+from pathlib import Path
+
+RESOLVED_CONFIG_NAME = "config.yaml"
+FOLDER = "checkpoints"
+LATEST = "latest"
+MANIFEST = "manifest.json"
+STATE_NAME = "state.json"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "tensors"
+PARTIAL = ".partial"
+
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_folder(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies below the checkpoints' folder."""
+    return directory / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step in the name of a committed checkpoint; None for any other name."""
+    found = _STEP.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
+def committed(directory: Path) -> list[Path]:
+    """Checkpoints that were committed below the checkpoints' folder, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [(step, path) for path in directory.iterdir() if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found) if path.is_dir()]
