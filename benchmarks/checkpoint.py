@@ -134,7 +134,11 @@ def _section(ranks: list[Results], repetitions: int) -> str:
     ]
     steps = _median(ranks, "async", "step_s") / _median(ranks, "async", "plain_step_s")
     before = max(rank["memory_before"]["peak_mib"] for rank in ranks)
-    peaks = [f"{_median(ranks, name, 'peak_mib') - before:,.0f}" for name in ("sync", "async")]
+    # Of the first ones: the memory of the first copy is kept for the next.
+    peaks = [
+        f"{max(max(rank[f'{name}_0']['peak_mib'] for rank in ranks) - before, 0):,.0f}"
+        for name in ("sync", "async")
+    ]
     grown = [f"{max(r[name]['grown_mib'] for r in ranks):,.0f}" for name in ("load", "conversion")]
     return "\n".join(
         [
@@ -149,7 +153,7 @@ def _section(ranks: list[Results], repetitions: int) -> str:
             f"Training waits {sync_s / wait_s:.1f} times as long for a synchronous save as for an "
             f"asynchronous one. Steps beside a save in flight take {steps:.2f} times a step alone.",
             "",
-            f"Memory of a rank above its training ({before:,.0f} MiB), at most, MiB: synchronous "
+            f"Memory of a rank above the peak of its training ({before:,.0f} MiB), at most, MiB: synchronous "
             f"save {peaks[0]}, asynchronous save {peaks[1]} (its share of the checkpoint is "
             f"{size / RANKS / 2**20:,.0f}), loading {grown[0]}, loading in another layout "
             f"{grown[1]}.",

@@ -135,10 +135,12 @@ def measure_saves(rank: int, folder: Path, quick: bool, repetitions: int) -> dic
     """
     bench = Bench(rank, folder, quick=quick, tensor=1)
     bench.step()
+    _reset_peak()
+    bench.step()
     share = sum(run.nbytes for run in bench.engine.snapshot().runs.values())
     results: dict[str, Figures] = {
         "model": {"parameters": bench.parameters, "bytes": _sum(share)},
-        "memory_before": {"peak_mib": _resident_mib()},
+        "memory_before": {"peak_mib": _peak_mib()},
     }
     for number in range(repetitions):
         results[f"raw_{number}"] = _raw_disk(folder / f"raw_{rank}", share)
