@@ -153,10 +153,10 @@ def _section(ranks: list[Results], repetitions: int) -> str:
             f"Training waits {sync_s / wait_s:.1f} times as long for a synchronous save as for an "
             f"asynchronous one. Steps beside a save in flight take {steps:.2f} times a step alone.",
             "",
-            f"Memory of a rank above the peak of its training ({before:,.0f} MiB), at most, MiB: synchronous "
-            f"save {peaks[0]}, asynchronous save {peaks[1]} (its share of the checkpoint is "
-            f"{size / RANKS / 2**20:,.0f}), loading {grown[0]}, loading in another layout "
-            f"{grown[1]}.",
+            f"Memory of a rank above the peak of its training ({before:,.0f} MiB), at most, MiB: "
+            f"synchronous save {peaks[0]}, asynchronous save {peaks[1]} (its share of the "
+            f"checkpoint is {size / RANKS / 2**20:,.0f}), loading {grown[0]}, loading in another "
+            f"layout {grown[1]}.",
         ]
     )
 
