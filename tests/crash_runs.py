@@ -49,10 +49,16 @@ def crash(
 
 
 def kill_at_random(
-    folder: Path, arguments: Sequence[str], run_dir: Path, moments: random.Random, *, world: int
+    folder: Path,
+    arguments: Sequence[str],
+    run_dir: Path,
+    moments: random.Random,
+    *,
+    world: int,
+    last: int,
 ) -> None:
-    """Kill all ranks, one after the other, at some moment after some step."""
-    step = last_step(run_dir) + moments.randint(1, 4)
+    """Kill all ranks, one after the other, at some moment after some step before the last."""
+    step = min(last_step(run_dir) + moments.randint(1, 4), last - 1)
     job = start_job(folder, arguments, world=world)
     job.wait_until(lambda: last_step(run_dir) >= step)
     time.sleep(moments.uniform(0, 0.3))

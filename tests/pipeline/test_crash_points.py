@@ -133,7 +133,7 @@ def test_killed_at_random_moments(
     arguments = _arguments(config, run_dir, mode)
     moments = random.Random(seed)
     for _ in range(4):
-        kill_at_random(tmp_path, arguments, run_dir, moments, world=WORLD)
+        kill_at_random(tmp_path, arguments, run_dir, moments, world=WORLD, last=12)
         assert_whole(run_dir)
     go_on(tmp_path, arguments, world=WORLD)
     assert_same_run(straight, run_dir)
