@@ -83,6 +83,11 @@ def test_a_full_disk_gives_one_line(
     assert run(*arguments, cwd=tmp_path).returncode == 0
 
 
+def _take_interrupts() -> None:
+    """As at a terminal: background jobs, as these tests may be, are started with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_stops_at_once(
     tmp_path: Path, large_texts: list[str], write_jsonl: Write
 ) -> None:
@@ -93,7 +98,12 @@ def test_an_interrupt_stops_at_once(
         "--tokenizer", "train:500", "--workers", "2", "--unit-bytes", "16384",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=tmp_path,
+        preexec_fn=_take_interrupts,
     )
     assert process.stderr is not None
     while not list((tmp_path / "out").glob("journal/00*.json")):
