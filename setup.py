@@ -1,6 +1,6 @@
 """Metadata of the distribution; what was tested together stands in constraints.txt."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="headway",
@@ -8,7 +8,9 @@ setup(
     description="Pretraining of language models that predict several future tokens at once.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["data_prep", "model", "pipeline"],
+    packages=find_packages(
+        include=["data_prep", "data_prep.*", "model", "model.*", "pipeline", "pipeline.*"]
+    ),
     install_requires=[
         "backports.zstd>=1.0; python_version<'3.14'",
         "datasets>=3.0",

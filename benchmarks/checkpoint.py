@@ -28,7 +28,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.memory_vs_heads import hardware, versions
-from pipeline.run_log import quieten_libraries
+from pipeline.reporting.run_log import quieten_libraries
 
 RANKS = 2
 REPETITIONS = 3

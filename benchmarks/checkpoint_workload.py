@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 
 from data_prep.loader import Batch
-from pipeline.checkpoint import CheckpointFolder, verify_together
-from pipeline.checkpoint_files import BLOCK_BYTES, checkpoint_path
-from pipeline.config import RunConfig
-from pipeline.engine import Engine
-from pipeline.launch import RankInfo
-from pipeline.run_files import FOLDER, WEIGHTS, step_folder
-from pipeline.saving import Saver
-from pipeline.state import Layout, TrainState
-from pipeline.topology import Topology
+from pipeline.checkpoint.file_names import FOLDER, WEIGHTS, step_folder
+from pipeline.checkpoint.files import BLOCK_BYTES, checkpoint_path
+from pipeline.checkpoint.folder import CheckpointFolder, verify_together
+from pipeline.checkpoint.saving import Saver
+from pipeline.checkpoint.train_state import Layout, TrainState
+from pipeline.config.run_config import RunConfig
+from pipeline.distributed.rendezvous import RankInfo
+from pipeline.distributed.topology import Topology
+from pipeline.engine.engine import Engine
 
 RANKS = 2
 SEQUENCE = 64

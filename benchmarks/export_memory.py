@@ -30,12 +30,12 @@ from benchmarks.memory_vs_heads import hardware
 from data_prep.tokenizer import bytes_tokenizer
 from model.config import ModelConfig
 from model.parameter_shapes import layer_shapes, parameter_shapes
-from pipeline.checkpoint import CheckpointFolder
-from pipeline.checkpoint_files import nothing, write_synced
-from pipeline.config import RunConfig, to_yaml
-from pipeline.run_files import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
-from pipeline.state import Layout, TrainState
-from pipeline.state_files import Snapshot, run_key
+from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
+from pipeline.checkpoint.files import nothing, write_synced
+from pipeline.checkpoint.folder import CheckpointFolder
+from pipeline.checkpoint.sharded_tensors import Snapshot, run_key
+from pipeline.checkpoint.train_state import Layout, TrainState
+from pipeline.config.run_config import RunConfig, to_yaml
 
 MIB = 2**20
 RANKS = 4
@@ -161,7 +161,11 @@ def _in_own_process(run_dir: Path, target: Path, whole_model_bytes: int) -> Expo
 
 def _child(sender: Connection, run_dir: Path, target: Path, whole_model_bytes: int) -> None:
     """Import everything, say how much memory that took, then export and say how long it took."""
-    for name in ("model.hf_format", "pipeline.export_tensors", "pipeline.layered_parity"):
+    for name in (
+        "model.hf_format",
+        "pipeline.exporting.tensors",
+        "pipeline.exporting.layer_by_layer",
+    ):
         importlib.import_module(name)
     pipeline.export.WHOLE_MODEL_BYTES = whole_model_bytes
     sender.send(_own_bytes(None))

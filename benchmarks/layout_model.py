@@ -12,8 +12,8 @@ Per stage and micro-batch of T tokens, with tensor-parallel size t and data-para
                        counts, else their sum.
     transfer           T H e / w to the next stage
 
-`pipeline.stage_plan.step_time` plays the 1F1B schedule through with these times. Then, once a step:
-ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the readout's gradient
+`pipeline.stages.plan.step_time` plays the 1F1B schedule through with these times. Then, once a
+step: ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the readout's gradient
 and share its values, and the optimizer moves the rank's share.
 
 Memory of a rank: weights, gradients and optimizer states as ZeRO divides them (bf16: 2 + 2 + 12 / d
@@ -35,13 +35,13 @@ from typing import NamedTuple
 
 from model.config import ModelConfig
 from model.part import ModelPart
-from pipeline.dry_run import part_parameters
-from pipeline.stage_plan import StageCost, depths, step_time
+from pipeline.reporting.run_summary import part_parameters
+from pipeline.stages.plan import StageCost, depths, step_time
 
 # Kept for backward by a layer, in units of H elements a token, as benchmarks/saved_tensors.py
 # counts them for bf16: 5 f / H + 16.5, of which norms and residuals are whole on each tensor rank.
 WHOLE_UNITS, SPLIT_UNITS, FFN_UNITS = 5.0, 11.5, 5.0
-# What pipeline/deepspeed_config.py sets, in elements.
+# What pipeline/engine/deepspeed_config.py sets, in elements.
 BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
 

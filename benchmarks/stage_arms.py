@@ -29,11 +29,11 @@ from model.config import ModelConfig
 from model.language_model import MultiTokenModel
 from model.loss import VocabularyShard, loss_and_gradients
 from model.part import ModelPart
-from pipeline.config import RunConfig
-from pipeline.deepspeed_config import deepspeed_config
-from pipeline.launch import rank_info
-from pipeline.staged_engine import build_engine
-from pipeline.topology import Topology
+from pipeline.config.run_config import RunConfig
+from pipeline.distributed.rendezvous import rank_info
+from pipeline.distributed.topology import Topology
+from pipeline.engine.deepspeed_config import deepspeed_config
+from pipeline.engine.staged_engine import build_engine
 
 SEED, LEARNING_RATE = 7, 1e-3
 

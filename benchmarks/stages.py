@@ -35,7 +35,7 @@ from benchmarks.stage_arms import (
     run_config,
 )
 from benchmarks.stages_simulation import write_section
-from pipeline.stage_plan import depths, predicted_idle, stage_costs
+from pipeline.stages.plan import depths, predicted_idle, stage_costs
 
 FULL = Workload(
     layers=12,

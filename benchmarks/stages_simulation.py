@@ -22,8 +22,8 @@ if __name__ == "__main__" and not __package__:
 from benchmarks.layout_model import Layout, Machine, Prediction, Work, memory, predict
 from model.config import ModelConfig
 from model.part import ModelPart
-from pipeline.config import load_config
-from pipeline.stage_plan import balanced_plan, packed_plan
+from pipeline.config.run_config import load_config
+from pipeline.stages.plan import balanced_plan, packed_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = 2048

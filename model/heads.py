@@ -62,7 +62,8 @@ class Readout(ColumnParallelLinear):
 class ReadoutCopy(nn.Module):
     """The readout of a stage whose heads use one that is trained in another stage.
 
-    Holds values, not parameters: whoever trains the readout sends them (`pipeline.staged_engine`).
+    Holds values, not parameters: whoever trains the readout sends them
+    (`pipeline.engine.staged_engine`).
     """
 
     weight: Tensor

@@ -24,10 +24,10 @@ from data_prep.manifest import load_manifest
 from data_prep.tokenizer import Tokenizer
 from model.errors import CheckpointError, ConfigError
 from model.export_folder import ExportDescription, check_target
-from pipeline.config import RunConfig
+from pipeline.config.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from pipeline.export_parity import Parity
+    from pipeline.exporting.whole_model import Parity
 
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -102,13 +102,13 @@ def export(
     check_target(directory)
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
     from model.hf_format import write_export
-    from pipeline.checkpoint import read_config
-    from pipeline.checkpoint_files import checkpoint_path, verify
-    from pipeline.export_parity import RELATIVE_TOLERANCE
-    from pipeline.model_card import metrics_until, model_card
-    from pipeline.run_files import TOKENIZER, WEIGHTS
-    from pipeline.state import read_state
-    from pipeline.state_files import read_weights
+    from pipeline.checkpoint.file_names import TOKENIZER, WEIGHTS
+    from pipeline.checkpoint.files import checkpoint_path, verify
+    from pipeline.checkpoint.folder import read_config
+    from pipeline.checkpoint.sharded_tensors import read_weights
+    from pipeline.checkpoint.train_state import read_state
+    from pipeline.exporting.model_card import metrics_until, model_card
+    from pipeline.exporting.whole_model import RELATIVE_TOLERANCE
 
     checkpoint = checkpoint_path(checkpoint)
     if problems := verify(checkpoint):
@@ -161,10 +161,10 @@ def export(
 
 def _checks(folder: Path, description: ExportDescription, weights: Path) -> "Iterator[Parity]":
     """Check a finished folder's tensors, then give its logits' differences in one or two ways."""
-    from pipeline.export_parity import compare
-    from pipeline.export_tensors import check_names, check_values
-    from pipeline.layered_parity import compare_layers
-    from pipeline.state_files import StateFiles, read_weights
+    from pipeline.checkpoint.sharded_tensors import StateFiles, read_weights
+    from pipeline.exporting.layer_by_layer import compare_layers
+    from pipeline.exporting.tensors import check_names, check_values
+    from pipeline.exporting.whole_model import compare
 
     files = StateFiles(weights, description.model)
     check_names(folder)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import CheckpointError
-from pipeline.checkpoint_files import (
+from pipeline.checkpoint.file_names import PARTIAL, STATE_NAME, WEIGHTS, committed, step_of
+from pipeline.checkpoint.files import (
     checkpoint_path,
     newest_checkpoint,
     read_manifest,
     size_problems,
     verify,
 )
-from pipeline.run_files import PARTIAL, STATE_NAME, WEIGHTS, committed, step_of
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 

@@ -11,37 +11,43 @@ import torch.distributed as dist
 from data_prep.data_summary import summarize
 from data_prep.loader import ShardSet
 from model.errors import CheckpointError
-from pipeline.checkpoint import CheckpointFolder, read_config
-from pipeline.config import Device, Precision, RunConfig, to_yaml
-from pipeline.dry_run import describe
-from pipeline.engine import Engine
-from pipeline.launch import (
-    RankInfo,
-    device_index,
-    is_communication_error,
-    start_process_group,
+from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, WEIGHTS
+from pipeline.checkpoint.folder import CheckpointFolder, read_config
+from pipeline.checkpoint.saving import Saver
+from pipeline.checkpoint.train_state import (
+    Layout,
+    TrainState,
+    layout_changes,
+    read_state,
+    resume_problems,
 )
-from pipeline.metrics_writers import open_metrics_log
-from pipeline.mixture_plan import follow_plan
-from pipeline.run_files import RESOLVED_CONFIG_NAME, WEIGHTS
-from pipeline.run_log import start_run_log
-from pipeline.samples import (
+from pipeline.config.run_config import Device, Precision, RunConfig, to_yaml
+from pipeline.data.mixture_plan import follow_plan
+from pipeline.data.samples import (
     describe_samples,
     open_shards,
     training_samples,
     validation_samples,
     weight_stages,
 )
-from pipeline.saving import Saver
-from pipeline.stage_plan import plan_text
-from pipeline.staged_engine import build_engine
-from pipeline.starting_weights import imported_weights
-from pipeline.state import Layout, TrainState, layout_changes, read_state, resume_problems
-from pipeline.stopping import StopRequest
-from pipeline.throughput import Throughput
-from pipeline.topology import Topology
+from pipeline.distributed.rendezvous import (
+    RankInfo,
+    device_index,
+    is_communication_error,
+    start_process_group,
+)
+from pipeline.distributed.signals import StopRequest
+from pipeline.distributed.topology import Topology
+from pipeline.distributed.watchdog import Watchdog
+from pipeline.engine.engine import Engine
+from pipeline.engine.init_from import imported_weights
+from pipeline.engine.staged_engine import build_engine
+from pipeline.reporting.metrics_writers import open_metrics_log
+from pipeline.reporting.run_log import start_run_log
+from pipeline.reporting.run_summary import describe
+from pipeline.reporting.throughput import Throughput
+from pipeline.stages.plan import plan_text
 from pipeline.trainer import Collaborators, Trainer
-from pipeline.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

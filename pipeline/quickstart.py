@@ -19,10 +19,10 @@ import psutil
 import torch
 
 from model.errors import ConfigError
-from pipeline.config import RunConfig, load_config
-from pipeline.metrics import METRICS_NAME, Scalars, read_metrics
+from pipeline.checkpoint.file_names import FOLDER, LATEST
+from pipeline.config.run_config import RunConfig, load_config
 from pipeline.report import REPORT_NAME
-from pipeline.run_files import FOLDER, LATEST
+from pipeline.reporting.metrics import METRICS_NAME, Scalars, read_metrics
 
 CONFIG = Path("configs/quickstart.yaml")
 CPU_RANKS = 2

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.errors import ConfigError
-from pipeline.metrics import Scalars, read_metrics
-from pipeline.progress import clock
-from pipeline.run_files import RESOLVED_CONFIG_NAME
+from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
+from pipeline.reporting.metrics import Scalars, read_metrics
+from pipeline.reporting.progress import clock
 
 REPORT_NAME = "report.html"
 

@@ -16,7 +16,7 @@ import torch
 
 from data_prep.errors import DataError
 from model.errors import CheckpointError, ConfigError, TrainingError
-from pipeline.config import (
+from pipeline.config.run_config import (
     Device,
     Precision,
     RunConfig,
@@ -25,11 +25,11 @@ from pipeline.config import (
     resolve_device,
     resolve_precision,
 )
-from pipeline.dry_run import describe
-from pipeline.launch import RankInfo, rank_info
-from pipeline.run_log import quieten_libraries
-from pipeline.starting_weights import planned_import
-from pipeline.stopping import EXIT_STOPPED
+from pipeline.distributed.rendezvous import RankInfo, rank_info
+from pipeline.distributed.signals import EXIT_STOPPED
+from pipeline.engine.init_from import planned_import
+from pipeline.reporting.run_log import quieten_libraries
+from pipeline.reporting.run_summary import describe
 
 if TYPE_CHECKING:
     from pipeline.job import Job

@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 from data_prep.loader import Batch, TokenLoader
 from model.errors import TrainingError
-from pipeline.batch_places import BatchPlace, batch_places
-from pipeline.config import RunConfig
-from pipeline.engine import Engine, StepResult
-from pipeline.metrics import MetricsLog, Record
-from pipeline.saving import Saver
-from pipeline.schedule import learning_rate
-from pipeline.state import TrainState
-from pipeline.stopping import StopRequest
-from pipeline.throughput import Throughput
-from pipeline.validation import ValidationSamples
+from pipeline.checkpoint.saving import Saver
+from pipeline.checkpoint.train_state import TrainState
+from pipeline.config.run_config import RunConfig
+from pipeline.data.batch_order import BatchPlace, batch_places
+from pipeline.data.validation import ValidationSamples
+from pipeline.distributed.signals import StopRequest
+from pipeline.engine.engine import Engine, StepResult
+from pipeline.engine.schedule import learning_rate
+from pipeline.reporting.metrics import MetricsLog, Record
+from pipeline.reporting.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 

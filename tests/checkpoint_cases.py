@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint import CheckpointFolder
-from pipeline.checkpoint_files import write_synced
-from pipeline.config_sections import CheckpointSection
-from pipeline.run_files import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
-from pipeline.state import Layout, TrainState
-from pipeline.state_files import Snapshot, run_key
+from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
+from pipeline.checkpoint.files import write_synced
+from pipeline.checkpoint.folder import CheckpointFolder
+from pipeline.checkpoint.sharded_tensors import Snapshot, run_key
+from pipeline.checkpoint.train_state import Layout, TrainState
+from pipeline.config.sections import CheckpointSection
 
 LAYOUT = Layout(world_size=2, data=2, tensor=1, stages=1, zero=3, precision="fp32")
 

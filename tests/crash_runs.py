@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import read_config
-from pipeline.checkpoint_files import checkpoint_path, verify
-from pipeline.crash_points import VARIABLE
-from pipeline.run_files import FOLDER, WEIGHTS, committed
-from pipeline.state_files import read_weights
+from pipeline.checkpoint.crash_points import VARIABLE
+from pipeline.checkpoint.file_names import FOLDER, WEIGHTS, committed
+from pipeline.checkpoint.files import checkpoint_path, verify
+from pipeline.checkpoint.folder import read_config
+from pipeline.checkpoint.sharded_tensors import read_weights
 from tests.training_runs import (
     Outcome,
     RunningJob,
@@ -34,7 +34,7 @@ def crash(
     Args:
         folder: for the ranks' output.
         arguments: of the command line.
-        where: the point, as `pipeline.crash_points` takes it.
+        where: the point, as `pipeline.checkpoint.crash_points` takes it.
         world: number of ranks.
         all_ranks: whether all end at once, as in a power cut.
     """

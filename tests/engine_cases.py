@@ -9,9 +9,9 @@ from torch import Tensor
 
 from data_prep.loader import Batch
 from model.sharding import merge_slices, placement_of
-from pipeline.config import RunConfig
-from pipeline.launch import rank_info
-from pipeline.topology import Topology
+from pipeline.config.run_config import RunConfig
+from pipeline.distributed.rendezvous import rank_info
+from pipeline.distributed.topology import Topology
 
 GLOBAL_BATCH, SEQUENCE, VOCABULARY, HEADS = 8, 12, 96, 3
 DEFAULT_BUCKET, TINY_BUCKET = 500_000_000, 100

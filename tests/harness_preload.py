@@ -10,6 +10,6 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # ranks of tests compute on the CPU, GPUs 
 import deepspeed  # noqa: F401, E402
 import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401, E402
 
-import pipeline.engine  # noqa: F401, E402
+import pipeline.engine.engine  # noqa: F401, E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

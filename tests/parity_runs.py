@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.engine import Engine
-from pipeline.staged_engine import build_engine
+from pipeline.engine.engine import Engine
+from pipeline.engine.staged_engine import build_engine
 from tests.engine_cases import Case, build_topology, engine_config, local_batches, whole
 from tests.harness import run_ranks
 

@@ -23,8 +23,8 @@ from benchmarks.stages import ARMS, FULL, PRELOAD, QUICK, describe
 from benchmarks.stages_simulation import INFINIBAND, fastest, layouts, samples_near, write_section
 from model.config import ModelConfig
 from model.part import ModelPart
-from pipeline.config import load_config
-from pipeline.stage_plan import balanced_plan, depths, predicted_idle, stage_costs
+from pipeline.config.run_config import load_config
+from pipeline.stages.plan import balanced_plan, depths, predicted_idle, stage_costs
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = Machine(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batch_places import BatchPlace, batch_places
+from pipeline.data.batch_order import BatchPlace, batch_places
 
 SIZE = 8
 

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import CheckpointError
-from pipeline.checkpoint_files import (
+from pipeline.checkpoint.file_names import FOLDER, LATEST, MANIFEST, committed, step_folder
+from pipeline.checkpoint.files import (
     checkpoint_path,
     newest_checkpoint,
     read_manifest,
     size_problems,
     verify,
 )
-from pipeline.config_sections import CheckpointSection
-from pipeline.run_files import FOLDER, LATEST, MANIFEST, committed, step_folder
+from pipeline.config.sections import CheckpointSection
 from tests.checkpoint_cases import commit
 
 FILES = [

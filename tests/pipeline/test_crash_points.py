@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.crash_points import (
+from pipeline.checkpoint.crash_points import (
     DELETION_POINTS,
     EVERY_RANK_POINTS,
     MAIN_RANK_POINTS,
@@ -13,7 +13,7 @@ from pipeline.crash_points import (
     VARIABLE,
     crash_point,
 )
-from pipeline.run_files import FOLDER, LATEST, committed
+from pipeline.checkpoint.file_names import FOLDER, LATEST, committed
 from tests.crash_runs import assert_same_run, assert_whole, crash, go_on, kill_at_random
 from tests.training_runs import CONFIG, run_job
 

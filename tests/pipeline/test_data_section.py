@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import ConfigError
-from pipeline.config import load_config, to_yaml
+from pipeline.config.run_config import load_config, to_yaml
 
 SMALL = """\
 run: {name: small}

@@ -8,8 +8,8 @@ from deepspeed.runtime import constants
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from pipeline.config import Device, Precision, RunConfig, load_config
-from pipeline.deepspeed_config import deepspeed_config
+from pipeline.config.run_config import Device, Precision, RunConfig, load_config
+from pipeline.engine.deepspeed_config import deepspeed_config
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 

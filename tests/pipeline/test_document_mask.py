@@ -7,10 +7,10 @@ import torch
 
 from data_prep.shard_set import ShardSet
 from model.hf_format import build_model
-from pipeline.checkpoint import read_config
-from pipeline.checkpoint_files import checkpoint_path
-from pipeline.run_files import WEIGHTS
-from pipeline.state_files import read_weights
+from pipeline.checkpoint.file_names import WEIGHTS
+from pipeline.checkpoint.files import checkpoint_path
+from pipeline.checkpoint.folder import read_config
+from pipeline.checkpoint.sharded_tensors import read_weights
 from tests.model.tiny import head_logits
 from tests.training_runs import last_step, metrics_without_times, run_job
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.staged_engine import build_engine
+from pipeline.engine.staged_engine import build_engine
 from tests.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.harness import run_ranks
 from tests.training_runs import metrics_without_times, run_job

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from data_prep.loader import Batch
-from pipeline.engine import Engine, StepResult
-from pipeline.evaluation import EvalResult, agreement_counts
-from pipeline.launch import rank_info
-from pipeline.topology import Topology
+from pipeline.distributed.rendezvous import rank_info
+from pipeline.distributed.topology import Topology
+from pipeline.engine.engine import Engine, StepResult
+from pipeline.engine.evaluation import EvalResult, agreement_counts
 from tests.engine_cases import (
     Case,
     engine_config,

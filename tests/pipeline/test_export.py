@@ -19,18 +19,18 @@ from model.errors import CheckpointError
 from model.export_folder import ExportDescription
 from model.hf_format import load_export
 from model.sharding import merge_slices, placement_of
-from pipeline.checkpoint import CheckpointFolder, read_config
-from pipeline.checkpoint_files import read_entry, write_manifest
-from pipeline.config import RunConfig
-from pipeline.engine import Engine
+from pipeline.checkpoint.file_names import WEIGHTS
+from pipeline.checkpoint.files import read_entry, write_manifest
+from pipeline.checkpoint.folder import CheckpointFolder, read_config
+from pipeline.checkpoint.saving import Saver
+from pipeline.checkpoint.sharded_tensors import read_weights
+from pipeline.checkpoint.train_state import Layout, TrainState
+from pipeline.config.run_config import RunConfig
+from pipeline.distributed.rendezvous import rank_info
+from pipeline.distributed.topology import Topology
+from pipeline.engine.engine import Engine
 from pipeline.export import EXIT_USER_ERROR, export, main
-from pipeline.export_parity import compare
-from pipeline.launch import rank_info
-from pipeline.run_files import WEIGHTS
-from pipeline.saving import Saver
-from pipeline.state import Layout, TrainState
-from pipeline.state_files import read_weights
-from pipeline.topology import Topology
+from pipeline.exporting.whole_model import compare
 from tests.harness import run_ranks
 
 HEADS, SEQUENCE = 3, 16

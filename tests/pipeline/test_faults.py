@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from data_prep.loader import Batch
-from pipeline.engine import Engine
-from pipeline.launch import rank_info
-from pipeline.topology import Topology
+from pipeline.distributed.rendezvous import rank_info
+from pipeline.distributed.topology import Topology
+from pipeline.engine.engine import Engine
 from tests.engine_cases import Case, engine_config, local_batches, whole
 from tests.harness import run_ranks
 from tests.training_runs import last_step, run_job, start_job

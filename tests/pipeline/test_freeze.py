@@ -12,10 +12,10 @@ from torch import Tensor
 
 from model.freezing import is_trained
 from model.hf_format import load_export
-from pipeline.engine import Engine
+from pipeline.distributed.rendezvous import rank_info
+from pipeline.distributed.topology import Topology
+from pipeline.engine.engine import Engine
 from pipeline.export import main as export_main
-from pipeline.launch import rank_info
-from pipeline.topology import Topology
 from tests.engine_cases import Case, engine_config, local_batches
 from tests.harness import run_ranks
 from tests.model.tiny_llama import fitting_config, imported_model, save_llama

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config_sections import CheckpointSection
+from pipeline.checkpoint.file_names import FOLDER, step_folder
+from pipeline.config.sections import CheckpointSection
 from pipeline.inspect import main
-from pipeline.run_files import FOLDER, step_folder
 from tests.checkpoint_cases import commit
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import pytest
 
 from model.errors import ConfigError
-from pipeline.launch import RankInfo, device_index, rank_info, rendezvous
+from pipeline.distributed.rendezvous import RankInfo, device_index, rank_info, rendezvous
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "123456"}
 

@@ -15,10 +15,10 @@ from model.export_folder import ExportDescription
 from model.hf_format import DTYPES, write_export
 from model.modeling_headway import HeadwayForCausalLM
 from model.sharding import placement_of, take_slice
-from pipeline.export_parity import head_logits, parity_tokens
-from pipeline.export_tensors import check_names, check_values
-from pipeline.layered_parity import compare_layers, logit_blocks
-from pipeline.state_files import Snapshot, StateFiles, run_key
+from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
+from pipeline.exporting.layer_by_layer import compare_layers, logit_blocks
+from pipeline.exporting.tensors import check_names, check_values
+from pipeline.exporting.whole_model import head_logits, parity_tokens
 from tests.model.tiny import tiny_config, tiny_model, tiny_weights
 from tests.model.tiny_export import VOCABULARY, byte_tokenizer, describe
 

@@ -13,11 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from model.errors import ConfigError
-from pipeline.config import RunConfig, load_config
-from pipeline.hardware import peak_flops
-from pipeline.metrics import METRICS_NAME, MetricsLog, Value, read_metrics
-from pipeline.metrics_writers import TensorBoardWriter, open_metrics_log
-from pipeline.progress import ProgressLine, clock
+from pipeline.config.run_config import RunConfig, load_config
+from pipeline.reporting.hardware import peak_flops
+from pipeline.reporting.metrics import METRICS_NAME, MetricsLog, Value, read_metrics
+from pipeline.reporting.metrics_writers import TensorBoardWriter, open_metrics_log
+from pipeline.reporting.progress import ProgressLine, clock
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 

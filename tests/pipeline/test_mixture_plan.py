@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.mixture import Mixture, MixtureSegment, block_counts
-from pipeline.data_section import WeightStage
-from pipeline.mixture_plan import plan_segments, weight_problems
+from pipeline.config.data_section import WeightStage
+from pipeline.data.mixture_plan import plan_segments, weight_problems
 
 SIZE = 8
 EVEN, MOST_A, MOST_B = {"a": 1.0, "b": 1.0}, {"a": 9.0, "b": 1.0}, {"b": 1.0, "a": 0.0}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.export_folder import read_record, verify_files
 from pipeline.export import main as export_main
-from pipeline.metrics import read_metrics
+from pipeline.reporting.metrics import read_metrics
 from tests.model.tiny_llama import save_llama
 from tests.training_runs import run_job
 

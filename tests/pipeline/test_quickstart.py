@@ -10,8 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.config import RunConfig, load_config
-from pipeline.metrics import Scalars
+from pipeline.config.run_config import RunConfig, load_config
 from pipeline.quickstart import (
     QuickstartError,
     Stages,
@@ -21,6 +20,7 @@ from pipeline.quickstart import (
     kill_part_way,
     kill_tree,
 )
+from pipeline.reporting.metrics import Scalars
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

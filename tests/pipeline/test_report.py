@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from model.errors import ConfigError
-from pipeline.metrics import METRICS_NAME, MetricsLog, read_metrics
+from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.report import final_figures, write_report
-from pipeline.run_files import RESOLVED_CONFIG_NAME
+from pipeline.reporting.metrics import METRICS_NAME, MetricsLog, read_metrics
 
 ROOT = Path(__file__).parents[2]
 

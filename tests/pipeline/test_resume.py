@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from data_prep.loader import ShardSet
-from pipeline.checkpoint import read_config
-from pipeline.checkpoint_files import checkpoint_path
-from pipeline.run_files import WEIGHTS
-from pipeline.state_files import read_weights
+from pipeline.checkpoint.file_names import WEIGHTS
+from pipeline.checkpoint.files import checkpoint_path
+from pipeline.checkpoint.folder import read_config
+from pipeline.checkpoint.sharded_tensors import read_weights
 from tests.training_runs import (
     last_step,
     metrics_without_times,

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import ConfigError
-from pipeline.checkpoint_files import verify
-from pipeline.config import load_config
-from pipeline.config_sections import CheckpointSection
-from pipeline.retention import Kept, superfluous
-from pipeline.run_files import FOLDER, committed, step_folder, step_of
+from pipeline.checkpoint.file_names import FOLDER, committed, step_folder, step_of
+from pipeline.checkpoint.files import verify
+from pipeline.checkpoint.retention import Kept, superfluous
+from pipeline.config.run_config import load_config
+from pipeline.config.sections import CheckpointSection
 from tests.checkpoint_cases import commit
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_prep import shard
-from pipeline.state import read_state
+from pipeline.checkpoint.train_state import read_state
 from tests.training_runs import metrics_without_times, run_job
 
 SCHEDULE = "[{step: 0, weights: {prose: 1, code: 1}}, {step: 4, weights: {prose: 1, code: 7}}]"

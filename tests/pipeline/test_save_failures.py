@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint_files import verify
-from pipeline.metrics import read_metrics
-from pipeline.run_files import FOLDER, committed, step_of
+from pipeline.checkpoint.file_names import FOLDER, committed, step_of
+from pipeline.checkpoint.files import verify
+from pipeline.reporting.metrics import read_metrics
 from tests.crash_runs import assert_whole
 from tests.training_runs import run_job, start_job
 

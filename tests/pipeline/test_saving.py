@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import CheckpointFolder
-from pipeline.config import load_config
-from pipeline.run_files import FOLDER, WEIGHTS, committed, step_of
-from pipeline.saving import Saver
-from pipeline.state import TrainState
-from pipeline.state_files import Snapshot
+from pipeline.checkpoint.file_names import FOLDER, WEIGHTS, committed, step_of
+from pipeline.checkpoint.folder import CheckpointFolder
+from pipeline.checkpoint.saving import Saver
+from pipeline.checkpoint.sharded_tensors import Snapshot
+from pipeline.checkpoint.train_state import TrainState
+from pipeline.config.run_config import load_config
 from tests.checkpoint_cases import LAYOUT
 from tests.harness import run_ranks
 
@@ -56,7 +56,7 @@ def _train_on(config_path: Path, tmp_path: Path) -> dict[str, Any]:
     """One save held up on rank 1 while training goes on; then the next is due."""
     saver, state, rank = _saver(config_path, tmp_path)
     log = _Lines()
-    logger = logging.getLogger("pipeline.saving")
+    logger = logging.getLogger("pipeline.checkpoint.saving")
     logger.addHandler(log)
     logger.setLevel(logging.INFO)
     live = torch.full((10,), float(rank))
@@ -104,7 +104,7 @@ def test_training_goes_on_while_a_save_is_in_flight(config: Path, tmp_path: Path
 def _fail_on_one(config_path: Path, tmp_path: Path) -> tuple[int | None, dict[str, Any], list[str]]:
     saver, state, rank = _saver(config_path, tmp_path)
     log = _Lines()
-    logging.getLogger("pipeline.saving").addHandler(log)
+    logging.getLogger("pipeline.checkpoint.saving").addHandler(log)
     snapshot = Snapshot(rank, 0, 1, 3, {KEY: torch.zeros(4)})
 
     def broken() -> None:

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.config_sections import ScheduleSection
-from pipeline.schedule import learning_rate
+from pipeline.config.sections import ScheduleSection
+from pipeline.engine.schedule import learning_rate
 
 COSINE = ScheduleSection(kind="cosine", warmup_steps=10, final_ratio=0.1)
 LINEAR = ScheduleSection(kind="linear", warmup_steps=10, final_ratio=0.1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.stage_links import IdleClock, StageLinks
-from pipeline.staged_engine import StagedEngine
+from pipeline.engine.staged_engine import StagedEngine
+from pipeline.stages.links import IdleClock, StageLinks
 from tests.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.harness import run_ranks
 

@@ -6,9 +6,9 @@ import pytest
 
 from model.config import ModelConfig
 from model.part import ModelPart
-from pipeline.config import load_config
-from pipeline.engine import one_forward_one_backward
-from pipeline.stage_plan import (
+from pipeline.config.run_config import load_config
+from pipeline.engine.engine import one_forward_one_backward
+from pipeline.stages.plan import (
     StageCost,
     balanced_plan,
     depths,

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from data_prep.loader import Batch
-from pipeline.checkpoint import read_config
-from pipeline.checkpoint_files import checkpoint_path
+from pipeline.checkpoint.file_names import WEIGHTS
+from pipeline.checkpoint.files import checkpoint_path
+from pipeline.checkpoint.folder import read_config
+from pipeline.checkpoint.sharded_tensors import read_weights
+from pipeline.checkpoint.train_state import read_state
+from pipeline.engine.staged_engine import StagedEngine
 from pipeline.export import export
-from pipeline.run_files import WEIGHTS
-from pipeline.staged_engine import StagedEngine
-from pipeline.state import read_state
-from pipeline.state_files import read_weights
 from tests.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.harness import run_ranks
 from tests.training_runs import last_step, metrics_without_times, run_job, start_job

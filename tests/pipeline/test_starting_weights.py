@@ -13,11 +13,11 @@ from torch import Tensor
 
 from model.hf_format import load_export
 from model.hf_import import ImportedWeights, LlamaFolder
-from pipeline.config import RunConfig
-from pipeline.engine import Engine
+from pipeline.config.run_config import RunConfig
+from pipeline.distributed.rendezvous import rank_info
+from pipeline.distributed.topology import Topology
+from pipeline.engine.engine import Engine
 from pipeline.export import main as export_main
-from pipeline.launch import rank_info
-from pipeline.topology import Topology
 from pipeline.train import main as train_main
 from tests.engine_cases import Case, engine_config, whole
 from tests.harness import run_ranks

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.checkpoint_files import BLOCK_BYTES, read_entry
-from pipeline.tensor_file import write_tensors
+from pipeline.checkpoint.files import BLOCK_BYTES, read_entry
+from pipeline.checkpoint.tensor_file import write_tensors
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, BLOCK_BYTES // 4 + 1])

@@ -1,0 +1,204 @@
+"""The files of one checkpoint: written to the disk for sure, listed with sizes and checksums.
+
+Nothing here needs torch or other ranks, so a checkpoint can be looked at anywhere.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from model.errors import CheckpointError
+from pipeline.checkpoint.file_names import (
+    FOLDER,
+    LATEST,
+    MANIFEST,
+    STATE_NAME,
+    WEIGHTS,
+    committed,
+    step_of,
+)
+
+BLOCK_BYTES = 1 << 22
+_VERSION = 2
+
+
+class FileEntry(NamedTuple):
+    """What the manifest says of a file.
+
+    Attributes:
+        size: in bytes.
+        xxh3: 128-bit checksum of the contents, in hexadecimal.
+    """
+
+    size: int
+    xxh3: str
+
+
+Entries = dict[str, FileEntry]
+
+
+def nothing(_point: str) -> None:
+    """What happens at the points of writing a file that tests can crash at: nothing."""
+
+
+def write_synced(
+    path: Path, content: bytes, point: str = "", reached: Callable[[str], None] = nothing
+) -> FileEntry:
+    """Write a small file through to the disk.
+
+    Args:
+        path: the file.
+        content: all of it.
+        point: what being half-way is called.
+        reached: told of that point.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    middle = len(content) // 2
+    with path.open("wb") as file:
+        file.write(content[:middle])
+        file.flush()
+        if point:
+            reached(point)
+        file.write(content[middle:])
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(len(content), xxhash.xxh3_128_hexdigest(content))
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_entry(path: Path) -> FileEntry:
+    """Size and checksum of a file as the disk has it, not as this machine remembers it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return FileEntry(size, digest.hexdigest())
+
+
+def write_manifest(
+    checkpoint: Path, entries: Entries, reached: Callable[[str], None] = nothing
+) -> None:
+    """List all files of a checkpoint; `reached` is told of `manifest-half-written`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    files = {name: {"bytes": e.size, "xxh3": e.xxh3} for name, e in sorted(entries.items())}
+    content = {"version": _VERSION, "xxh3": _digest(files), "files": files}
+    text = json.dumps(content, indent=1) + "\n"
+    write_synced(checkpoint / MANIFEST, text.encode(), "manifest-half-written", reached)
+
+
+def read_manifest(checkpoint: Path) -> Entries:
+    """All files of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no list, or it is damaged.
+    """
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_bytes())
+        files: dict[str, dict[str, Any]] = content["files"]
+        if content["version"] != _VERSION or content["xxh3"] != _digest(files):
+            raise ValueError("its own checksum")
+        return {name: FileEntry(entry["bytes"], entry["xxh3"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{MANIFEST} is damaged") from None
+
+
+def _digest(files: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
+def size_problems(checkpoint: Path) -> list[str]:
+    """What is missing from a checkpoint, has another size than its manifest says, or is extra."""
+    try:
+        entries = read_manifest(checkpoint)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for name, entry in entries.items():
+        try:
+            size = (checkpoint / name).stat().st_size
+        except OSError:
+            problems.append(f"{name} is missing")
+            continue
+        if size != entry.size:
+            problems.append(f"{name} has {size:,} bytes, not {entry.size:,}")
+    folder = checkpoint / WEIGHTS
+    found = sorted(f"{WEIGHTS}/{path.name}" for path in folder.iterdir()) if folder.is_dir() else []
+    return problems + [f"{name} does not belong to it" for name in found if name not in entries]
+
+
+def content_problems(checkpoint: Path, entries: Entries, names: Iterable[str]) -> list[str]:
+    """Which of the named files are not what the manifest's entries say."""
+    problems = []
+    for name in names:
+        try:
+            if read_entry(checkpoint / name) != entries[name]:
+                problems.append(f"{name} differs from its checksum")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+    return problems
+
+
+def verify(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint: sizes, then every checksum; empty when it is whole."""
+    if problems := size_problems(checkpoint):
+        return problems
+    entries = read_manifest(checkpoint)
+    return content_problems(checkpoint, entries, entries)
+
+
+def checkpoint_path(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest of a run or checkpoints folder.
+
+    The newest is the one that `latest` names; when that file is missing or names none that is
+    there, the one of the highest step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / STATE_NAME).is_file() or (path / MANIFEST).is_file():
+        return path
+    for folder in (path, path / FOLDER):
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            return newest
+    raise CheckpointError(
+        f"{path} is no checkpoint: it has neither {STATE_NAME} nor {LATEST}; give a folder such "
+        "as runs/NAME/checkpoints/step_00000100, or the run's folder"
+    )
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint that `latest` names, or the committed one of the highest step."""
+    try:
+        named = directory / (directory / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        named = directory
+    if step_of(named) is not None and named.is_dir():
+        return named
+    steps = committed(directory)
+    return steps[-1] if steps else None

@@ -1,0 +1,247 @@
+"""A run's checkpoints: written aside, agreed by all ranks, listed, renamed; `latest` last.
+
+A folder that lacks its manifest, or whose files differ from it, is never taken for a checkpoint.
+How the ranks write is the business of `saving`, what stays that of `retention`.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from model.errors import CheckpointError
+from pipeline.checkpoint.file_names import (
+    FOLDER,
+    LATEST,
+    PARTIAL,
+    RESOLVED_CONFIG_NAME,
+    WEIGHTS,
+    committed,
+    step_folder,
+    step_of,
+)
+from pipeline.checkpoint.files import (
+    Entries,
+    checkpoint_path,
+    content_problems,
+    newest_checkpoint,
+    read_manifest,
+    size_problems,
+    sync_folder,
+    verify,
+    write_manifest,
+    write_synced,
+)
+from pipeline.checkpoint.retention import Retention
+from pipeline.config.run_config import RunConfig, load_config
+from pipeline.config.sections import CheckpointSection
+from pipeline.distributed.agreement import from_all, from_main, place
+
+_RUN_FILES = (FOLDER, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, on a file system that all ranks share.
+
+    Args:
+        run_dir: the run's folder.
+        options: which of them to keep.
+    """
+
+    def __init__(self, run_dir: Path, options: CheckpointSection) -> None:
+        self.directory = run_dir / FOLDER
+        self._retention = Retention(self.directory, options)
+
+    def prepare(self, step: int) -> Path:
+        """An empty folder to write a step's files into; rank 0 makes it.
+
+        What killed or failed saves left is deleted first, so that it never fills the disk.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        self._retention.clear_partial()
+        partial = self._partial(step)
+        (partial / WEIGHTS).mkdir(parents=True)
+        return partial
+
+    def commit(self, step: int, entries: Entries, reached: Callable[[str], None]) -> Path:
+        """Make a checkpoint of what all ranks have written; rank 0 does it.
+
+        Args:
+            step: its step.
+            entries: every file, as its writer knows it; all are on the disk.
+            reached: told of each point that a test may crash at.
+
+        Raises:
+            OSError: it failed; there is no new checkpoint, or `latest` does not name it.
+        """
+        final, partial = step_folder(self.directory, step), self._partial(step)
+        reached("before-manifest")
+        write_manifest(partial, entries, reached)
+        if problems := size_problems(partial):
+            raise OSError(f"not all ranks see the same files: {'; '.join(problems[:3])}")
+        sync_folder(partial / WEIGHTS)
+        sync_folder(partial)
+        reached("after-manifest")
+        if final.exists() and verify(final):
+            final.rename(_aside(final))
+        if final.exists():  # this run saved the step before, and could not finish
+            shutil.rmtree(partial)
+        else:
+            partial.rename(final)
+        for folder in (self.directory, self.directory.parent, self.directory.parent.parent):
+            sync_folder(folder)  # the new name, and with the first save those of its folders
+        reached("after-rename")
+        self._point_latest_at(final, reached)
+        reached("after-latest")
+        self._retention.apply(final, reached)
+        return final
+
+    def discard(self, step: int) -> str:
+        """Delete what a failed save has written; rank 0 does it.
+
+        Returns:
+            What is left: room on the disk, and the newest checkpoint.
+        """
+        shutil.rmtree(self._partial(step), ignore_errors=True)
+        try:
+            newest = newest_checkpoint(self.directory)
+            free_gib = _free_gib(self.directory)
+        except OSError as error:
+            return f"({self.directory} cannot be read: {error})"
+        name = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
+        return f"({free_gib:.2f} GiB free there); {name}"
+
+    def finish_deletions(self) -> None:
+        """Wait for deletions that are going on."""
+        self._retention.wait()
+
+    def _partial(self, step: int) -> Path:
+        final = step_folder(self.directory, step)
+        return final.with_name(final.name + PARTIAL)
+
+    def _point_latest_at(
+        self, checkpoint: Path, reached: Callable[[str], None] = lambda _point: None
+    ) -> None:
+        aside = self.directory / (LATEST + PARTIAL)
+        write_synced(aside, (checkpoint.name + "\n").encode(), "latest-half-written", reached)
+        reached("before-latest-rename")
+        aside.replace(self.directory / LATEST)
+        sync_folder(self.directory)
+
+    def find(self, resume: str, report: Callable[[str], None]) -> Path | None:
+        """The checkpoint to resume from, verified by all ranks together.
+
+        Args:
+            resume: `auto` (newest whole one, None without any), or the path of a checkpoint, of a
+                run or of its checkpoints folder.
+            report: told of each damaged checkpoint that `auto` passes over.
+
+        Raises:
+            CheckpointError: the named checkpoint is missing or damaged.
+        """
+        if resume != "auto":
+            chosen = from_main(lambda: checkpoint_path(Path(resume)), CheckpointError)
+            if problems := verify_together(chosen):
+                raise CheckpointError(
+                    f"{chosen} is damaged: {'; '.join(problems[:3])}; use another checkpoint, or "
+                    "--resume auto for the newest whole one"
+                )
+            return chosen
+        found = from_main(lambda: committed(self.directory), CheckpointError)
+        for checkpoint in reversed(found):
+            problems = verify_together(checkpoint)
+            if not problems:
+                return checkpoint
+            report(f"passing over {checkpoint}: {'; '.join(problems[:3])}")
+        if found:
+            raise CheckpointError(
+                f"all {len(found)} checkpoints in {self.directory} are damaged; check the storage, "
+                "or begin anew with --resume none (they are then moved aside)"
+            )
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Take checkpoints past `step` out of the way: this run goes on from there another way.
+
+        A collective: rank 0 moves, all ranks wait.
+        """
+
+        def move() -> None:
+            steps = committed(self.directory)
+            newer = [path for path in steps if (step_of(path) or 0) > step]
+            older = steps[: len(steps) - len(newer)]
+            if older and newest_checkpoint(self.directory) != older[-1]:
+                self._point_latest_at(older[-1])  # first: it must never dangle
+            for path in newer:
+                path.rename(_aside(path))
+
+        try:
+            from_main(move, OSError)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints past step {step} in {self.directory} cannot be set aside ({error}); "
+                "this run would collide with them: make the folder writable"
+            ) from error
+
+    def set_aside(self, run_dir: Path) -> Path | None:
+        """Move an earlier run's files out of the way of a new run that starts from nothing.
+
+        Returns:
+            Where they went; None when there were none. Rank 0 moves, all ranks wait.
+        """
+
+        def move() -> Path | None:
+            if not (committed(self.directory) or (run_dir / "metrics.jsonl").exists()):
+                return None
+            numbers = [path.name.removeprefix("previous_") for path in run_dir.glob("previous_*")]
+            number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
+            target = run_dir / f"previous_{number}"
+            target.mkdir(parents=True)
+            for name in _RUN_FILES:
+                if (run_dir / name).exists():
+                    (run_dir / name).rename(target / name)
+            return target
+
+        try:
+            return from_main(move, OSError)
+        except OSError as error:
+            raise CheckpointError(
+                f"the earlier files of {run_dir} cannot be moved aside ({error}); make the folder "
+                "writable, or set another run.dir"
+            ) from error
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """The resolved configuration in a checkpoint."""
+    return load_config(checkpoint / RESOLVED_CONFIG_NAME)
+
+
+def verify_together(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint; every rank reads its share of it and all get all.
+
+    Sizes are rank 0's to see, so that all ranks judge the same files.
+    """
+    problems = from_main(lambda: size_problems(checkpoint), OSError)
+    if problems:
+        return problems
+    entries = from_main(lambda: read_manifest(checkpoint), CheckpointError)
+    rank, world = place()
+    found = from_all(content_problems(checkpoint, entries, sorted(entries)[rank::world]))
+    return [problem for part in found for problem in part]
+
+
+def _free_gib(path: Path) -> float:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / 2**30
+
+
+def _aside(path: Path) -> Path:
+    """A free name for a checkpoint that is not this run's any more."""
+    target = path.with_name(f"superseded_{path.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"superseded_{path.name}_{number}")
+    return target

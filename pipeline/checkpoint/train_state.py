@@ -1,0 +1,136 @@
+"""What a run must remember beside weights and optimizer: readable JSON.
+
+Training draws no random numbers (no dropout; data order and initial weights are pure functions),
+so there is no generator state to keep.
+"""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_prep.data_summary import DataSummary, differences
+from data_prep.mixture import MixtureSegment
+from model.errors import CheckpointError
+from pipeline.checkpoint.file_names import STATE_NAME
+
+
+class Layout(BaseModel):
+    """How weights and optimizer states were spread over ranks when they were saved."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    world_size: int
+    data: int
+    tensor: int
+    stages: int
+    stage_plan: str = "[]"
+    zero: int
+    precision: str
+
+
+class TrainState(BaseModel):
+    """Progress of a run; the same on all ranks.
+
+    Attributes:
+        step: optimizer steps behind us, skipped ones included.
+        tokens: input tokens consumed.
+        next_sample: first sample of the next step, counted over all ranks and epochs.
+        skipped_steps: steps whose gradients were not finite.
+        data_fingerprint: of the training split that `next_sample` counts in.
+        data_seed: seed of the order that `next_sample` counts in.
+        sequence_length: length of the rows that `next_sample` counts.
+        packing: how those rows are cut.
+        skipped_batches: batches jumped over by data.skip_batches.
+        mixture: shares of the sources, from the first sample on; empty with one source.
+        samples_by_source: samples of each source before `next_sample`, skipped ones included.
+        data: what the training split is, to tell another one from it.
+        layout: of the checkpoint's files.
+        eval_loss: validation loss after this step; None when it was not validated.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = 1
+    step: int = 0
+    tokens: int = 0
+    next_sample: int = 0
+    skipped_steps: int = 0
+    data_fingerprint: str
+    data_seed: int
+    sequence_length: int
+    packing: str = "concat"
+    skipped_batches: int = 0
+    mixture: list[MixtureSegment] = []
+    samples_by_source: dict[str, int] = {}
+    data: DataSummary | None = None
+    layout: Layout
+    eval_loss: float | None = None
+
+    @property
+    def batches(self) -> int:
+        """Global batches behind us in the data order: trained on or skipped."""
+        return self.step + self.skipped_batches
+
+    def advance(self, *, samples: int, applied: bool, skipped_batches: int = 0) -> None:
+        """Count one step over `samples` samples, after `skipped_batches` batches of as many."""
+        self.step += 1
+        self.skipped_batches += skipped_batches
+        self.next_sample += (1 + skipped_batches) * samples
+        self.tokens += samples * self.sequence_length
+        self.skipped_steps += not applied
+        self.eval_loss = None
+
+    def to_json(self) -> str:
+        """Indented JSON."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def read_state(directory: Path) -> TrainState:
+    """The state in a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or not of this version.
+    """
+    path = directory / STATE_NAME
+    try:
+        return TrainState.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no {STATE_NAME}, so it is no checkpoint; give a folder such as "
+            "runs/NAME/checkpoints/step_00000100, or the run's folder"
+        ) from None
+    except (ValueError, ValidationError) as error:
+        raise CheckpointError(
+            f"{path} cannot be understood ({str(error).splitlines()[0]}); use an older checkpoint "
+            "or the version of Headway that wrote it"
+        ) from None
+
+
+def layout_changes(saved: Layout, current: Layout) -> list[str]:
+    """In what the layout of a checkpoint's files is not this run's, one item each."""
+    return [
+        f"{field} {before} -> {now}"
+        for field in Layout.model_fields
+        if (before := getattr(saved, field)) != (now := getattr(current, field))
+    ]
+
+
+def resume_problems(saved: TrainState, current: TrainState) -> list[str]:
+    """Why a run cannot go on from a saved state, one line each; empty when it can.
+
+    The layout is no reason: files of any are read in any other.
+    """
+    problems = []
+    for field, what in (
+        ("data_fingerprint", "shard set"),
+        ("data_seed", "run.seed"),
+        ("sequence_length", "data.sequence_length"),
+        ("packing", "data.packing"),
+    ):
+        before, now = getattr(saved, field), getattr(current, field)
+        if before != now:
+            problems.append(f"{what}: saved with {before}, this run has {now}")
+            if field == "data_fingerprint" and saved.data and current.data:
+                problems += differences(saved.data, current.data)
+    return problems

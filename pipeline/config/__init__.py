@@ -1,0 +1,1 @@
+"""One YAML file, typed and checked: what a run is told."""

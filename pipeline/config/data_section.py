@@ -1,0 +1,120 @@
+"""The `data` section of a run configuration: shards, windows, mixture, what is skipped."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict, ValidationInfo, field_validator
+
+from pipeline.config.problems import shown
+from pipeline.config.sections import Count, FilePath, PositiveInt, Section
+
+Weight = Annotated[float, Field(ge=0)]
+BatchRange = Annotated[tuple[int, int], Strict(False)]
+
+
+class WeightStage(Section):
+    """Weights of the sources from a step on: after `step` steps, until the next stage."""
+
+    step: Count
+    weights: dict[str, Weight]
+
+
+class DataSection(Section):
+    """Where tokens come from and how they are cut into samples.
+
+    Attributes:
+        shards: a directory that data_prep/shard.py made.
+        sequence_length: tokens of a row.
+        tokenizer: refuse shards of another one; null = take theirs.
+        train_split: split to train on.
+        eval_split: split to validate on.
+        prefetch_steps: steps read ahead.
+        document_mask: attention, positions and targets stay within a document.
+        packing: concat = the stream is cut every sequence_length tokens; best_fit = whole
+            documents are packed into rows, and only longer ones than a row are cut.
+        weights: share of samples of each source; null = the set's own, else by tokens.
+        weight_schedule: weights that change during the run, as stages of step and weights.
+        skip_batches: global batches never to train on, as [first, last] pairs; the first batch of
+            the run is 1.
+    """
+
+    shards: FilePath
+    sequence_length: PositiveInt
+    tokenizer: FilePath | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    prefetch_steps: PositiveInt = 2
+    document_mask: bool = False
+    packing: Literal["concat", "best_fit"] = "concat"
+    weights: dict[str, Weight] | None = None
+    weight_schedule: Annotated[tuple[WeightStage, ...], Strict(False)] = ()
+    skip_batches: Annotated[tuple[BatchRange, ...], Strict(False)] = ()
+
+    @field_validator("weights")
+    @classmethod
+    def _mix_something(cls, weights: dict[str, float] | None) -> dict[str, float] | None:
+        if weights is not None and (problem := _weights_problem("weights", weights)):
+            raise ValueError(problem)
+        return weights
+
+    @field_validator("weight_schedule")
+    @classmethod
+    def _stages_follow_each_other(
+        cls, stages: tuple[WeightStage, ...], info: ValidationInfo
+    ) -> tuple[WeightStage, ...]:
+        problems = []
+        if stages and info.data.get("weights") is not None:
+            problems.append(
+                "weight_schedule and data.weights are both given; keep one (weights is short for "
+                "a schedule with the one stage of step 0)"
+            )
+        if stages and stages[0].step != 0:
+            problems.append(
+                f"weight_schedule starts at step {stages[0].step}; its first stage must have "
+                "step: 0, the weights at the start of the run"
+            )
+        problems += [
+            f"weight_schedule has step {after.step} after step {before.step}; put the stages in "
+            "the order of their steps, each once"
+            for before, after in pairwise(stages)
+            if after.step <= before.step
+        ]
+        for index, stage in enumerate(stages):
+            if problem := _weights_problem(f"weight_schedule[{index}].weights", stage.weights):
+                problems.append(problem)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return stages
+
+    @field_validator("skip_batches")
+    @classmethod
+    def _ranges_are_apart(cls, ranges: tuple[BatchRange, ...]) -> tuple[BatchRange, ...]:
+        problems = [
+            f"skip_batches has [{first}, {last}]; a range is [first, last] with "
+            "1 <= first <= last, batch 1 being the first of the run"
+            for first, last in ranges
+            if not 1 <= first <= last
+        ]
+        problems += [
+            f"skip_batches has [{before[0]}, {before[1]}] and [{after[0]}, {after[1]}], which "
+            "overlap; join them into one range"
+            for before, after in pairwise(sorted(ranges))
+            if after[0] <= before[1]
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return ranges
+
+    @property
+    def weight_stages(self) -> tuple[WeightStage, ...]:
+        """The schedule of weights; empty when the set's own weights hold for the whole run."""
+        if self.weights is not None:
+            return (WeightStage(step=0, weights=self.weights),)
+        return self.weight_schedule
+
+
+def _weights_problem(key: str, weights: Mapping[str, float]) -> str | None:
+    if sum(weights.values()) > 0:
+        return None
+    return f"{key}={shown(weights)} gives no source a share; give one a weight above 0"

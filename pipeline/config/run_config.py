@@ -1,0 +1,382 @@
+"""The configuration of a run: typed sections, the rules between them, and the file they come from.
+
+One YAML file is one run. Values are never changed after they were read; what depends on the machine
+(device, precision, data-parallel size) is a function of the configuration and of that machine.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.part import ModelPart
+from pipeline.config.data_section import DataSection
+from pipeline.config.problems import plain_problems, shown, unknown_key
+from pipeline.config.sections import (
+    BatchSection,
+    CheckpointSection,
+    EvalSection,
+    LogSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    ScheduleSection,
+    Section,
+    TrainSection,
+)
+from pipeline.config.yaml_text import dump_yaml, parse_yaml, yaml_fault
+from pipeline.stages.plan import num_stages, plan_problems, stage_plan
+
+# Keys whose value is itself a mapping.
+_MAPPINGS = ("data.weights", "model.rope_scaling")
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+
+
+class RunConfig(Section):
+    """One run."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataSection
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    batch: BatchSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    eval: EvalSection = Field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Self:
+        if problems := _problems_between({name: getattr(self, name) for name in _sections()}):
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run stops: train.stop_at_step, else train.steps."""
+        return self.train.stop_at_step or self.train.steps
+
+    @property
+    def flops_per_token(self) -> float:
+        """Floating point operations of one training step per input token."""
+        return self.model.flops_per_token(
+            self.data.sequence_length, frozen=self.train.freeze == "trunk"
+        )
+
+    @property
+    def stage_plan(self) -> tuple[ModelPart, ...]:
+        """What each pipeline stage holds of the model, first stage first."""
+        return stage_plan(self.parallel.stages, self.model)
+
+    def global_batch_size(self, data_parallel_size: int) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.batch.micro_size * self.batch.accumulation * data_parallel_size
+
+    def tokens_per_step(self, data_parallel_size: int) -> int:
+        """Input tokens of one optimizer step over all ranks."""
+        return self.global_batch_size(data_parallel_size) * self.data.sequence_length
+
+
+def _tensor_parallel_problems(model: ModelConfig, parallel: ParallelSection) -> list[str]:
+    smaller = [size for size in model.tensor_parallel_sizes if size < parallel.tensor]
+    listed = " or ".join(str(size) for size in smaller[-3:])
+    return [
+        f"model.{problem}; or set parallel.tensor to {listed}"
+        for problem in model.check_tensor_parallel(parallel.tensor)
+    ]
+
+
+def _window_problems(model: ModelConfig, data: DataSection) -> list[str]:
+    if model.future_tokens < data.sequence_length:
+        return []
+    return [
+        f"data.sequence_length={data.sequence_length} must be greater than model.future_tokens="
+        f"{model.future_tokens}; raise it to at least {model.future_tokens + 1}"
+    ]
+
+
+def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[str]:
+    if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > train.steps:
+        return [
+            f"schedule.decay_steps={schedule.decay_steps} and schedule.warmup_steps="
+            f"{schedule.warmup_steps} take more than train.steps={train.steps}; lower decay_steps "
+            f"to at most {train.steps - schedule.warmup_steps} or raise train.steps"
+        ]
+    return []
+
+
+def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
+    if train.freeze == "none" or model.future_tokens > 1:
+        return []
+    return [
+        "train.freeze=trunk leaves nothing to train with model.future_tokens=1, since head 1 "
+        "belongs to the frozen model; set model.future_tokens to 2 or more, or train.freeze=none"
+    ]
+
+
+def _stage_problems(model: ModelConfig, parallel: ParallelSection) -> list[str]:
+    return plan_problems(parallel.stages, model)
+
+
+def _staged_backward_problems(parallel: ParallelSection, train: TrainSection) -> list[str]:
+    if train.head_backward == "sequential" or num_stages(parallel.stages) == 1:
+        return []
+    return [
+        "train.head_backward=joint is the reference of runs with one stage, and this run has "
+        f"{num_stages(parallel.stages)}; set train.head_backward=sequential or parallel.stages=1"
+    ]
+
+
+def _frozen_stages_problems(parallel: ParallelSection, train: TrainSection) -> list[str]:
+    if train.freeze == "none" or num_stages(parallel.stages) == 1:
+        return []
+    return [
+        f"train.freeze={train.freeze} leaves the trunk's stages nothing to train, and each of the "
+        f"{num_stages(parallel.stages)} stages has an optimizer; set parallel.stages=1"
+    ]
+
+
+def _best_checkpoint_problems(evaluation: EvalSection, checkpoint: CheckpointSection) -> list[str]:
+    if not checkpoint.keep_best:
+        return []
+    best, saves, validations = (
+        f"checkpoint.keep_best={checkpoint.keep_best}",
+        checkpoint.every_steps,
+        evaluation.every_steps,
+    )
+    if not validations:
+        return [
+            f"{best} needs validation losses, and eval.every_steps=0 makes none; set "
+            "eval.every_steps, or keep_best=0"
+        ]
+    if saves % validations:
+        return [
+            f"{best} compares validation losses of saved weights, but steps of "
+            f"checkpoint.every_steps={saves} are not all validated with eval.every_steps="
+            f"{validations}; make every_steps a multiple of it, or set keep_best=0"
+        ]
+    return []
+
+
+def _problems_between(sections: Mapping[str, Any]) -> list[str]:
+    """Broken rules between sections; a rule waits until the sections it needs are sound."""
+    rules: tuple[tuple[Callable[..., list[str]], tuple[str, str]], ...] = (
+        (_tensor_parallel_problems, ("model", "parallel")),
+        (_stage_problems, ("model", "parallel")),
+        (_staged_backward_problems, ("parallel", "train")),
+        (_frozen_stages_problems, ("parallel", "train")),
+        (_window_problems, ("model", "data")),
+        (_schedule_problems, ("train", "schedule")),
+        (_freeze_problems, ("model", "train")),
+        (_best_checkpoint_problems, ("eval", "checkpoint")),
+    )
+    problems = []
+    for rule, needed in rules:
+        if all(name in sections for name in needed):
+            problems += rule(*(sections[name] for name in needed))
+    return problems
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    """The class of each section, in the order of the file."""
+    kinds = {}
+    for name, field in RunConfig.model_fields.items():
+        assert isinstance(field.annotation, type), f"section {name} is {field.annotation}"
+        assert issubclass(field.annotation, BaseModel), f"section {name} is {field.annotation}"
+        kinds[name] = field.annotation
+    return kinds
+
+
+def known_keys() -> list[str]:
+    """Every key of a run configuration, as `section.key`."""
+    return [f"{name}.{key}" for name, kind in _sections().items() for key in kind.model_fields]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run configuration.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` each, the value in YAML; a later one wins.
+
+    Raises:
+        ConfigError: With every problem of file and overrides, one line each.
+    """
+    raw = _read_mapping(Path(path))
+    problems = [problem for text in overrides if (problem := _apply_override(raw, text))]
+    keys = known_keys()
+    problems += [unknown_key(str(name), keys) for name in raw if name not in _sections()]
+    sections: dict[str, BaseModel] = {}
+    for name, kind in _sections().items():
+        values = raw.get(name)
+        try:
+            sections[name] = kind.model_validate({} if values is None else values)
+        except ValidationError as error:
+            problems += plain_problems(name, error, keys)
+    problems += _problems_between(sections)
+    if len(problems) == 1:
+        raise ConfigError(f"{path}: {problems[0]}")
+    if problems:
+        raise ConfigError("\n  - ".join([f"{path}: {len(problems)} problems", *problems]))
+    return RunConfig.model_validate(sections)
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the path of a run's YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text ({error}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not valid YAML: {yaml_fault(error)}; mend that line"
+        ) from None
+    names = ", ".join(_sections())
+    if content is None:
+        raise ConfigError(f"{path} is empty; a run needs the sections {names}")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a mapping of sections; a run needs the sections {names}")
+    return content
+
+
+def _apply_override(raw: dict[Any, Any], text: str) -> str | None:
+    """Set one value in the mapping that was read; what is wrong with the override, if anything."""
+    key, equals, value_text = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        return f"--set {shown(text)} must look like section.key=value, e.g. train.steps=100"
+    if key not in known_keys():
+        return f"--set {unknown_key(key, known_keys())}"
+    try:
+        value = parse_yaml(value_text)
+    except yaml.YAMLError as error:
+        return f"--set {text}: the value is not valid YAML ({yaml_fault(error)}); quote it as text"
+    if isinstance(value, dict) and key not in _MAPPINGS:
+        return f"--set {text}: the value must be one value or a list; set the keys one by one"
+    section, _, name = key.partition(".")
+    current = raw.get(section)
+    if current is None or isinstance(current, dict):
+        raw[section] = {**(current or {}), name: value}
+    return None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every key written out; loads back to an equal one."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def world_problems(config: RunConfig, world_size: int) -> list[str]:
+    """What keeps this run from using `world_size` ranks; empty when it can."""
+    tensor, stages = config.parallel.tensor, num_stages(config.parallel.stages)
+    copy = tensor * stages  # ranks that hold the model once
+    if world_size % copy == 0:
+        return []
+    below, above = world_size // copy * copy, -(-world_size // copy) * copy
+    counts = " or ".join(str(count) for count in (below, above) if count)
+    if stages == 1:
+        return [
+            f"parallel.tensor={tensor} does not divide the world size of {world_size} ranks; "
+            f"start {counts} ranks, or set parallel.tensor to a divisor of {world_size}"
+        ]
+    return [
+        f"{stages} stages (parallel.stages) x parallel.tensor={tensor} = {copy} ranks do not "
+        f"divide the world size of {world_size} ranks; start {counts} ranks, or choose stages and "
+        f"parallel.tensor whose product divides {world_size}"
+    ]
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that each take their own samples: world size / (stages * parallel.tensor).
+
+    Raises:
+        ConfigError: The world size cannot be divided.
+    """
+    if problems := world_problems(config, world_size):
+        raise ConfigError("; ".join(problems))
+    return world_size // (config.parallel.tensor * num_stages(config.parallel.stages))
+
+
+def resolve_device(config: RunConfig, cuda_available: bool) -> Device:
+    """The kind of device this run uses on this machine.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
+    """
+    wanted = config.train.device
+    if wanted == "cuda" and not cuda_available:
+        raise ConfigError(
+            "train.device=cuda, but this process sees no CUDA device; run it on a GPU machine "
+            "(check nvidia-smi and CUDA_VISIBLE_DEVICES) or set train.device=cpu"
+        )
+    if wanted == "auto":
+        return "cuda" if cuda_available else "cpu"
+    return wanted
+
+
+def resolve_precision(config: RunConfig, device: Device, bf16_supported: bool = True) -> Precision:
+    """The arithmetic of this run: auto is bf16 on a GPU that has it, else fp32.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
+    wanted = config.train.precision
+    if wanted == "auto":
+        return "bf16" if device == "cuda" and bf16_supported else "fp32"
+    if wanted == "bf16" and device == "cuda" and not bf16_supported:
+        raise ConfigError(
+            "train.precision=bf16, but this GPU has no bf16 arithmetic; set train.precision=fp32 "
+            "or use a GPU of the Ampere generation or later"
+        )
+    return wanted
+
+
+def settings_without_effect(
+    config: RunConfig, *, data_parallel_size: int, device: Device
+) -> list[str]:
+    """Settings that change nothing in this run, one line each, to be said at its start."""
+    lines = []
+    zero, last_step = config.parallel.zero, config.last_step
+    if zero and data_parallel_size == 1:
+        lines.append(f"parallel.zero={zero}: there is 1 data-parallel rank, nothing to divide")
+    for key, every in (
+        ("eval.every_steps", config.eval.every_steps),
+        ("checkpoint.every_steps", config.checkpoint.every_steps),
+        ("checkpoint.keep_every", config.checkpoint.keep_every),
+    ):
+        if every > last_step:
+            lines.append(f"{key}={every}: the run stops at step {last_step}")
+    if config.eval.every_steps == 0 and "samples" in config.eval.model_fields_set:
+        lines.append(f"eval.samples={config.eval.samples}: eval.every_steps=0, no validation")
+    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    if warmup >= steps:
+        lines.append(
+            f"optimizer.learning_rate={config.optimizer.learning_rate}: warm-up over "
+            f"schedule.warmup_steps={warmup} does not reach it within train.steps={steps}"
+        )
+    if config.batch.accumulation < len(config.stage_plan):
+        lines.append(
+            f"parallel.stages: only {config.batch.accumulation} of {len(config.stage_plan)} stages "
+            f"can work at a time with batch.accumulation={config.batch.accumulation}; use at least "
+            f"{4 * len(config.stage_plan)}"
+        )
+    if config.model.future_tokens == 1 and config.train.head_backward == "joint":
+        lines.append("train.head_backward=joint: with 1 head it is the same as sequential")
+    if config.train.freeze == "trunk" and config.model.head_weights is not None:
+        lines.append(
+            f"model.head_weights[0]={config.model.head_weights[0]:g}: train.freeze=trunk, head 1 "
+            "is only measured"
+        )
+    if config.train.init_heads == "fresh" and config.train.init_from is None:
+        lines.append("train.init_heads=fresh: train.init_from=null, all of the model is fresh")
+    if device == "cpu" and config.train.precision == "bf16":
+        lines.append("train.precision=bf16: on a CPU it saves memory, but no time")
+    return lines

@@ -1,0 +1,255 @@
+"""The sections of a run configuration: their keys, defaults, and the rules within each."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    field_validator,
+)
+
+from pipeline.config.problems import shown
+from pipeline.stages.plan import StagesSetting, setting_problem
+
+Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+def _path_from_text(value: object) -> object:
+    return Path(value) if isinstance(value, str) and value.strip() else value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path_from_text)]
+
+
+def _run_dir(fields: dict[str, Any]) -> Path:
+    return Path("runs") / str(fields["name"])
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Name, folder and seed of a run."""
+
+    name: str
+    dir: FilePath = Field(default_factory=_run_dir)
+    seed: int = Field(default=1234, ge=0, lt=2**32)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not name.strip() or "/" in name or name.startswith("."):
+            raise ValueError(
+                f"name={shown(name)} cannot be a folder name; use letters, digits, - and _"
+            )
+        return name
+
+
+class ParallelSection(Section):
+    """How the model is spread over ranks; data parallelism takes the ranks that are left."""
+
+    tensor: PositiveInt = 1
+    zero: int = Field(default=3, ge=0, le=3)
+    stages: StagesSetting = 1
+    reduce_bucket_size: PositiveInt = 500_000_000
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _is_a_stage_plan(cls, stages: object) -> object:
+        if isinstance(stages, list | tuple):
+            stages = tuple(stages)
+            if not all(isinstance(stage, dict) for stage in stages):
+                raise ValueError(setting_problem(str(list(stages))))
+        elif isinstance(stages, bool) or not isinstance(stages, int | str):
+            raise ValueError(setting_problem(str(stages)))
+        if problem := setting_problem(stages):
+            raise ValueError(problem)
+        return stages
+
+
+class BatchSection(Section):
+    """Samples of a step: micro_size * accumulation on each data-parallel rank."""
+
+    micro_size: PositiveInt
+    accumulation: PositiveInt = 1
+
+
+class TrainSection(Section):
+    """Length, arithmetic and limits of the training loop.
+
+    Attributes:
+        steps: optimizer steps of the whole run; the schedule's length.
+        stop_at_step: end this part of the run earlier, at the same schedule.
+        precision: auto = bf16 on a GPU, fp32 on a CPU.
+        device: auto = a GPU where there is one.
+        head_backward: sequential = one head at a time; joint = the reference.
+        activation_checkpointing: full = keep each layer's input only; selective = run the core
+            attention again.
+        loss_chunk_tokens: tokens of a micro-batch whose logits exist at once.
+        transformer_engine: use its layers on GPUs where it is installed.
+        timeout_s: after this an unanswered collective fails.
+        heartbeat_timeout_s: silence after which a rank counts as dead.
+        max_skipped_steps: steps in a row with gradients that are not finite before giving up.
+        init_from: folder of a Hugging Face Llama, or of an export of ours, whose weights a new
+            run begins with; without effect on a resumed one.
+        init_heads: heads that the folder lacks: copy = of its last layer; fresh = untrained.
+        freeze: trunk = train heads 2 .. n alone and leave the next-token model (embedding, trunk,
+            head 1, final norm, unembedding) as it was imported.
+    """
+
+    steps: PositiveInt
+    stop_at_step: PositiveInt | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    head_backward: Literal["sequential", "joint"] = "sequential"
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    loss_chunk_tokens: PositiveInt = 1024
+    transformer_engine: bool = True
+    timeout_s: PositiveFloat = 600.0
+    heartbeat_timeout_s: PositiveFloat = 40.0
+    max_skipped_steps: Count = 5
+    init_from: FilePath | None = None
+    init_heads: Literal["copy", "fresh"] = "copy"
+    freeze: Literal["none", "trunk"] = "none"
+
+    @field_validator("freeze")
+    @classmethod
+    def _freezes_what_was_trained(cls, freeze: str, info: ValidationInfo) -> str:
+        if freeze == "trunk" and "init_from" in info.data and info.data["init_from"] is None:
+            raise ValueError(
+                "freeze=trunk would train heads on a model that was never trained; set "
+                "train.init_from to the folder of one, or train.freeze=none"
+            )
+        return freeze
+
+    @field_validator("stop_at_step")
+    @classmethod
+    def _stops_within_the_run(cls, stop_at_step: int | None, info: ValidationInfo) -> int | None:
+        steps = info.data.get("steps")
+        if stop_at_step is not None and steps is not None and stop_at_step > steps:
+            raise ValueError(
+                f"stop_at_step={stop_at_step} is past train.steps={steps}; "
+                f"lower it to at most {steps} or raise train.steps"
+            )
+        return stop_at_step
+
+
+class OptimizerSection(Section):
+    """AdamW and gradient clipping (gradient_clipping 0 switches it off)."""
+
+    learning_rate: PositiveFloat
+    betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(default=0.1, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"betas={list(betas)} must each be at least 0 and below 1; "
+                "the paper uses [0.9, 0.95]"
+            )
+        return betas
+
+
+class ScheduleSection(Section):
+    """Learning rate over the run, as a share of optimizer.learning_rate."""
+
+    kind: Literal["cosine", "linear", "wsd"] = "cosine"
+    warmup_steps: Count
+    final_ratio: float = Field(default=0.03, ge=0, le=1)
+    decay_steps: PositiveInt | None = Field(default=None, validate_default=True)
+
+    @field_validator("decay_steps")
+    @classmethod
+    def _belongs_to_wsd(cls, decay_steps: int | None, info: ValidationInfo) -> int | None:
+        kind = info.data.get("kind")
+        if kind == "wsd" and decay_steps is None:
+            raise ValueError(
+                "decay_steps is missing: schedule.kind=wsd holds the rate and then lets it fall "
+                "over decay_steps; set schedule.decay_steps, often a tenth of train.steps"
+            )
+        if kind in ("cosine", "linear") and decay_steps is not None:
+            raise ValueError(
+                f"decay_steps={decay_steps} has no effect with schedule.kind={kind}; "
+                "set schedule.decay_steps=null or schedule.kind=wsd"
+            )
+        return decay_steps
+
+
+class EvalSection(Section):
+    """Validation in the loop (every_steps 0 switches it off)."""
+
+    every_steps: Count = 0
+    samples: PositiveInt = 64
+
+
+class CheckpointSection(Section):
+    """Checkpoints to resume from.
+
+    Attributes:
+        every_steps: steps between them; 0 = only at the end.
+        asynchronous: training waits for a copy to host memory only, not for the disk.
+        on_error: a save fails: warn = say so and go on; stop = end the run. The last save of a
+            run ends it with an error either way.
+        keep: how many of the newest stay.
+        keep_every: those of every so many steps stay for ever; 0 = none.
+        keep_best: how many of the lowest validation loss stay; 0 = none.
+    """
+
+    every_steps: Count = 0
+    asynchronous: bool = True
+    on_error: Literal["warn", "stop"] = "warn"
+    keep: int = 2
+    keep_every: Count = 0
+    keep_best: Count = 0
+
+    @field_validator("keep")
+    @classmethod
+    def _keeps_a_verified_one(cls, keep: int) -> int:
+        if keep < 2:
+            raise ValueError(
+                f"keep={keep} must be at least 2: the previous checkpoint is deleted only "
+                "after a new one has been verified, so one is never enough; set checkpoint.keep=2"
+            )
+        return keep
+
+    @field_validator("keep_every")
+    @classmethod
+    def _names_saved_steps(cls, keep_every: int, info: ValidationInfo) -> int:
+        every = info.data.get("every_steps")
+        if not keep_every or every is None:
+            return keep_every
+        if every == 0:
+            raise ValueError(
+                f"keep_every={keep_every} keeps nothing: checkpoint.every_steps=0 saves at the end "
+                "only; set checkpoint.every_steps to a divisor of it, or keep_every to 0"
+            )
+        if keep_every % every:
+            nearest = (keep_every // every * every, -(-keep_every // every) * every)
+            raise ValueError(
+                f"keep_every={keep_every} is not a multiple of checkpoint.every_steps={every}, so "
+                f"few such steps are saved; use {' or '.join(str(n) for n in nearest if n)}"
+            )
+        return keep_every
+
+
+class LogSection(Section):
+    """What is written while the run goes on; metrics.jsonl always is."""
+
+    interval: PositiveInt = 1
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    progress: bool = True

@@ -1,0 +1,1 @@
+"""The data of a run: samples, mixture, batch order, validation."""

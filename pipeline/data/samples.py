@@ -1,0 +1,176 @@
+"""The data of a run: shards that fit it, training samples and their mixture, validation samples."""
+
+import hashlib
+import logging
+
+from data_prep.errors import DataError
+from data_prep.loader import ShardSet, TokenLoader
+from data_prep.rows import cut_rows
+from model.errors import ConfigError
+from pipeline.checkpoint.train_state import TrainState
+from pipeline.config.data_section import WeightStage
+from pipeline.config.run_config import RunConfig
+from pipeline.data.mixture_plan import weight_problems
+from pipeline.data.validation import ValidationSamples
+from pipeline.distributed.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_VERIFY_BELOW_BYTES = 2**30
+
+
+def open_shards(config: RunConfig) -> ShardSet:
+    """The training split, checked against the model and the run's tokenizer.
+
+    Raises:
+        DataError: it is missing, incomplete, damaged, or does not fit.
+    """
+    shards = ShardSet.open(config.data.shards, config.data.train_split)
+    if shards.total_bytes < _VERIFY_BELOW_BYTES:
+        shards.verify()
+    if shards.max_token_id >= config.model.vocab_size:
+        raise DataError(
+            f"{config.data.shards}: its tokenizer gives ids up to {shards.max_token_id}, but "
+            f"model.vocab_size={config.model.vocab_size}; set model.vocab_size to at least "
+            f"{shards.max_token_id + 1}, or use shards of another tokenizer"
+        )
+    wanted = config.data.tokenizer
+    if wanted is not None:
+        if not wanted.is_file():
+            raise ConfigError(
+                f"data.tokenizer={wanted} does not exist; give a tokenizer.json, or null to take "
+                "the one of the shards"
+            )
+        digest = hashlib.sha256(wanted.read_bytes()).hexdigest()
+        if digest != shards.tokenizer_sha256:
+            raise DataError(
+                f"{config.data.shards} was made with another tokenizer than data.tokenizer="
+                f"{wanted} (sha256 {shards.tokenizer_sha256[:12]} and {digest[:12]}); "
+                "make the shards again with it, or set data.tokenizer to "
+                f"{shards.tokenizer_path}"
+            )
+    return shards
+
+
+def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) -> TokenLoader:
+    """This rank's training samples.
+
+    Raises:
+        ConfigError: the weights do not fit the sources of the shards.
+        DataError: the split is too small.
+    """
+    loader = TokenLoader(
+        shards,
+        sequence_length=config.data.sequence_length,
+        future_tokens=config.model.future_tokens,
+        seed=config.run.seed,
+        micro_batch_size=config.batch.micro_size,
+        accumulation=config.batch.accumulation,
+        data_parallel_rank=topology.data_rank,
+        data_parallel_size=topology.data_size,
+        packing=config.data.packing,
+        documents=config.data.document_mask,
+    )
+    stages, rows = weight_stages(config, loader), loader.rows_by_source
+    where = f"{config.data.shards} ({config.data.train_split})"
+    problems = weight_problems(stages, rows, where)
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError("\n  - ".join([f"{len(problems)} problems", *problems]))
+    return loader
+
+
+def weight_stages(config: RunConfig, loader: TokenLoader) -> tuple[WeightStage, ...]:
+    """The schedule of weights: the configuration's, else the set's own, else by tokens."""
+    if config.data.weight_stages:
+        return config.data.weight_stages
+    weights = loader.weights_by_tokens()
+    for source in loader.shards.manifest.sources:
+        # All sources of a set have weights or none has.
+        if source.weight is not None and source.name in weights:
+            weights[source.name] = source.weight
+    return (WeightStage(step=0, weights=weights),)
+
+
+def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) -> list[str]:
+    """Mixture, packing and skipped batches of a run, in words; no line for what is not used.
+
+    Args:
+        config: the run.
+        loader: its training samples.
+        state: where the run is.
+    """
+    lines = []
+    data, rows = config.data, loader.rows_by_source
+    if len(rows) == 1 and data.weight_stages:
+        (name,) = rows
+        lines.append(f"no effect     data weights: {name} is the only source of these shards")
+    if len(rows) > 1:
+        for segment in loader.mixture.segments:
+            shares = ", ".join(f"{name} {segment.share(name):.2%}" for name in rows)
+            lines.append(f"mixture from sample {segment.first_sample:,}: {shares}")
+        sizes = ", ".join(f"{name} {count:,}" for name, count in rows.items())
+        lines.append(f"rows of {data.sequence_length:,} tokens in an epoch of each source: {sizes}")
+    if data.packing == "best_fit":
+        lines.append(
+            f"best-fit packing: {loader.num_samples:,} rows, {loader.padding_share:.2%} padding"
+        )
+    lines += [
+        f"data.skip_batches: batches {first} to {last} of the data order "
+        + ("lie behind, no effect" if last <= state.batches else "are not trained on")
+        for first, last in data.skip_batches
+    ]
+    if state.next_sample:
+        counts = loader.mixture.counts(state.next_sample)
+        epochs = ", ".join(f"{name} {counts[name] / max(rows[name], 1):.3f}" for name in rows)
+        lines.append(f"epochs behind: {epochs}")
+    return lines
+
+
+def validation_samples(
+    config: RunConfig, shards: ShardSet, topology: Topology
+) -> ValidationSamples | None:
+    """This rank's validation samples; None when the run does not validate.
+
+    Args:
+        config: the run.
+        shards: its training split.
+        topology: the grid of ranks.
+
+    Raises:
+        DataError: the validation split is damaged.
+    """
+    if not config.eval.every_steps:
+        return None
+    data, name = config.data, config.data.eval_split
+    rows = tokens = 0
+    held_out: ShardSet | None = None
+    if name in shards.manifest.splits:
+        held_out = ShardSet.open(data.shards, name)
+        tokens = held_out.num_tokens
+        rows = sum(
+            cut_rows(
+                held_out.of_source(source),
+                data.packing,
+                sequence_length=data.sequence_length,
+                future_tokens=config.model.future_tokens,
+            ).count
+            for source in held_out.sources
+        )
+    # The same on all ranks, which have read the same files.
+    if held_out is None or rows < topology.data_size:
+        logger.warning(
+            "training without validation: %s has %d tokens in its split %r, less than a window of "
+            "data.sequence_length=%d for each of %d data-parallel ranks; make the shards again "
+            "with a larger --validation-fraction",
+            data.shards,
+            tokens,
+            name,
+            data.sequence_length,
+            topology.data_size,
+        )
+        return None
+    return ValidationSamples(
+        config, held_out, data_rank=topology.data_rank, data_size=topology.data_size
+    )

@@ -1,0 +1,57 @@
+"""The validation samples of a run, dealt to the ranks; the same ones in every layout."""
+
+from collections.abc import Iterator
+
+import torch
+
+from data_prep.loader import Batch, ShardSet, TokenLoader
+from model.loss import IGNORED
+from pipeline.config.run_config import RunConfig
+
+
+class ValidationSamples:
+    """The first `eval.samples` rows of the validation split, the same in every layout.
+
+    Concatenated rows come in stream order. Packed ones, whose stream order has all long documents
+    first, come in an order that depends on nothing but the shards. Several sources are mixed by
+    their tokens in this split, whatever the training weights are.
+
+    Args:
+        config: the run.
+        shards: its validation split.
+        data_rank: this rank's place among those that hold different data.
+        data_size: how many such ranks there are.
+
+    Raises:
+        DataError: the split is smaller than one row per rank.
+    """
+
+    def __init__(
+        self, config: RunConfig, shards: ShardSet, *, data_rank: int, data_size: int
+    ) -> None:
+        self._loader = TokenLoader(
+            shards,
+            sequence_length=config.data.sequence_length,
+            future_tokens=config.model.future_tokens,
+            seed=0,
+            micro_batch_size=1,
+            accumulation=1,
+            data_parallel_rank=data_rank,
+            data_parallel_size=data_size,
+            shuffle=config.data.packing == "best_fit",
+            packing=config.data.packing,
+            documents=config.data.document_mask,
+        )
+        self.num_samples = min(config.eval.samples, self._loader.num_samples)
+        self._rank, self._size = data_rank, data_size
+        self._micro_size = max(1, min(config.batch.micro_size, self.num_samples // data_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches; all ranks get equally many, the last ones padded without labels."""
+        count = self._micro_size
+        for first in range(0, self.num_samples, count * self._size):
+            start = first + count * self._rank
+            batch = self._loader.read(start, count)
+            padding = start + torch.arange(count) >= self.num_samples
+            labels = batch.labels.masked_fill(padding[None, :, None], IGNORED)
+            yield batch._replace(labels=labels)

@@ -1,0 +1,1 @@
+"""One optimizer step on DeepSpeed, and everything that touches DeepSpeed."""

@@ -1,0 +1,131 @@
+"""What a new run begins with when `train.init_from` names a model: checked, and said."""
+
+import logging
+
+import tokenizers
+import torch.distributed as dist
+
+from data_prep.errors import DataError
+from data_prep.loader import ShardSet
+from model.errors import CheckpointError
+from model.hf_import import ImportedWeights, LlamaFolder
+from pipeline.checkpoint.file_names import TOKENIZER
+from pipeline.config.run_config import RunConfig
+from pipeline.distributed.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+
+def imported_weights(
+    config: RunConfig, shards: ShardSet, topology: Topology, *, resumed: bool
+) -> ImportedWeights | None:
+    """The initial weights that `train.init_from` gives.
+
+    None when the key is not set, or when the run is resumed and its checkpoint has the weights.
+
+    A collective: rank 0 checks the files' contents for all.
+
+    Raises:
+        ConfigError: the model cannot be imported, or its sizes are not the run's.
+        CheckpointError: its files are damaged or incomplete.
+        DataError: the shards were made with another tokenizer.
+    """
+    if config.train.init_from is None:
+        return None
+    if resumed:
+        logger.info("train.init_from=%s is not read: the run goes on", config.train.init_from)
+        return None
+    folder = LlamaFolder(config.train.init_from)
+    folder.check(config.model)
+    _check_tokenizer(folder, shards)
+    _verify_once(folder, topology)
+    for line in describe_import(folder, config):
+        logger.info("%s", line)
+    return ImportedWeights(
+        folder,
+        config.model,
+        new_heads=config.train.init_heads,
+        tensor_rank=topology.tensor_rank,
+        tensor_size=topology.tensor_size,
+    )
+
+
+def planned_import(config: RunConfig) -> list[str]:
+    """What a new run would take from where, for a dry run; empty when it takes nothing.
+
+    Raises:
+        ConfigError: the model cannot be imported, or its sizes are not the run's.
+        CheckpointError: its files are incomplete.
+    """
+    directory = config.train.init_from
+    if directory is None:
+        return []
+    if not directory.exists():
+        return [f"weights from {directory}: not on this machine, so not looked at"]
+    folder = LlamaFolder(directory)
+    folder.check(config.model)
+    return describe_import(folder, config)
+
+
+def describe_import(folder: LlamaFolder, config: RunConfig) -> list[str]:
+    """What is taken from the folder and what is not, one line each."""
+    heads, held = config.model.future_tokens, folder.heads
+    taken = f"heads 1 to {min(heads, held)}" if min(heads, held) > 1 else "head 1"
+    lines = [f"weights from {folder.directory}: {folder.trunk_layers} trunk layers and {taken}"]
+    if heads > held:
+        new = f"head {heads} is" if heads == held + 1 else f"heads {held + 1} to {heads} are"
+        kind = "a copy" if heads == held + 1 else "copies"
+        copied = f"{kind} of its layer {folder.trunk_layers}, the next-token head"
+        lines.append(f"{new} {'fresh' if config.train.init_heads == 'fresh' else copied}")
+    if heads < held:
+        lines.append(f"heads {heads + 1} to {held} of {folder.directory} are left out")
+    rows = config.model.vocab_size - folder.sizes.vocab_size
+    if rows:
+        lines.append(
+            f"the last {rows} of {config.model.vocab_size} rows of embedding and unembedding are "
+            f"fresh: its vocabulary has {folder.sizes.vocab_size}"
+        )
+    if folder.sizes.tied:
+        lines.append("its embedding is its unembedding, too; here they are two and may part")
+    if config.train.freeze == "trunk":
+        lines.append(f"only heads 2 to {heads} are trained; its next-token model stays as it is")
+    return lines
+
+
+def _check_tokenizer(folder: LlamaFolder, shards: ShardSet) -> None:
+    """Tokens of the model's tokenizer must have the same ids in the shards; more are welcome."""
+    path = folder.directory / TOKENIZER
+    if not path.is_file():
+        logger.warning(
+            "%s has no %s: whether the shards were made with the model's tokenizer is not known",
+            folder.directory,
+            TOKENIZER,
+        )
+        return
+    try:
+        wanted = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
+        found = tokenizers.Tokenizer.from_file(str(shards.tokenizer_path)).get_vocab()
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"{path} cannot be compared with the tokenizer of the shards ({error}); "
+            "put the model's own tokenizer.json there"
+        ) from error
+    different = [token for token, number in wanted.items() if found.get(token) != number]
+    if different:
+        raise DataError(
+            f"{shards.tokenizer_path} is not the tokenizer of train.init_from={folder.directory}: "
+            f"{len(different)} of its {len(wanted)} tokens have another id or none (the first: "
+            f"{different[0]!r}); make the shards with --tokenizer {path}"
+        )
+
+
+def _verify_once(folder: LlamaFolder, topology: Topology) -> None:
+    problem: list[str | None] = [None]
+    if topology.is_main:
+        try:
+            folder.verify()
+        except CheckpointError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise CheckpointError(problem[0])

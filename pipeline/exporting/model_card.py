@@ -1,0 +1,161 @@
+"""The model card of an export: what the model is, what its run measured, how to load it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.errors import ConfigError
+from model.export_folder import ExportDescription
+from pipeline.checkpoint.train_state import TrainState
+from pipeline.config.run_config import RunConfig
+from pipeline.report import final_figures
+from pipeline.reporting.metrics import Scalars, read_metrics
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- headway
+- multi-token-prediction
+---
+
+# {name}
+
+A language model that predicts {heads} at once
+([Gloeckle et al. 2024](https://arxiv.org/abs/2404.19737)): a trunk of {trunk} layers, and heads of
+one layer each on its output. Head k at position t predicts token t+k, all through one unembedding.
+Trunk and head 1 are a plain Llama of {llama} layers, which any tool for Llama models reads.
+{origin}
+## Use
+
+As a plain Llama:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+```
+
+With all heads; `generate` stays that of the plain Llama:
+
+```python
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+logits = model.all_head_logits(input_ids)  # [batch, seq, {n}, {vocabulary}]
+```
+
+With the heads as drafts, the same greedy text in fewer forwards, by Headway itself:
+
+```
+python -m model.generate folder --prompt "..." --compare
+```
+
+## Model
+
+{model}
+
+## Training
+
+{training}
+
+## Figures of the run
+
+{figures}
+
+The logits of every head in this folder were compared with the training checkpoint's before the
+folder got its name.
+"""
+
+
+def model_card(
+    config: RunConfig,
+    state: TrainState,
+    description: ExportDescription,
+    records: Sequence[Scalars],
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        config: the run.
+        state: of the exported checkpoint.
+        description: what the export is of.
+        records: the run's metrics up to the checkpoint; none = the card says that there are none.
+    """
+    model = config.model
+    heads = model.future_tokens
+    figures = _table(final_figures(records, heads)) if records else "None were kept."
+    return _CARD.format(
+        name=config.run.name,
+        heads="the next token" if heads == 1 else f"the next {heads} tokens",
+        trunk=model.trunk_layers,
+        llama=model.trunk_layers + 1,
+        origin=_origin(config),
+        n=heads,
+        vocabulary=model.vocab_size,
+        model=_table(_sizes(description)),
+        training=_table(_training(config, state)),
+        figures=figures,
+    )
+
+
+def metrics_until(run_dir: Path, step: int) -> list[Scalars]:
+    """The metrics of a run up to a step; empty where there are none to be read."""
+    try:
+        records = read_metrics(run_dir)
+    except ConfigError:
+        return []
+    return [record for record in records if (record["step"] or 0) <= step]
+
+
+def _origin(config: RunConfig) -> str:
+    source = config.train.init_from
+    if source is None:
+        return ""
+    frozen = config.train.freeze == "trunk"
+    what = "They were left as they were" if frozen else "Its training went on from there"
+    return f"\nTrunk and head 1 began as the model in `{source.name}`. {what}.\n"
+
+
+def _sizes(description: ExportDescription) -> list[tuple[str, str]]:
+    model = description.model
+    scaling = model.rope_scaling
+    return [
+        ("Parameters", f"{model.num_parameters():,}"),
+        ("Heads", str(model.future_tokens)),
+        ("Layers", f"{model.trunk_layers} in the trunk, 1 in each head"),
+        ("Hidden size", f"{model.hidden_size}, feed-forward {model.ffn_hidden_size}"),
+        ("Attention heads", f"{model.attention_heads}, key-value heads {model.kv_heads}"),
+        ("Vocabulary", f"{model.vocab_size:,}, end of text {description.eos_token!r}"),
+        (
+            "Rotary base",
+            f"{model.rope_theta:g}" + (f", {scaling.rope_type} scaling" if scaling else ""),
+        ),
+        ("Weights", description.dtype),
+    ]
+
+
+def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:
+    options, schedule = config.optimizer, config.schedule
+    samples = config.global_batch_size(state.layout.data)
+    rows = [
+        ("Steps", f"{state.step:,} of {config.train.steps:,}"),
+        ("Tokens", f"{state.tokens:,}"),
+        ("Batch", f"{samples:,} samples of {state.sequence_length:,} tokens"),
+        (
+            "Optimizer",
+            f"AdamW, peak learning rate {options.learning_rate:g}, betas {options.betas}, weight "
+            f"decay {options.weight_decay:g}, clipping {options.gradient_clipping:g}",
+        ),
+        ("Schedule", f"{schedule.kind}, warm-up over {schedule.warmup_steps:,} steps"),
+        ("Arithmetic", state.layout.precision),
+        ("Head weights", ", ".join(f"{weight:g}" for weight in config.model.loss_weights)),
+        ("Data", f"fingerprint `{state.data_fingerprint[:16]}`, seed {state.data_seed}"),
+    ]
+    if config.train.freeze == "trunk":
+        rows.append(("Trained", f"heads 2 to {config.model.future_tokens} only"))
+    return rows
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(lines)

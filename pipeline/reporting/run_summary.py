@@ -1,0 +1,138 @@
+"""What a run comes to, before it starts: sizes, layout, cost, effective DeepSpeed values."""
+
+import json
+
+from model.config import ModelConfig
+from model.documents import takes_blocks
+from model.part import ModelPart
+from pipeline.config.run_config import (
+    Device,
+    Precision,
+    RunConfig,
+    data_parallel_size,
+    settings_without_effect,
+    to_yaml,
+)
+from pipeline.engine.deepspeed_config import deepspeed_config
+from pipeline.stages.plan import (
+    depths,
+    layer_equivalents,
+    num_depths,
+    plan_text,
+    predicted_idle,
+    stage_costs,
+)
+
+_GRID_WIDTH = 8
+_STATE_BYTES = 12  # of a trained parameter in a checkpoint: weight and both moments in fp32
+
+
+def describe(config: RunConfig, *, world_size: int, device: Device, precision: Precision) -> str:
+    """The resolved run as text for a person.
+
+    Args:
+        config: the run.
+        world_size: ranks it would have.
+        device: resolved device.
+        precision: resolved arithmetic.
+
+    Raises:
+        ConfigError: the world size does not fit the layout.
+    """
+    data_size = data_parallel_size(config, world_size)
+    model, count = config.model, config.model.parameter_count()
+    tokens = config.tokens_per_step(data_size)
+    flops = config.flops_per_token
+    settings = deepspeed_config(
+        config, data_parallel_size=data_size, precision=precision, device=device
+    )
+    lines = [
+        f"run           {config.run.name} in {config.run.dir}",
+        f"parameters    {count.total:,} ({model.trunk_layers} trunk layers "
+        f"{count.trunk_layers:,}, {model.future_tokens} heads {count.head_layers:,}, embedding "
+        f"{count.embedding:,}, unembedding {count.unembedding:,}, final norm {count.final_norm:,})",
+        f"layout        {world_size} ranks = {data_size} data x {config.parallel.tensor} tensor "
+        f"x {len(config.stage_plan)} stages, ZeRO {config.parallel.zero}, {device}, {precision}",
+        f"step          {tokens:,} tokens = {config.global_batch_size(data_size)} samples of "
+        f"{config.data.sequence_length} (micro-batch {config.batch.micro_size}, accumulation "
+        f"{config.batch.accumulation})",
+        f"length        {config.last_step:,} of {config.train.steps:,} steps, "
+        f"{tokens * config.last_step:,} tokens",
+        f"checkpoint    {_STATE_BYTES * count.total / 2**30:.3g} GiB over all ranks"
+        f"{', copied to their host memory first' if config.checkpoint.asynchronous else ''}",
+        f"compute       {flops:.4g} FLOPs per token, {flops * tokens:.4g} per step, "
+        f"{flops * tokens * config.last_step:.4g} for the run",
+    ]
+    if config.data.document_mask:
+        form = "torch's flex attention" if takes_blocks(device, model.head_dim) else "a bias"
+        lines.append(
+            f"documents     kept apart in attention (by {form}), positions and targets; FLOPs are "
+            "counted as if each row were one text"
+        )
+    if len(config.stage_plan) > 1:
+        lines += _stages(config, data_size)
+    lines += [
+        f"no effect     {line}"
+        for line in settings_without_effect(config, data_parallel_size=data_size, device=device)
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "DeepSpeed     effective values:",
+            json.dumps(settings, indent=2),
+            "configuration, resolved:",
+            to_yaml(config),
+        ]
+    )
+
+
+def _stages(config: RunConfig, data_size: int) -> list[str]:
+    """The grid of ranks, and what each stage holds, weighs and waits.
+
+    Example of a grid, 2 stages x 2 data x 2 tensor:
+
+        grid          stage x data x tensor, by rank
+          stage 0     [0 1] [2 3]
+          stage 1     [4 5] [6 7]
+    """
+    plan, tensor = config.stage_plan, config.parallel.tensor
+    idle = predicted_idle(
+        stage_costs(plan, config.model, recompute=config.train.activation_checkpointing == "full"),
+        depths(plan),
+        config.batch.accumulation,
+    )
+    lines = [f"stages        {plan_text(plan)}"]
+    for number, part in enumerate(plan):
+        lines.append(
+            f"  stage {number:<6}{part.describe()}: {part_parameters(part, config.model):,} "
+            f"parameters, {layer_equivalents(part, config.model):.2f} layer-equivalents, "
+            f"predicted idle {idle[number]:.1%}"
+        )
+    lines.append(
+        f"              heads weigh 1 + {config.model.unembedding_layer_equivalents:.2f} for their "
+        f"unembedding; at most {num_depths(plan)} micro-batches in flight"
+    )
+    lines.append(
+        "grid          ranks by stage, [the tensor-parallel ones of each data-parallel one]"
+    )
+    for number in range(len(plan)):
+        first = number * data_size * tensor
+        groups = [range(first + d * tensor, first + (d + 1) * tensor) for d in range(data_size)]
+        shown = [f"[{' '.join(map(str, group))}]" for group in groups]
+        if data_size > _GRID_WIDTH:
+            shown = [*shown[: _GRID_WIDTH - 1], "...", shown[-1]]
+        lines.append(f"  stage {number:<6}{' '.join(shown)}")
+    return lines
+
+
+def part_parameters(part: ModelPart, model: ModelConfig) -> int:
+    """Parameters trained in a stage, over all its tensor-parallel ranks."""
+    count = model.parameter_count()
+    layers = len(part.trunk_layers) * count.trunk_layers // model.trunk_layers
+    heads = len(part.heads) * count.head_layers // model.future_tokens
+    return (
+        layers
+        + heads
+        + part.has_embedding * count.embedding
+        + part.owns_readout * (count.unembedding + count.final_norm)
+    )

@@ -1,0 +1,1 @@
+"""Pipeline stages: the plan, its costs, the transfers, the order of micro-batches."""
