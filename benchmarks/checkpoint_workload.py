@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from pipeline.checkpoint.file_names import FOLDER, WEIGHTS, step_folder
 from pipeline.checkpoint.files import BLOCK_BYTES, checkpoint_path
 from pipeline.checkpoint.folder import CheckpointFolder, verify_together

@@ -33,8 +33,8 @@ import xxhash
 from benchmarks.process_tree import Usage, measure
 from benchmarks.source_corpus import Corpus, default_roots, make_corpus
 from benchmarks.tokenizing_peers import EOS, why_missing
-from data_prep.shard_set import ShardSet
-from data_prep.tokenizer import train_tokenizer
+from data_prep.shards.shard_set import ShardSet
+from data_prep.tokenization.tokenizer import train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 FLOOR = "tokenizers"
@@ -162,7 +162,10 @@ def _run_all(
     expected = {digest for digest in by_peer.values() if digest}
     assert len(expected) <= 1, f"not the same ids: {digests}"
     if gigatoken and gigatoken not in (expected or {gigatoken}):
-        print("note: gigatoken by itself stores other ids (data_prep/unicode_versions.py says why)")
+        print(
+            "note: gigatoken by itself stores other ids "
+            "(data_prep/tokenization/unicode_versions.py says why)"
+        )
     return results
 
 

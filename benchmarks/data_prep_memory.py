@@ -30,12 +30,12 @@ if __name__ == "__main__" and not __package__:
 import orjson
 import psutil
 
-from data_prep.build import build
-from data_prep.journal import JOURNAL, UnitRecord
-from data_prep.manifest import Ledger, ShardEntry
-from data_prep.options import BuildOptions
-from data_prep.phase import Observer, Phase
-from data_prep.tokenizer import train_tokenizer
+from data_prep.building.build import build
+from data_prep.building.journal import JOURNAL, UnitRecord
+from data_prep.building.options import BuildOptions
+from data_prep.shards.manifest import Ledger, ShardEntry
+from data_prep.tokenization.tokenizer import train_tokenizer
+from data_prep.workers.phase import Observer, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "data_prep" / "shard.py"

@@ -27,7 +27,7 @@ import torch
 
 import pipeline.export
 from benchmarks.memory_vs_heads import hardware
-from data_prep.tokenizer import bytes_tokenizer
+from data_prep.tokenization.tokenizer import bytes_tokenizer
 from model.config import ModelConfig
 from model.parameter_shapes import layer_shapes, parameter_shapes
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS

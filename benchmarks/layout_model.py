@@ -13,8 +13,8 @@ Per stage and micro-batch of T tokens, with tensor-parallel size t and data-para
     transfer           T H e / w to the next stage
 
 `pipeline.stages.plan.step_time` plays the 1F1B schedule through with these times. Then, once a
-step: ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the readout's gradient
-and share its values, and the optimizer moves the rank's share.
+step: ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the readout's
+gradient and share its values, and the optimizer moves the rank's share.
 
 Memory of a rank: weights, gradients and optimizer states as ZeRO divides them (bf16: 2 + 2 + 12 / d
 bytes per parameter for ZeRO-1, (2 + 4 + 12) / d for ZeRO-3, whose gradients are fp32, and what it

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from benchmarks.memory_vs_heads import hardware
 from benchmarks.synthetic_set import make_set
-from data_prep.loader import Batch, ShardSet, TokenLoader
-from data_prep.packing import pack
-from data_prep.shards import read_shard
+from data_prep.loading.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.packing import pack
+from data_prep.shards.arrow_file import read_shard
 
 S, N, B = 4096, 4, 8
 WINDOW = S + N

@@ -24,7 +24,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from model.config import ModelConfig
 from model.language_model import MultiTokenModel
 from model.loss import VocabularyShard, loss_and_gradients

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.manifest import (
+from data_prep.shards.arrow_file import ShardRows, write_shard
+from data_prep.shards.manifest import (
     TOKENIZER,
     TRAIN,
     InputEntry,
@@ -19,8 +20,7 @@ from data_prep.manifest import (
     total_splits,
     write_manifest,
 )
-from data_prep.shards import ShardRows, write_shard
-from data_prep.tokenizer import Tokenizer, bytes_tokenizer
+from data_prep.tokenization.tokenizer import Tokenizer, bytes_tokenizer
 
 
 def document_lengths(tokens: int, seed: int) -> NDArray[np.int64]:

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.atomic import whole_file
 from data_prep.errors import DataError
-from data_prep.shard_set import ShardSet
+from data_prep.shards.atomic import whole_file
+from data_prep.shards.shard_set import ShardSet
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.errors import DataError
-from data_prep.shard_set import ShardSet
-from data_prep.shards import ShardRows, read_shard
+from data_prep.shards.arrow_file import ShardRows, read_shard
+from data_prep.shards.shard_set import ShardSet
 
 CONTEXT_CHARACTERS = 60
 

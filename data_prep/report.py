@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.atomic import write_whole
 from data_prep.errors import DataError
-from data_prep.length_figures import histogram, percentiles, row_figures
-from data_prep.manifest import TRAIN, VALIDATION, InputEntry, Ledger, Manifest
-from data_prep.shard_set import ShardSet
+from data_prep.loading.length_figures import histogram, percentiles, row_figures
+from data_prep.shards.atomic import write_whole
+from data_prep.shards.manifest import TRAIN, VALIDATION, InputEntry, Ledger, Manifest
+from data_prep.shards.shard_set import ShardSet
 
 LISTED_FILES = 10
 Cells = Sequence[object]

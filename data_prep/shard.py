@@ -14,17 +14,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_prep.array_crew import ArrayCrew, find_array_task
-from data_prep.build import REJECTS, build
-from data_prep.data_config import read_config
+from data_prep.building.build import REJECTS, build
+from data_prep.building.data_config import read_config
+from data_prep.building.options import BuildOptions
 from data_prep.errors import BadRecordsError, DataError
-from data_prep.file_names import IGNORED_DIRECTORIES
-from data_prep.manifest import VALIDATION, Manifest
-from data_prep.mpi import MpiCrew, World, join_world
-from data_prep.options import BuildOptions
-from data_prep.phase import Crew
-from data_prep.pool import LocalCrew
-from data_prep.progress import ProgressLine
+from data_prep.inputs.file_names import IGNORED_DIRECTORIES
+from data_prep.shards.manifest import VALIDATION, Manifest
+from data_prep.workers.array_tasks import ArrayCrew, find_array_task
+from data_prep.workers.mpi import MpiCrew, World, join_world
+from data_prep.workers.phase import Crew
+from data_prep.workers.pool import LocalCrew
+from data_prep.workers.progress import ProgressLine
 
 EXIT_DATA_ERROR = 1
 EXIT_BAD_RECORDS = 3

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest, load_manifest
-from data_prep.shard_checks import ShardChecks
-from data_prep.shard_set import ShardSet
-from data_prep.tokenizer import Tokenizer
+from data_prep.shards.manifest import Manifest, load_manifest
+from data_prep.shards.shard_checks import ShardChecks
+from data_prep.shards.shard_set import ShardSet
+from data_prep.tokenization.tokenizer import Tokenizer
 
 SAMPLED_DOCUMENTS = 1000
 

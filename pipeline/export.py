@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import DataError
-from data_prep.manifest import load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.shards.manifest import load_manifest
+from data_prep.tokenization.tokenizer import Tokenizer
 from model.errors import CheckpointError, ConfigError
 from model.export_folder import ExportDescription, check_target
 from pipeline.config.run_config import RunConfig

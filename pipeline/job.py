@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_prep.data_summary import summarize
-from data_prep.loader import ShardSet
+from data_prep.loading.data_summary import summarize
+from data_prep.loading.loader import ShardSet
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, WEIGHTS
 from pipeline.checkpoint.folder import CheckpointFolder, read_config

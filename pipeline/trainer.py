@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
-from data_prep.loader import Batch, TokenLoader
+from data_prep.loading.loader import Batch, TokenLoader
 from model.errors import TrainingError
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import TrainState

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from model.sharding import merge_slices, placement_of
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.rendezvous import rank_info

@@ -95,8 +95,8 @@ def test_deepspeed_has_one_importer_in_the_pipeline() -> None:
 def test_pyarrow_has_two_importers_in_data_prep() -> None:
     """The file format of shards is the business of one file, Arrow as an input of another."""
     assert {found.importer for found in IMPORTS if _package(found.imported) == "pyarrow"} == {
-        "data_prep.shards",
-        "data_prep.arrow_inputs",
+        "data_prep.shards.arrow_file",
+        "data_prep.inputs.arrow_inputs",
     }
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_prep.data_summary import DataSummary, differences
-from data_prep.mixture import MixtureSegment
+from data_prep.loading.data_summary import DataSummary, differences
+from data_prep.loading.mixture import MixtureSegment
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import STATE_NAME
 

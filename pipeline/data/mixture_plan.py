@@ -8,8 +8,8 @@ Only what is ahead follows the configuration.
 import difflib
 from collections.abc import Mapping, Sequence
 
-from data_prep.loader import TokenLoader
-from data_prep.mixture import Mixture, MixtureSegment, block_counts
+from data_prep.loading.loader import TokenLoader
+from data_prep.loading.mixture import Mixture, MixtureSegment, block_counts
 from model.errors import CheckpointError
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.data_section import WeightStage

@@ -4,8 +4,8 @@ import hashlib
 import logging
 
 from data_prep.errors import DataError
-from data_prep.loader import ShardSet, TokenLoader
-from data_prep.rows import cut_rows
+from data_prep.loading.loader import ShardSet, TokenLoader
+from data_prep.loading.rows import cut_rows
 from model.errors import ConfigError
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.data_section import WeightStage

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from data_prep.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.loader import Batch, ShardSet, TokenLoader
 from model.loss import IGNORED
 from pipeline.config.run_config import RunConfig
 

@@ -22,7 +22,7 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from model.backward import joint_backward, sequential_backward
 from model.freezing import freeze_parameters
 from model.hf_import import ImportedWeights

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from model.language_model import MultiTokenModel
 from model.loss import IGNORED, loss_and_predictions
 

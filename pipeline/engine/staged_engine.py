@@ -15,7 +15,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from model.errors import TrainingError
 from model.hf_import import ImportedWeights
 from model.part import ModelPart

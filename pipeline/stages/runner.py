@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from model.backward import ReadoutGradients, deliver, heads_backward
 from model.heads import ReadoutWeights
 from model.language_model import MultiTokenModel

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.synthetic_set import document_lengths, make_set
-from data_prep.shard_set import ShardSet
+from data_prep.shards.shard_set import ShardSet
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from data_prep.build import build
-from data_prep.manifest import Manifest
-from data_prep.options import BuildOptions, Source
-from data_prep.reading import read_unit
-from data_prep.records import Reading
-from data_prep.sources import find_inputs, plan_units
+from data_prep.building.build import build
+from data_prep.building.options import BuildOptions, Source
+from data_prep.inputs.reading import read_unit
+from data_prep.inputs.records import Reading
+from data_prep.inputs.sources import find_inputs, plan_units
+from data_prep.shards.manifest import Manifest
 
 LINE = "def return self the of loss naïve été 数据 token 🎉 while import None 12345 == \n\t"
 WORDS = LINE.split(" ")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import array_crew
-from data_prep.array_crew import ArrayCrew, ArrayTask, Claims, find_array_task
-from data_prep.build import build
+from data_prep.building.build import build
+from data_prep.building.options import BuildOptions
 from data_prep.errors import DataError
-from data_prep.options import BuildOptions
 from data_prep.shard import main
+from data_prep.workers import array_tasks as array_crew
+from data_prep.workers.array_tasks import ArrayCrew, ArrayTask, Claims, find_array_task
 from tests.data_prep.conftest import Silence
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "shard.py"
@@ -123,7 +123,8 @@ def test_a_silent_holder_on_another_machine_loses_its_claim(
 def test_a_dead_holder_on_this_machine_loses_its_claim_at_once(tmp_path: Path) -> None:
     """No lease has to pass for a process that is seen to be gone."""
     code = (
-        "import os, sys; from pathlib import Path; from data_prep.array_crew import Claims; "
+        "import os, sys; from pathlib import Path; "
+        "from data_prep.workers.array_tasks import Claims; "
         "assert Claims(Path(sys.argv[1])).take('encode-0'); os._exit(0)"
     )
     subprocess.run(

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest
-from data_prep.reading import read_text
-from data_prep.records import Reading
-from data_prep.sources import find_inputs, plan_units
+from data_prep.inputs.reading import read_text
+from data_prep.inputs.records import Reading
+from data_prep.inputs.sources import find_inputs, plan_units
+from data_prep.shards.manifest import Manifest
 from data_prep.verify import find_problems
 
 Read = Callable[..., list[tuple[int, str | None, str]]]

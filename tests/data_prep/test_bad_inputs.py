@@ -13,8 +13,8 @@ import pytest
 from backports import zstd
 
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest
-from data_prep.shard_set import ShardSet
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.shard_set import ShardSet
 from data_prep.verify import find_problems
 
 Build = Callable[..., Manifest]

@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from data_prep.build import build
+from data_prep.building.build import build
+from data_prep.building.options import BuildOptions
+from data_prep.building.unit import is_held_out
 from data_prep.errors import DataError
-from data_prep.loader import ShardSet
-from data_prep.manifest import Manifest, load_manifest
-from data_prep.options import BuildOptions
-from data_prep.progress import ProgressLine
-from data_prep.tokenizer import Tokenizer, read_tokenizer
-from data_prep.unit import is_held_out
+from data_prep.loading.loader import ShardSet
+from data_prep.shards.manifest import Manifest, load_manifest
+from data_prep.tokenization.tokenizer import Tokenizer, read_tokenizer
 from data_prep.verify import find_problems
+from data_prep.workers.progress import ProgressLine
 
 Build = Callable[..., Manifest]
 Write = Callable[..., Path]

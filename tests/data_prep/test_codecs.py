@@ -13,8 +13,8 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.codecs import DamagedInputError, DecompressedStream, open_stream
 from data_prep.errors import DataError
+from data_prep.inputs.codecs import DamagedInputError, DecompressedStream, open_stream
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,

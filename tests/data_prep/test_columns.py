@@ -5,11 +5,11 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import columns as columns_module
-from data_prep.columns import Columns
-from data_prep.encoder import Encoder
-from data_prep.shards import ShardRows
-from data_prep.tokenizer import Tokenizer, bytes_tokenizer
+from data_prep.building import columns as columns_module
+from data_prep.building.columns import Columns
+from data_prep.shards.arrow_file import ShardRows
+from data_prep.tokenization.encoder import Encoder
+from data_prep.tokenization.tokenizer import Tokenizer, bytes_tokenizer
 
 TOKENIZER = Tokenizer(bytes_tokenizer(), None, "bytes")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.data_config import read_config
+from data_prep.building.data_config import read_config
+from data_prep.building.options import BuildOptions, Source
 from data_prep.errors import DataError
-from data_prep.options import BuildOptions, Source
 from data_prep.shard import parse_options
 
 ROOT = Path(__file__).parents[2]

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.data_summary import DataSummary, SourceSummary, differences, summarize
-from data_prep.shard_set import ShardSet
+from data_prep.loading.data_summary import DataSummary, SourceSummary, differences, summarize
+from data_prep.shards.shard_set import ShardSet
 
 WEB = SourceSummary(tokens=1000, documents=10, shards=1, fingerprint="aa")
 CODE = SourceSummary(tokens=2000, documents=20, shards=2, fingerprint="bb")

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import dedup
-from data_prep.build import build
+from data_prep.building import dedup
+from data_prep.building.build import build
+from data_prep.building.options import BuildOptions, Source
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest
-from data_prep.options import BuildOptions, Source
-from data_prep.shard_set import ShardSet
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.shard_set import ShardSet
 from data_prep.verify import find_problems
 from tests.data_prep.conftest import Silence
 

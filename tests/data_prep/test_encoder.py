@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_prep import encoder as encoder_module
-from data_prep.encoder import Encoder, EncoderName, choose_encoder
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest
-from data_prep.tokenizer import (
+from data_prep.shards.manifest import Manifest
+from data_prep.tokenization import encoder as encoder_module
+from data_prep.tokenization.encoder import Encoder, EncoderName, choose_encoder
+from data_prep.tokenization.tokenizer import (
     END_OF_TEXT,
     SpecialTokens,
     Tokenizer,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data_prep import export_megatron
-from data_prep.manifest import Manifest
-from data_prep.shard_set import ShardSet
-from data_prep.tokenizer import bytes_tokenizer
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.shard_set import ShardSet
+from data_prep.tokenization.tokenizer import bytes_tokenizer
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "train:400"])

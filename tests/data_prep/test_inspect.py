@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.inspect import find_document, main, search
-from data_prep.manifest import Manifest
-from data_prep.shard_set import ShardSet
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.shard_set import ShardSet
 
 
 @pytest.fixture

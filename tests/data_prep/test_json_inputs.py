@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import json_inputs
-from data_prep.json_inputs import read_json
-from data_prep.records import Reading
+from data_prep.inputs import json_inputs
+from data_prep.inputs.json_inputs import read_json
+from data_prep.inputs.records import Reading
 
 Read = Callable[..., list[tuple[int, str | None, str]]]
 Found = list[tuple[int, bytes | None]]

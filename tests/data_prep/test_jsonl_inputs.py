@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import jsonl_inputs
-from data_prep.records import Reading
+from data_prep.inputs import jsonl_inputs
+from data_prep.inputs.records import Reading
 
 Read = Callable[..., list[tuple[int, str | None, str]]]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.manifest import load_manifest
+from data_prep.shards.manifest import load_manifest
 
 ROOT = Path(__file__).parents[2]
 UNIT_BYTES = 12000

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from data_prep.errors import DataError
-from data_prep.loader import Batch, ShardSet, TokenLoader
-from data_prep.manifest import Manifest
-from data_prep.mixture import Mixture, MixtureSegment, block_counts
-from data_prep.rows import PackingName
+from data_prep.loading.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.mixture import Mixture, MixtureSegment, block_counts
+from data_prep.loading.rows import PackingName
+from data_prep.shards.manifest import Manifest
 
 S, N = 16, 4
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.mixture import BLOCK_SAMPLES, Mixture, MixtureSegment, block_counts
+from data_prep.loading.mixture import BLOCK_SAMPLES, Mixture, MixtureSegment, block_counts
 
 NAMES = ("a", "b", "c", "d")
 WEIGHTS = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda w: sum(w) > 1e-6)

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.mpi import launched_ranks
 from data_prep.shard import main
+from data_prep.workers.mpi import launched_ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "data_prep" / "shard.py"
@@ -25,8 +25,8 @@ CLAIMER = """
 import os, sys, time
 from functools import partial
 import numpy as np
-from data_prep.mpi import MpiCrew, join_world
-from data_prep.phase import Done, Phase
+from data_prep.workers.mpi import MpiCrew, join_world
+from data_prep.workers.phase import Done, Phase
 
 def work(folder, item):
     with open(f"{folder}/{os.getpid()}", "a") as file:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.building.output_lock import writing
 from data_prep.errors import DataError
-from data_prep.output_lock import writing
 from tests.data_prep.conftest import Silence
 
 

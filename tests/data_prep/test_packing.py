@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.packing import Packing, pack
+from data_prep.loading.packing import Packing, pack
 
 
 def packed_rows(packing: Packing) -> list[list[tuple[int, int]]]:

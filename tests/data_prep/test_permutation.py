@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_prep.permutation import Permutation
+from data_prep.loading.permutation import Permutation
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 255, 1000, 65_537, 100_003])

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.build import build
+from data_prep.building.build import build
+from data_prep.building.options import BuildOptions, Source
+from data_prep.building.plan import UnitList, make_plan
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest, load_manifest
-from data_prep.options import BuildOptions, Source
-from data_prep.plan import UnitList, make_plan
+from data_prep.shards.manifest import Manifest, load_manifest
 from data_prep.verify import find_problems
 from tests.data_prep.conftest import Silence
 

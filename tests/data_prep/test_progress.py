@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from data_prep.progress import ProgressLine
+from data_prep.workers.progress import ProgressLine
 
 
 @pytest.fixture

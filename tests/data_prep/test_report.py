@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.length_figures import histogram, percentiles, row_figures
-from data_prep.manifest import load_manifest
+from data_prep.loading.length_figures import histogram, percentiles, row_figures
 from data_prep.report import main
+from data_prep.shards.manifest import load_manifest
 
 
 class Cells(HTMLParser):

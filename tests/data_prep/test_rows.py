@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.loader import Batch, ShardSet, TokenLoader
-from data_prep.manifest import Manifest
-from data_prep.rows import PackingName, cut_rows
+from data_prep.loading.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.rows import PackingName, cut_rows
+from data_prep.shards.manifest import Manifest
 
 S = 16
 

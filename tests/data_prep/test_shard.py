@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import load_manifest
 from data_prep.shard import main
+from data_prep.shards.manifest import load_manifest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "data_prep" / "shard.py"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_prep import shard_files, shard_set
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest
-from data_prep.shard_set import ShardSet
+from data_prep.shards import open_files as shard_files
+from data_prep.shards import shard_set
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.shard_set import ShardSet
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from data_prep.errors import DataError
-from data_prep.shards import ShardRows, read_shard, write_shard
+from data_prep.shards.arrow_file import ShardRows, read_shard, write_shard
 
 
 def make_rows(dtype: type[np.uint16] | type[np.uint32]) -> ShardRows:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.reading import read_unit
-from data_prep.records import Reading
-from data_prep.sources import InputFile, choose_unit_bytes, find_inputs, plan_units
+from data_prep.inputs.reading import read_unit
+from data_prep.inputs.records import Reading
+from data_prep.inputs.sources import InputFile, choose_unit_bytes, find_inputs, plan_units
 
 
 def test_directory_is_walked_sorted_without_caches(tmp_path: Path) -> None:

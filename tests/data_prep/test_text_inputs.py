@@ -4,7 +4,7 @@ import gzip
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.records import Reading
+from data_prep.inputs.records import Reading
 
 Read = Callable[..., list[tuple[int, str | None, str]]]
 

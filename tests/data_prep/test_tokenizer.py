@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.shard_set import ShardSet
-from data_prep.tokenizer import (
+from data_prep.shards.shard_set import ShardSet
+from data_prep.tokenization.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
     bytes_tokenizer,

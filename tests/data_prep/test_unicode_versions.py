@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from data_prep.encoder import Encoder, choose_encoder
-from data_prep.tokenizer import Tokenizer, train_tokenizer
-from data_prep.unicode_versions import DISPUTED, disputed_characters, is_disputed
+from data_prep.tokenization.encoder import Encoder, choose_encoder
+from data_prep.tokenization.tokenizer import Tokenizer, train_tokenizer
+from data_prep.tokenization.unicode_versions import DISPUTED, disputed_characters, is_disputed
 
 
 def test_exactly_the_disputed_characters_are_found() -> None:

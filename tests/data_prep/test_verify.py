@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.manifest import (
+from data_prep.shards.arrow_file import ShardRows, read_shard, write_shard
+from data_prep.shards.manifest import (
     Manifest,
     ShardEntry,
     load_manifest,
@@ -16,7 +17,6 @@ from data_prep.manifest import (
     total_splits,
     write_manifest,
 )
-from data_prep.shards import ShardRows, read_shard, write_shard
 from data_prep.verify import main
 
 

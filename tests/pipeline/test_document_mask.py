@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.shard_set import ShardSet
+from data_prep.shards.shard_set import ShardSet
 from model.hf_format import build_model
 from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.files import checkpoint_path

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
 from pipeline.engine.engine import Engine, StepResult

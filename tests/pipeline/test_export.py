@@ -12,8 +12,8 @@ from torch import Tensor
 
 import model.hf_format
 import pipeline.export
-from data_prep.loader import Batch
-from data_prep.tokenizer import bytes_tokenizer
+from data_prep.loading.loader import Batch
+from data_prep.tokenization.tokenizer import bytes_tokenizer
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.export_folder import ExportDescription

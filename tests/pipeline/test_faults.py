@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
 from pipeline.engine.engine import Engine

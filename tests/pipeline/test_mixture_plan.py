@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.mixture import Mixture, MixtureSegment, block_counts
+from data_prep.loading.mixture import Mixture, MixtureSegment, block_counts
 from pipeline.config.data_section import WeightStage
 from pipeline.data.mixture_plan import plan_segments, weight_problems
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.loader import Batch
+from data_prep.loading.loader import Batch
 from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import read_config

@@ -1,0 +1,106 @@
+"""Build a shard set: plan the units, let a crew do them, commit the manifest last."""
+
+from functools import partial
+
+from data_prep.building.commit import REJECTS, commit, find_committed
+from data_prep.building.dedup import DedupJob, mark_duplicates
+from data_prep.building.identity import claim_output
+from data_prep.building.journal import is_unit_finished, withdraw_commit
+from data_prep.building.options import BuildOptions
+from data_prep.building.output_lock import writing
+from data_prep.building.plan import make_plan
+from data_prep.building.prepare import PreparedJob, intend, prepare
+from data_prep.building.unit import UnitJob, UnitSource, encode_unit
+from data_prep.shards.atomic import remove_leftovers
+from data_prep.shards.manifest import Manifest
+from data_prep.tokenization.encoder import EncoderName, choose_encoder
+from data_prep.workers.phase import Crew, Observer, Phase
+from data_prep.workers.pool import LocalCrew
+
+__all__ = ["REJECTS", "build"]
+
+
+def build(options: BuildOptions, observer: Observer, crew: Crew | None = None) -> Manifest:
+    """Make the shard set that `options` ask for, or finish or keep the one that is there.
+
+    The bytes of the output depend on the inputs and options alone: not on the number or kind of
+    workers, and not on how often the build was killed and started again.
+
+    Args:
+        options: Inputs, output and settings.
+        observer: Told of the progress.
+        crew: Does the work; None = processes of this machine.
+
+    Returns:
+        The manifest, which is on disk when this returns.
+
+    Raises:
+        DataError: Inputs, options or output cannot be used; or more records are bad than allowed.
+    """
+    crew = crew or LocalCrew(options.workers)
+    try:
+        return _build(options, observer, crew)
+    finally:
+        crew.close()
+
+
+def _build(options: BuildOptions, observer: Observer, crew: Crew) -> Manifest:
+    options.check()
+    plan = make_plan(options)
+    observer.say(f"{len(plan.files):,} input files, {plan.total_bytes / 1e6:,.1f} MB")
+    intent = intend(options, plan)
+    claim_output(options.output, intent.description)
+    with writing(options.output, crew.shares_output, observer):
+        if not crew.shares_output:
+            remove_leftovers(options.output)
+        with crew.turn("prepare"):
+            job = prepare(intent, observer)
+        del plan, intent
+        _encode(job, crew, observer)
+        with crew.turn("commit"):
+            committed = find_committed(job) if crew.shares_output else None
+            return committed or commit(job, observer)
+
+
+def _encode(job: PreparedJob, crew: Crew, observer: Observer) -> None:
+    """Bring every unit to disk, after a pass for duplicates when that was asked for."""
+    options, output = job.options, job.options.output.absolute()
+    unit_job = UnitJob(
+        output=output,
+        job_id=job.job_id,
+        tokenizer_sha256=job.tokenizer.sha256,
+        eos_token=job.tokenizer.eos_token,
+        sources=tuple(
+            UnitSource(source.name, source.text_key or options.text_key)
+            for source in job.plan.sources
+        ),
+        validation_fraction=options.validation_fraction,
+        shard_tokens=options.shard_tokens,
+        on_bad=options.on_bad,
+        special_tokens=options.special_tokens,
+        max_document_bytes=options.max_document_bytes,
+        dedup=options.dedup,
+        encoder=_choose_encoder(job, observer),
+    )
+
+    is_finished = partial(is_unit_finished, output, job.job_id)
+    if options.dedup == "exact" and not all(map(is_finished, range(len(job.sizes)))):
+        withdraw_commit(output)
+        dedup = DedupJob(
+            output=output,
+            job_id=job.job_id,
+            text_keys=tuple(source.text_key for source in unit_job.sources),
+            max_document_bytes=options.max_document_bytes,
+            num_units=len(job.sizes),
+        )
+        mark_duplicates(dedup, job.sizes, crew, observer)
+    work = partial(encode_unit, unit_job)
+    crew.run(Phase("encode", "encoding", work, is_finished, job.sizes), observer)
+
+
+def _choose_encoder(job: PreparedJob, observer: Observer) -> EncoderName:
+    """Find the encoder, and say why when it is not the fast one."""
+    report = choose_encoder(job.tokenizer, job.options.encoder)
+    if report.note:
+        observer.say(f"note: {report.note}")
+    return report.name

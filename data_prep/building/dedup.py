@@ -1,0 +1,226 @@
+"""Exact deduplication: of all documents with the same text, the first in input order stays.
+
+Texts are compared by their 128-bit hash (xxh3_128), so two different texts count as one with
+probability n^2 / 2^129: below 1e-18 for ten billion documents. Three phases, each spread over all
+workers and restartable like the encoding itself:
+
+1. every unit writes the hashes of its texts, sorted, each once;
+2. every partition, a range of hash values, merges its slice of all units and lists which
+   (unit, record) were there before;
+3. encoding leaves those records out and counts them as duplicates.
+
+Memory is that of one unit or one partition, whatever the size of the corpus: a text that fills
+half of it is in a partition at most once per unit. The files live in journal/dedup until the set
+is committed.
+"""
+
+import shutil
+from array import array
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_prep.building.journal import JOURNAL, is_committed
+from data_prep.building.plan import unit_list
+from data_prep.inputs.reading import read_unit
+from data_prep.inputs.records import Reading
+from data_prep.shards.atomic import whole_file
+from data_prep.workers.phase import Crew, Done, Observer, Phase
+
+FOLDER = "dedup"
+PARTITION_TEXTS = 1 << 21
+_HEADER_BYTES = 16
+_TEXT_BYTES = 20
+_RECORD_BITS = 32
+
+Integer = TypeVar("Integer", np.uint32, np.uint64)
+
+
+@dataclass(frozen=True)
+class DedupJob:
+    """What every item of both phases shares; `partitions` is known in the second."""
+
+    output: Path
+    job_id: str
+    text_keys: tuple[str, ...]
+    max_document_bytes: int
+    num_units: int
+    partitions: int = 0
+
+
+class _UnitHashes(NamedTuple):
+    """Hashes of a unit's texts in rising order, each with the index of its first record.
+
+    `repeated` lists the records whose text is in an earlier record of the same unit.
+    """
+
+    high: NDArray[np.uint64]
+    low: NDArray[np.uint64]
+    record: NDArray[np.uint32]
+    repeated: NDArray[np.uint32]
+
+
+def mark_duplicates(
+    job: DedupJob, sizes: NDArray[np.int64], crew: Crew, observer: Observer
+) -> None:
+    """Do the first two phases; then `find_duplicates` knows the answer for every unit.
+
+    Args:
+        job: Without the number of partitions, which follows from the first phase.
+        sizes: Input bytes of each unit, `[num_units]`.
+        crew: Does the work.
+        observer: Told of the progress.
+    """
+    crew.run(
+        Phase("hash", "hashing", partial(_hash_unit, job), partial(_is_hashed, job), sizes),
+        observer,
+    )
+    try:
+        texts = sum(
+            _read_counts(_hashes_path(job.output, unit))[0] for unit in range(job.num_units)
+        )
+    except FileNotFoundError:
+        if is_committed(job.output):
+            return
+        raise
+    job = replace(job, partitions=max(1, -(-texts // PARTITION_TEXTS)))
+    share = np.full(job.partitions, texts * _TEXT_BYTES // job.partitions, dtype=np.int64)
+    crew.run(
+        Phase(
+            "merge", "comparing hashes", partial(_merge_partition, job),
+            partial(_is_merged, job), share,
+        ),
+        observer,
+    )  # fmt: skip
+
+
+def find_duplicates(output: Path, unit: int) -> frozenset[int]:
+    """The records of a unit whose text is in an earlier record of the job."""
+    found = set(_read_hashes(_hashes_path(output, unit)).repeated.tolist())
+    bounds = np.array([unit << _RECORD_BITS, (unit + 1) << _RECORD_BITS], dtype=np.uint64)
+    for path in _folder(output).glob("merged-*[0-9]"):
+        if path.stat().st_size:
+            keys = np.memmap(path, dtype=np.uint64, mode="r")
+            first, last = np.searchsorted(keys, bounds)
+            found.update((keys[first:last] & np.uint64((1 << _RECORD_BITS) - 1)).tolist())
+    return frozenset(found)
+
+
+def forget_duplicates(output: Path) -> None:
+    """Remove the files of a committed job."""
+    shutil.rmtree(_folder(output), ignore_errors=True)
+
+
+def _hash_unit(job: DedupJob, number: int) -> Done:
+    """First phase: the hashes of the texts of one unit."""
+    planned = unit_list(job.output, job.job_id)[number]
+    reading = Reading(job.text_keys[planned.source], job.max_document_bytes)
+    digests, records = bytearray(), array("I")
+    texts = (text for batch in read_unit(planned.unit, reading) for text in batch.texts)
+    for index, text in enumerate(texts):
+        if text:
+            digests += xxhash.xxh3_128_digest(text)
+            records.append(index)
+    pairs = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
+    high, low = pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
+    places = np.frombuffer(records, dtype=np.uint32)
+    # The sort is stable: among equal hashes the earliest record comes first.
+    order = np.lexsort((low, high))
+    high, low, places = high[order], low[order], places[order]
+    first = _starts_group(high, low)
+    _write_hashes(
+        _hashes_path(job.output, number),
+        _UnitHashes(high[first], low[first], places[first], np.sort(places[~first])),
+    )
+    return Done()
+
+
+def _merge_partition(job: DedupJob, number: int) -> Done:
+    """Second phase: all texts of one range of hashes, over all units."""
+    bounds = [(edge << 64) // job.partitions for edge in (number, number + 1)]
+    highs, lows, keys = [], [], []
+    for unit in range(job.num_units):
+        hashes = _read_hashes(_hashes_path(job.output, unit))
+        first = int(np.searchsorted(hashes.high, np.uint64(bounds[0])))
+        last = len(hashes.high)
+        if number + 1 < job.partitions:
+            last = int(np.searchsorted(hashes.high, np.uint64(bounds[1])))
+        highs.append(np.array(hashes.high[first:last]))
+        lows.append(np.array(hashes.low[first:last]))
+        record = hashes.record[first:last].astype(np.uint64)
+        keys.append(record | np.uint64(unit << _RECORD_BITS))
+    high, low, key = np.concatenate(highs), np.concatenate(lows), np.concatenate(keys)
+    del highs, lows, keys
+    # Slices stand in unit order, so the stable sort leaves the earliest of equal texts first.
+    order = np.lexsort((low, high))
+    duplicates = np.sort(key[order][~_starts_group(high[order], low[order])])
+    with whole_file(_merged_path(job, number)) as temporary:
+        duplicates.tofile(temporary)
+    return Done()
+
+
+def _starts_group(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Of sorted hashes, those that differ from the one before."""
+    first = np.ones(len(high), dtype=np.bool_)
+    first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    return first
+
+
+def _is_hashed(job: DedupJob, number: int) -> bool:
+    # Another task of an array may have committed the set, and so have removed the hashes.
+    return _hashes_path(job.output, number).is_file() or is_committed(job.output)
+
+
+def _is_merged(job: DedupJob, number: int) -> bool:
+    return _merged_path(job, number).is_file() or is_committed(job.output)
+
+
+def _folder(output: Path) -> Path:
+    return output / JOURNAL / FOLDER
+
+
+def _hashes_path(output: Path, unit: int) -> Path:
+    return _folder(output) / f"{unit:05d}.hashes"
+
+
+def _merged_path(job: DedupJob, partition: int) -> Path:
+    return _folder(job.output) / f"merged-{partition}-of-{job.partitions}"
+
+
+def _write_hashes(path: Path, hashes: _UnitHashes) -> None:
+    counts = np.array([len(hashes.high), len(hashes.repeated)], dtype=np.uint64)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        for part in (counts, *hashes):
+            part.tofile(file)
+
+
+def _read_counts(path: Path) -> tuple[int, int]:
+    """Number of texts and of repeated records in a file of hashes."""
+    counts = np.fromfile(path, dtype=np.uint64, count=2)
+    return int(counts[0]), int(counts[1])
+
+
+def _read_hashes(path: Path) -> _UnitHashes:
+    """Map a file of hashes: a search in it reads a few pages."""
+    texts, repeated = _read_counts(path)
+    position = _HEADER_BYTES
+
+    def part(dtype: type[Integer], count: int) -> NDArray[Integer]:
+        nonlocal position
+        start = position
+        position += np.dtype(dtype).itemsize * count
+        if not count:
+            return np.empty(0, dtype=dtype)
+        return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(count,))
+
+    return _UnitHashes(
+        high=part(np.uint64, texts),
+        low=part(np.uint64, texts),
+        record=part(np.uint32, texts),
+        repeated=part(np.uint32, repeated),
+    )

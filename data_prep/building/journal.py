@@ -1,0 +1,65 @@
+"""The journal of a job: one entry per finished unit, from which a build goes on and commits."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_prep.shards.atomic import write_whole
+from data_prep.shards.manifest import Ledger, ShardEntry
+
+JOURNAL = "journal"
+COMMITTED = "committed.json"
+CLAIMS = "claims"
+
+
+class UnitRecord(BaseModel):
+    """The journal entry of a finished unit: its shards, and a ledger per input file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unit: int
+    job_id: str
+    shards: list[ShardEntry]
+    ledgers: dict[int, Ledger]
+
+
+def record_finished(output: Path, record: UnitRecord) -> None:
+    """Write the journal entry of a unit; its shards are on disk already."""
+    write_whole(_entry_path(output, record.unit), record.model_dump_json().encode())
+
+
+def find_finished(output: Path, job_id: str, unit: int) -> UnitRecord | None:
+    """The journal entry of a unit, if it is of this job and its files are there in full size."""
+    try:
+        done = UnitRecord.model_validate_json(_entry_path(output, unit).read_bytes())
+        whole = all((output / entry.path).stat().st_size == entry.bytes for entry in done.shards)
+    except (OSError, ValidationError):
+        return None
+    rejected = sum(ledger.rejects for ledger in done.ledgers.values())
+    if rejected and not rejects_path(output, unit).is_file():
+        return None
+    return done if whole and done.unit == unit and done.job_id == job_id else None
+
+
+def is_unit_finished(output: Path, job_id: str, unit: int) -> bool:
+    """Whether a unit of this job is on disk."""
+    return find_finished(output, job_id, unit) is not None
+
+
+def is_committed(output: Path) -> bool:
+    """Whether a job was committed here and no build has found anything to do since."""
+    return (output / JOURNAL / COMMITTED).is_file()
+
+
+def withdraw_commit(output: Path) -> None:
+    """There is something to do again; the manifest stays until the next commit."""
+    (output / JOURNAL / COMMITTED).unlink(missing_ok=True)
+
+
+def rejects_path(output: Path, unit: int) -> Path:
+    """Where a unit lists its rejected records, until they are gathered into one file."""
+    return output / JOURNAL / f"{unit:05d}.rejects.jsonl"
+
+
+def _entry_path(output: Path, unit: int) -> Path:
+    return output / JOURNAL / f"{unit:05d}.json"

@@ -1,0 +1,146 @@
+"""The start of a build: the output claimed, the tokenizer and the unit list in place."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.building.identity import claim_output, describe_job, hash_description
+from data_prep.building.journal import JOURNAL
+from data_prep.building.options import BuildOptions
+from data_prep.building.plan import UNITS, Plan, PlannedUnit, write_units
+from data_prep.building.unit import is_held_out
+from data_prep.errors import DataError
+from data_prep.inputs.reading import read_unit
+from data_prep.inputs.records import Reading
+from data_prep.shards.atomic import write_whole
+from data_prep.shards.manifest import TOKENIZER
+from data_prep.tokenization.tokenizer import (
+    Tokenizer,
+    bytes_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
+from data_prep.workers.phase import Observer
+
+TRAIN_PREFIX = "train:"
+TRAINING_SAMPLE_CHARACTERS = 1 << 26
+TRAINING_SAMPLE_UNITS = 64
+
+
+class PreparedJob(NamedTuple):
+    """A job whose units can be worked on.
+
+    Attributes:
+        options: As given.
+        plan: Sources and files; its units are on disk.
+        sizes: Input bytes of each unit, `[units]`.
+        job_id: In the journal entry of each unit.
+        spec: How the tokenizer was asked for: "file", "bytes" or "train:VOCABULARY".
+        tokenizer: Of the shards.
+    """
+
+    options: BuildOptions
+    plan: Plan
+    sizes: NDArray[np.int64]
+    job_id: str
+    spec: str
+    tokenizer: Tokenizer
+
+
+class Intent(NamedTuple):
+    """A job before anything is written: what it is, and its tokenizer unless that is trained."""
+
+    options: BuildOptions
+    plan: Plan
+    description: dict[str, object]
+    spec: str
+    given: Tokenizer | None
+
+
+def intend(options: BuildOptions, plan: Plan) -> Intent:
+    """Work out what identifies a job; nothing is written.
+
+    Raises:
+        DataError: The tokenizer cannot be used.
+    """
+    given = _given_tokenizer(options)
+    spec = "file" if given and options.tokenizer != "bytes" else options.tokenizer
+    facts = {
+        "spec": spec,
+        "sha256": given.sha256 if given else None,
+        "eos_token": given.eos_token if given else options.eos_token,
+    }
+    return Intent(options, plan, describe_job(options, plan, facts), spec, given)
+
+
+def prepare(intent: Intent, observer: Observer) -> PreparedJob:
+    """Put tokenizer and unit list into the output, which the caller holds.
+
+    Raises:
+        DataError: The output is of another job, or cannot be written.
+    """
+    options, plan = intent.options, intent.plan
+    claim_output(options.output, intent.description)
+    tokenizer = _place_tokenizer(options, intent.given, plan, observer)
+    if not (options.output / JOURNAL / UNITS).is_file():
+        write_units(options.output, plan.units)
+    sizes = np.array([planned.unit.bytes for planned in plan.units], dtype=np.int64)
+    described = hash_description(intent.description) + tokenizer.sha256
+    return PreparedJob(
+        options=options,
+        plan=plan._replace(units=[]),
+        sizes=sizes,
+        job_id=hashlib.sha256(described.encode()).hexdigest(),
+        spec=intent.spec,
+        tokenizer=tokenizer,
+    )
+
+
+def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
+    """The tokenizer, unless it is still to be trained."""
+    spec = options.tokenizer
+    if spec == "bytes":
+        return Tokenizer(bytes_tokenizer(), options.eos_token, "bytes", options.special_tokens)
+    if not spec.startswith(TRAIN_PREFIX):
+        return read_tokenizer(Path(spec), options.eos_token, options.special_tokens)
+    if not spec.removeprefix(TRAIN_PREFIX).isdecimal():
+        raise DataError(f"--tokenizer {spec}: the vocabulary is not a number; e.g. train:8192")
+    return None
+
+
+def _place_tokenizer(
+    options: BuildOptions, given: Tokenizer | None, plan: Plan, observer: Observer
+) -> Tokenizer:
+    """Put tokenizer.json into the output; one that an earlier run trained there is kept."""
+    path = options.output / TOKENIZER
+    if given is None:
+        if not path.is_file():
+            vocabulary = int(options.tokenizer.removeprefix(TRAIN_PREFIX))
+            observer.say(f"training a tokenizer of {vocabulary:,} tokens on a sample of the input")
+            write_whole(path, train_tokenizer(_training_texts(options, plan), vocabulary))
+        return read_tokenizer(path, options.eos_token, options.special_tokens)
+    if not path.is_file() or path.read_bytes() != given.content:
+        write_whole(path, given.content)
+    return given
+
+
+def _training_texts(options: BuildOptions, plan: Plan) -> Iterator[str]:
+    """Documents from the starts of evenly spread units, without those that are held out."""
+    units: Sequence[PlannedUnit] = plan.units
+    sampled = min(len(units), TRAINING_SAMPLE_UNITS)
+    for number in range(sampled):
+        budget = TRAINING_SAMPLE_CHARACTERS // sampled
+        planned = units[number * len(units) // sampled]
+        text_key = plan.sources[planned.source].text_key or options.text_key
+        reading = Reading(text_key, options.max_document_bytes)
+        for content in (text for batch in read_unit(planned.unit, reading) for text in batch.texts):
+            if content and not is_held_out(content, options.validation_fraction):
+                text = content.decode("utf-8")
+                yield text[:budget]
+                budget -= len(text)
+            if budget <= 0:
+                break

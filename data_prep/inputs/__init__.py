@@ -1,0 +1,1 @@
+"""Corpora: files of every kind, cut into units and read as records."""

@@ -1,0 +1,249 @@
+"""Read the text column of .parquet (by row groups) and of .arrow (IPC files and streams)."""
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.errors import DataError
+from data_prep.inputs.records import Reading, RecordBatch
+
+PARQUET_MAGIC = b"PAR1"
+ARROW_MAGIC = b"ARROW1"
+ARROW_FILE_HEADER = b"ARROW1\0\0"
+CONTINUATION = b"\xff\xff\xff\xff"
+END_OF_STREAM = CONTINUATION + bytes(4)
+BATCH_ROWS = 256
+READ_BYTES = 1 << 20
+BATCH_BYTES = 1 << 21
+
+
+def check_parquet(path: str) -> None:
+    """Refuse a .parquet file without its end, before any work is done.
+
+    Raises:
+        DataError: It does not begin and end as such a file does.
+    """
+    with open(path, "rb") as file:
+        start, end = _ends(file, len(PARQUET_MAGIC))
+    if start != PARQUET_MAGIC or end != PARQUET_MAGIC:
+        raise DataError(
+            f"{path} is not a whole .parquet file (no {PARQUET_MAGIC.decode()} at its "
+            f"{'start' if start != PARQUET_MAGIC else 'end'}); fetch it again or --exclude it"
+        )
+
+
+def read_parquet(
+    path: str, file: int, start: int, end: int, reading: Reading
+) -> Iterator[RecordBatch]:
+    """Yield the rows of the row groups whose first byte lies in [start, end).
+
+    Offsets of records are row numbers in the file. Rows that cannot be decoded are rejects; the
+    other row groups are read all the same.
+
+    Raises:
+        DataError: The file has no such column of strings, or its footer is damaged.
+    """
+    with pa.OSFile(path) as source, _explained(path):
+        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
+        column = _find_column(parquet.schema_arrow, path, reading)
+        row = 0
+        for number in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(number)
+            if start <= _first_byte(group) < end:
+                yield from _read_group(parquet, number, column, file, row, reading)
+            row += group.num_rows
+
+
+def read_parquet_row(path: str, row: int, reading: Reading) -> Iterator[RecordBatch]:
+    """Yield the rows of the row group that holds row number `row`.
+
+    Raises:
+        DataError: As `read_parquet`.
+    """
+    with pa.OSFile(path) as source, _explained(path):
+        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
+        column = _find_column(parquet.schema_arrow, path, reading)
+        first = 0
+        for number in range(parquet.num_row_groups):
+            last = first + parquet.metadata.row_group(number).num_rows
+            if first <= row < last:
+                yield from _read_group(parquet, number, column, 0, first, reading)
+            first = last
+
+
+def read_arrow(path: str, file: int, reading: Reading) -> Iterator[RecordBatch]:
+    """Yield the rows of an Arrow IPC file or stream; offsets of records are row numbers.
+
+    Both are read front to back: a file is a stream between two magic words. When the end is
+    missing, everything before the cut is kept and the cut is one reject.
+
+    Raises:
+        DataError: It is neither, or has no such column of strings.
+    """
+    is_whole = _is_whole_arrow(path)
+    with open(path, "rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    source = pa.BufferReader(pa.py_buffer(mapped))
+    if mapped[: len(ARROW_MAGIC)] == ARROW_MAGIC:
+        source.seek(len(ARROW_FILE_HEADER))
+    with _explained(path):
+        stream = pa.ipc.open_stream(source)
+        column = _find_column(stream.schema, path, reading)
+    row, passed, damage = 0, 0, "" if is_whole else "truncated .arrow"
+    while True:
+        try:
+            rows = stream.read_next_batch()
+        except StopIteration:
+            break
+        except (pa.ArrowException, OSError) as error:
+            damage = damage or f"damaged .arrow ({error})"
+            break
+        for piece in _cut(rows):
+            yield _take_rows(_descend(piece, column), file, row, reading)
+            row += piece.num_rows
+        # Pages that were read leave the memory of this process, or they would add up to the file.
+        position = source.tell() // mmap.PAGESIZE * mmap.PAGESIZE
+        if position > passed:
+            mapped.madvise(mmap.MADV_DONTNEED, passed, position - passed)
+            passed = position
+    if damage:
+        batch = RecordBatch(file)
+        batch.reject(row, damage)
+        yield batch
+
+
+def _ends(file: BinaryIO, size: int) -> tuple[bytes, bytes]:
+    start = file.read(size)
+    file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+    return start, file.read(size)
+
+
+def _is_whole_arrow(path: str) -> bool:
+    with open(path, "rb") as file:
+        start, end = _ends(file, len(END_OF_STREAM))
+    if start.startswith(ARROW_MAGIC):
+        return end.endswith(ARROW_MAGIC)
+    # Before format 0.15 messages had no continuation mark, and neither has the end of a stream.
+    return end == END_OF_STREAM if start.startswith(CONTINUATION) else end.endswith(bytes(4))
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {path}: {error}; fetch it again or --exclude it") from error
+
+
+def _first_byte(group: Any) -> int:
+    """Where the first column of a row group begins in the file."""
+    column = group.column(0)
+    return min(
+        int(place)
+        for place in (column.dictionary_page_offset, column.data_page_offset)
+        if place is not None
+    )
+
+
+def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
+    """The way to the text column: its literal name, else the names between the dots.
+
+    Raises:
+        DataError: There is none, or it does not hold strings.
+    """
+    key = reading.text_key
+    way = (key,) if key in schema.names else tuple(key.split("."))
+    kind = schema
+    for name in way:
+        names = [field.name for field in kind]
+        if names.count(name) != 1:
+            raise DataError(
+                f"{path} has no column {key!r}; it has {', '.join(schema.names)}: name the text "
+                "with --text-key, or --exclude the file"
+            )
+        kind = kind.field(name).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_null(kind)
+    )
+    if not is_text:
+        raise DataError(
+            f"column {key!r} of {path} is {kind}, not text; name the text with --text-key, or "
+            "--exclude the file"
+        )
+    return way
+
+
+def _read_group(
+    parquet: Any, number: int, column: tuple[str, ...], file: int, row: int, reading: Reading
+) -> Iterator[RecordBatch]:
+    """One row group, page by page."""
+    end = row + parquet.metadata.row_group(number).num_rows
+    try:
+        for rows in parquet.iter_batches(
+            batch_size=BATCH_ROWS, row_groups=[number], columns=[".".join(column)]
+        ):
+            for piece in _cut(rows):
+                yield _take_rows(_descend(piece, column), file, row, reading)
+                row += piece.num_rows
+    except (pa.ArrowException, OSError) as error:
+        batch = RecordBatch(file)
+        reason = f"damaged .parquet row group {number} ({str(error).splitlines()[0]})"
+        batch.reject(row, reason, records=end - row)
+        yield batch
+        return
+    assert row == end, f"row group {number} gave rows up to {row}, its footer says {end}"
+
+
+def _cut(rows: Any) -> Iterator[Any]:
+    """Slices of a batch of about two megabytes each, by its mean row."""
+    size = max(1, rows.num_rows * BATCH_BYTES // max(rows.nbytes, 1))
+    for first in range(0, rows.num_rows, size):
+        yield rows.slice(first, size)
+
+
+def _descend(rows: Any, column: tuple[str, ...]) -> Any:
+    """The array at the end of the way; nulls of the structures on it count."""
+    array = rows.column(column[0])
+    for name in column[1:]:
+        array = pa.compute.struct_field(array, name)
+    return array
+
+
+def _take_rows(array: Any, file: int, row: int, reading: Reading) -> RecordBatch:
+    """Rows to records: nulls, bytes that are not UTF-8 and giants are rejects."""
+    batch = RecordBatch(file)
+    contents: list[bytes | None] = array.cast(pa.large_binary()).to_pylist()
+    if not array.null_count and _is_plain(array, reading):
+        batch.texts += contents  # type: ignore[arg-type]  # there are no nulls
+        batch.offsets += range(row, row + len(contents))
+        return batch
+    for number, content in enumerate(contents, row):
+        if content is None:
+            batch.reject(number, reading.no_string)
+        else:
+            batch.take(number, content, reading)
+    return batch
+
+
+def _is_plain(array: Any, reading: Reading) -> bool:
+    """True when every row is UTF-8 and within the limit."""
+    try:
+        text = array.cast(pa.large_string())
+        text.validate(full=True)
+    except pa.ArrowException:
+        return False
+    longest = int(np.diff(np.frombuffer(text.buffers()[1], np.int64)).max(initial=0))
+    return longest <= reading.max_document_bytes

@@ -1,0 +1,145 @@
+"""What can be wrong with one shard that its checksum does not tell."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.inputs.reading import read_text
+from data_prep.inputs.records import LARGEST_DOCUMENT_BYTES, Reading
+from data_prep.inputs.sources import InputFile
+from data_prep.shards.arrow_file import ShardRows, read_shard
+from data_prep.shards.manifest import InputEntry, Manifest, ShardEntry
+from data_prep.tokenization.tokenizer import Tokenizer
+
+LARGEST_SAMPLED_TOKENS = 1 << 20
+COMPARED_BYTES = 1 << 22
+
+
+class ShardChecks:
+    """Checks shards one after the other, and counts their documents.
+
+    Args:
+        directory: The shard set.
+        manifest: Its manifest.
+        tokenizer: Its tokenizer.
+        stride: One document in so many is decoded back.
+
+    Attributes:
+        documents: Documents found so far of each input file.
+    """
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, tokenizer: Tokenizer, stride: int
+    ) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._stride = stride
+        self.documents: Counter[int] = Counter()
+
+    def find_problems(self, shard: ShardEntry) -> Iterator[str]:
+        """Yield one line for each thing that is wrong with a shard."""
+        path = self._directory / shard.path
+        try:
+            rows, metadata = read_shard(path)
+        except (OSError, ValueError, KeyError) as error:
+            yield f"{path}: not a shard ({error})"
+            return
+        for key, expected in (
+            ("tokenizer_sha256", self._manifest.tokenizer.sha256),
+            ("split", shard.split),
+            ("source", shard.source),
+        ):
+            if metadata.get(key) != expected:
+                yield f"{path}: its {key} is {metadata.get(key)}, the manifest says {expected}"
+        unreadable = False
+        for problem in self._layout_problems(rows, shard):
+            unreadable = True
+            yield f"{path}: {problem}"
+        if not unreadable:
+            for problem in self._content_problems(rows, shard):
+                yield f"{path}: {problem}"
+
+    def _layout_problems(self, rows: ShardRows, shard: ShardEntry) -> Iterator[str]:
+        if (len(rows.src), len(rows.tokens)) != (shard.rows, shard.tokens):
+            yield (
+                f"{len(rows.src):,} rows and {len(rows.tokens):,} tokens, the manifest says "
+                f"{shard.rows:,} and {shard.tokens:,}"
+            )
+            return
+        if str(rows.tokens.dtype) != self._manifest.dtype:
+            yield f"tokens are {rows.tokens.dtype}, the manifest says {self._manifest.dtype}"
+            return
+        lengths = np.diff(rows.offsets)
+        if rows.offsets[0] != 0 or rows.offsets[-1] != shard.tokens or bool((lengths < 1).any()):
+            yield f"the documents' offsets do not rise from 0 to {shard.tokens:,}"
+        path = self._directory / shard.path
+        if not _lies_at(path, shard.values_offset, rows.tokens):
+            yield f"the tokens are not at byte {shard.values_offset:,}"
+        if not _lies_at(path, shard.offsets_offset, rows.offsets):
+            yield f"the offsets are not at byte {shard.offsets_offset:,}"
+
+    def _content_problems(self, rows: ShardRows, shard: ShardEntry) -> Iterator[str]:
+        known, inputs = self._manifest.tokenizer, self._manifest.inputs
+        if not shard.rows:
+            return
+        if int(rows.tokens.max()) > known.max_token_id:
+            yield f"id {rows.tokens.max()} is above {known.max_token_id}"
+            return
+        ends = rows.tokens[rows.offsets[1:] - 1]
+        num_eos = int(np.count_nonzero(rows.tokens == known.eos_id))
+        strays = num_eos - shard.rows
+        # Only where text may become a special token can a document hold that id inside.
+        if (
+            strays < 0
+            or (strays and self._manifest.special_tokens != "id")
+            or not bool((ends == known.eos_id).all())
+        ):
+            yield f"{num_eos:,} end-of-document tokens for {shard.rows:,} documents"
+        if int(rows.src.max()) >= len(inputs):
+            yield f"names input {rows.src.max()} of {len(inputs)}"
+            return
+        for number, count in zip(*np.unique(rows.src, return_counts=True), strict=True):
+            self.documents[int(number)] += int(count)
+            source = inputs[number].source
+            if source and source != shard.source:
+                yield f"holds documents of {inputs[number].path}, which is of source {source}"
+        for row in range(0, shard.rows, self._stride):
+            if not self._decodes_back(rows, row):
+                yield f"document {row} does not decode back to its text"
+
+    def _decodes_back(self, rows: ShardRows, row: int) -> bool:
+        """Compare a document with its source, or, if that is gone, with itself encoded again."""
+        ids = rows.tokens[rows.offsets[row] : rows.offsets[row + 1] - 1]
+        if not self._tokenizer.is_lossless or len(ids) > LARGEST_SAMPLED_TOKENS:
+            return True
+        text = self._tokenizer.decode(ids)
+        entry = self._manifest.inputs[int(rows.src[row])]
+        source = source_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
+        if source is not None:
+            return source == text.encode()
+        again, _ = self._tokenizer.encode_documents([text])
+        return bool(np.array_equal(again[:-1], ids))
+
+
+def source_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
+    """The text of a document in its input file; None when it cannot be had quickly."""
+    source = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
+    return read_text(source, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
+
+
+def _lies_at(path: Path, position: int, expected: NDArray[Any]) -> bool:
+    """Whether the bytes of an array stand in a file at a position; read block by block."""
+    wanted = expected.view(np.uint8)
+    with path.open("rb") as file:
+        file.seek(position, os.SEEK_SET)
+        for start in range(0, len(wanted), COMPARED_BYTES):
+            part = wanted[start : start + COMPARED_BYTES]
+            if file.read(len(part)) != part.tobytes():
+                return False
+    return True

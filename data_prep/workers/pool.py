@@ -1,0 +1,112 @@
+"""Worker processes on this machine."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for_sentinel
+
+from data_prep.errors import DataError
+from data_prep.workers.phase import Done, Observer, Phase, announce, missing_items
+
+
+class LocalCrew:
+    """Processes of one machine.
+
+    Args:
+        workers: How many; None = the cores this process may use. One works in this process.
+    """
+
+    shares_output = False
+
+    def __init__(self, workers: int | None = None) -> None:
+        self._workers = workers or default_workers()
+
+    def run(self, phase: Phase, observer: Observer) -> None:
+        """Do what is missing; see `Crew.run`."""
+        missing = missing_items(phase)
+        announce(phase, missing, observer)
+
+        def collect(item: int, done: Done) -> None:
+            observer.finish(int(phase.sizes[item]), done.tokens, done.rejects)
+
+        work_through(phase.work, missing.tolist(), min(self._workers, len(missing)), collect)
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """There are no other crews; see `Crew.turn`."""
+        del name
+        yield
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def default_workers() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def work_through(
+    work: Callable[[int], Done],
+    items: Iterable[int],
+    workers: int,
+    collect: Callable[[int, Done], None],
+) -> None:
+    """Do items in worker processes, or in this one; the first failure ends all.
+
+    Args:
+        work: Does one item.
+        items: Drawn one by one, about when a worker is free.
+        workers: How many processes.
+        collect: Told of each finished item, in any order.
+    """
+    if workers <= 1:
+        for item in items:
+            collect(item, work(item))
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    waiting = iter(items)
+    running: dict[Future[Done], int] = {}
+    try:
+        while True:
+            # Two per worker keeps all busy without queueing a whole corpus of tasks.
+            for item in itertools.islice(waiting, 2 * workers - len(running)):
+                running[pool.submit(work, item)] = item
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                collect(running.pop(future), future.result())
+    except KeyboardInterrupt:
+        # Units in work would take long to finish, and a killed build loses only those.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed, most likely for lack of memory; run the same command "
+            "again with fewer --workers (finished units are kept)"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Set up a worker: one thread of encoding, and an end when (and only when) the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    wait_for_sentinel([parent.sentinel])
+    os._exit(1)
