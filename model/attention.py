@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from model.decoding.kv_cache import KVCache
 from model.documents import AttentionMask
-from model.kv_cache import KVCache
 
 
 class CoreAttention(nn.Module):

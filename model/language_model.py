@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from model.attention import CoreAttention
 from model.config import ModelConfig
+from model.decoding.kv_cache import KVCache
 from model.documents import attention_mask, positions_within
 from model.heads import Heads
 from model.initialization import initial_weight
-from model.kv_cache import KVCache
 from model.layers import Checkpointing, LayerContext, transformer_config
 from model.loss import VocabularyShard
 from model.part import ModelPart

@@ -23,7 +23,7 @@ from data_prep.errors import DataError
 from data_prep.shards.manifest import load_manifest
 from data_prep.tokenization.tokenizer import Tokenizer
 from model.errors import CheckpointError, ConfigError
-from model.export_folder import ExportDescription, check_target
+from model.hugging_face.export_folder import ExportDescription, check_target
 from pipeline.config.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def export(
     """
     check_target(directory)
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
-    from model.hf_format import write_export
+    from model.hugging_face.hf_format import write_export
     from pipeline.checkpoint.file_names import TOKENIZER, WEIGHTS
     from pipeline.checkpoint.files import checkpoint_path, verify
     from pipeline.checkpoint.folder import read_config

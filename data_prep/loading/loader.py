@@ -68,9 +68,10 @@ class TokenLoader:
     """Deals the rows of a shard set to data-parallel ranks.
 
     Each source of the set is cut into rows (`data_prep.loading.rows`) and has an order and epochs
-    of its own: its sample j is row permutation(epoch)(j mod rows) of epoch j // rows. Samples are numbered
-    through the whole run; the mixture says which source gives sample s, and which of its samples it
-    is. With one source that is s itself. The sample at row b of micro-step a on rank r is
+    of its own: its sample j is row permutation(epoch)(j mod rows) of epoch j // rows. Samples are
+    numbered through the whole run; the mixture says which source gives sample s, and which of its
+    samples it is. With one source that is s itself. The sample at row b of micro-step a on rank r
+    is
 
         next_sample + a * (micro * ranks) + r * micro + b
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from data_prep.loading.loader import Batch
 from model.backward import joint_backward, sequential_backward
 from model.freezing import freeze_parameters
-from model.hf_import import ImportedWeights
+from model.hugging_face.hf_import import ImportedWeights
 from model.language_model import MultiTokenModel
 from model.layers import transformer_engine_available
 from model.loss import IGNORED
@@ -72,7 +72,7 @@ class Engine:
         config: the run.
         topology: the grid of ranks.
         precision: arithmetic of weights and activations.
-        imported: initial weights from elsewhere, see `model.hf_import`; None = all fresh.
+        imported: initial weights from elsewhere (`model.hugging_face`); None = all fresh.
     """
 
     def __init__(

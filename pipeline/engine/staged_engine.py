@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data_prep.loading.loader import Batch
 from model.errors import TrainingError
-from model.hf_import import ImportedWeights
+from model.hugging_face.hf_import import ImportedWeights
 from model.part import ModelPart
 from pipeline.checkpoint.sharded_tensors import Snapshot
 from pipeline.config.run_config import Precision, RunConfig
@@ -48,7 +48,7 @@ class StagedEngine(Engine):
         config: the run.
         topology: the grid of ranks, with more than one stage.
         precision: arithmetic of weights and activations.
-        imported: initial weights from elsewhere, see `model.hf_import`; None = all fresh.
+        imported: initial weights from elsewhere (`model.hugging_face`); None = all fresh.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.attention import CoreAttention
-from model.kv_cache import KVCache
+from model.decoding.kv_cache import KVCache
 
 SEQUENCE, BATCH, HEADS, WIDTH = 9, 2, 4, 8
 TOLERANCE = 1e-12  # float64; the largest difference seen is 1e-15

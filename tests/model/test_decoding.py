@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.decoding import Decoder, Generation, accept_chain, generate
-from model.kv_cache import KVCache
+from model.decoding.kv_cache import KVCache
+from model.decoding.self_speculative import Decoder, Generation, accept_chain, generate
 from model.language_model import MultiTokenModel
 from tests.model.tiny import (
     greedy_continuation,

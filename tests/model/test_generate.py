@@ -7,8 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from model.export_folder import read_record
 from model.generate import EXIT_USER_ERROR, main
+from model.hugging_face.export_folder import read_record
 from tests.model.tiny import greedy_continuation, tiny_config, tiny_model
 from tests.model.tiny_export import VOCABULARY, byte_tokenizer, export_tiny
 

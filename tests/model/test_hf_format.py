@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from model.errors import CheckpointError
-from model.export_folder import read_record, write_record
-from model.hf_format import load_export, write_export
-from model.hf_names import hf_names, hf_shapes, join, split
+from model.hugging_face.export_folder import read_record, write_record
+from model.hugging_face.hf_format import load_export, write_export
+from model.hugging_face.hf_names import hf_names, hf_shapes, join, split
 from model.parameter_shapes import parameter_shapes
 from tests.model.tiny import head_logits, tiny_config, tiny_model, tiny_weights
 from tests.model.tiny_export import EOS, VOCABULARY, byte_tokenizer, describe, export_tiny

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
-from model.hf_format import load_export, write_export
-from model.hf_import import ImportedWeights, LlamaFolder
+from model.hugging_face.hf_format import load_export, write_export
+from model.hugging_face.hf_import import ImportedWeights, LlamaFolder
 from model.parameter_shapes import parameter_shapes
 from model.sharding import merge_slices, placement_of
 from tests.model.tiny import head_logits

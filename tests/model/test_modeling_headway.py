@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from model.hf_format import load_export
-from model.modeling_headway import HeadwayForCausalLM
+from model.hugging_face.hf_format import load_export
+from model.hugging_face.modeling_headway import HeadwayForCausalLM
 from tests.model.tiny import head_logits
 from tests.model.tiny_export import VOCABULARY, export_tiny
 

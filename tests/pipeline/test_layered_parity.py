@@ -11,9 +11,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.export_folder import ExportDescription
-from model.hf_format import DTYPES, write_export
-from model.modeling_headway import HeadwayForCausalLM
+from model.hugging_face.export_folder import ExportDescription
+from model.hugging_face.hf_format import DTYPES, write_export
+from model.hugging_face.modeling_headway import HeadwayForCausalLM
 from model.sharding import placement_of, take_slice
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.exporting.layer_by_layer import compare_layers, logit_blocks

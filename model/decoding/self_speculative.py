@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from model.kv_cache import KVCache
+from model.decoding.kv_cache import KVCache
 
 
 class Decodable(Protocol):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.errors import CheckpointError
-from model.hf_names import EXTRA_HEADS
+from model.hugging_face.hf_names import EXTRA_HEADS
 
 MODEL_NAME = "model.safetensors"
 MODEL_INDEX_NAME = "model.safetensors.index.json"

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.export_folder import (
+from model.hugging_face.export_folder import (
     CARD_NAME,
     ExportDescription,
     ExportRecord,
@@ -36,9 +36,9 @@ from model.export_folder import (
     write_record,
     written_aside,
 )
-from model.hf_config import CONFIG_NAME, llama_config
-from model.hf_files import WeightFiles
-from model.hf_names import hf_names, hf_shapes, join, split
+from model.hugging_face.hf_config import CONFIG_NAME, llama_config
+from model.hugging_face.hf_files import WeightFiles
+from model.hugging_face.hf_names import hf_names, hf_shapes, join, split
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import checked_parameters, head_of, parameter_shapes
 from model.process_groups import ensure_single_process
