@@ -11,7 +11,7 @@ from model.backward import MicroBatchResult, joint_backward, sequential_backward
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
 from model.loss import IGNORED
-from tests.model.tiny import tiny_config, training_model
+from tests.support.tiny_model import tiny_config, training_model
 
 BATCH, SEQUENCE, HEADS = 2, 10, 3
 Backward = Callable[..., MicroBatchResult]

@@ -24,9 +24,15 @@ from model.language_model import MultiTokenModel
 from model.layers import Checkpointing, LayerContext
 from model.loss import IGNORED
 from model.sharding import placement_of, take_slice
-from tests.flex_on_cpu import blocks_on_cpu
-from tests.harness import run_ranks
-from tests.model.tiny import head_logits, tiny_config, tiny_model, tiny_weights, training_model
+from tests.support.flex_on_cpu import blocks_on_cpu
+from tests.support.harness import run_ranks
+from tests.support.tiny_model import (
+    head_logits,
+    tiny_config,
+    tiny_model,
+    tiny_weights,
+    training_model,
+)
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
 LENGTHS = ((4, 1, 5), (2, 8))  # of the documents of each row

@@ -9,7 +9,7 @@ from model.freezing import freeze_parameters, is_trained
 from model.layers import Checkpointing
 from model.parameter_shapes import parameter_shapes
 from tests.model.test_backward import Backward, make_batch, run
-from tests.model.tiny import tiny_config, training_model
+from tests.support.tiny_model import tiny_config, training_model
 
 
 def test_the_next_token_model_is_what_is_frozen() -> None:

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 from model.generate import EXIT_USER_ERROR, main
 from model.hugging_face.export_folder import read_record
-from tests.model.tiny import greedy_continuation, tiny_config, tiny_model
-from tests.model.tiny_export import VOCABULARY, byte_tokenizer, export_tiny
+from tests.support.tiny_export import VOCABULARY, byte_tokenizer, export_tiny
+from tests.support.tiny_model import greedy_continuation, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")

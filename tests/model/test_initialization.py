@@ -15,8 +15,8 @@ from model.language_model import MultiTokenModel
 from model.parameter_shapes import parameter_shapes
 from model.process_groups import ensure_single_process
 from model.sharding import Placement, global_shape, merge_slices, placement_of, take_slice
-from tests.harness import run_ranks
-from tests.model.tiny import tiny_config
+from tests.support.harness import run_ranks
+from tests.support.tiny_model import tiny_config
 
 STD = 0.02
 # Matrices of more than one generator block of 256 rows, whose slices do not end at block borders.

@@ -8,7 +8,7 @@ from model.backward import joint_backward, sequential_backward
 from model.hugging_face.hf_names import hf_names, split
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import parameter_shapes
-from tests.model.tiny import head_logits, tiny_config, tiny_model, tiny_weights
+from tests.support.tiny_model import head_logits, tiny_config, tiny_model, tiny_weights
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 LABELS = torch.tensor([[[1, 4, 1, 5, 9, 2, 6, 5], [7, 1, 8, 2, 8, 1, 8, -100]]])

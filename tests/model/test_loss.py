@@ -18,7 +18,7 @@ from model.loss import (
     loss_and_gradients,
     loss_and_predictions,
 )
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 
 TOKENS, HIDDEN, VOCABULARY = 13, 6, 12
 WHOLE = VocabularyShard(0, VOCABULARY, None)

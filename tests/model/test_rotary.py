@@ -9,7 +9,7 @@ from transformers.models.llama import modeling_llama
 from model.layers import transformer_config
 from model.process_groups import ensure_single_process
 from model.rotary import RotaryTable
-from tests.model.tiny import tiny_config
+from tests.support.tiny_model import tiny_config
 
 HEAD_DIM = 8
 # Angles are float32: near position 4000 they are rounded to 2^-12.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_runs import CONFIG
+from tests.support.training_runs import CONFIG
 
 ROOT = Path(__file__).parents[2]
 

@@ -31,7 +31,7 @@ from pipeline.distributed.topology import Topology
 from pipeline.engine.engine import Engine
 from pipeline.export import EXIT_USER_ERROR, export, main
 from pipeline.exporting.whole_model import compare
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 
 HEADS, SEQUENCE = 3, 16
 

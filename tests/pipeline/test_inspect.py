@@ -9,7 +9,7 @@ import pytest
 from pipeline.checkpoint.file_names import FOLDER, step_folder
 from pipeline.config.sections import CheckpointSection
 from pipeline.inspect import main
-from tests.checkpoint_cases import commit
+from tests.support.checkpoint_cases import commit
 
 ROOT = Path(__file__).parents[2]
 

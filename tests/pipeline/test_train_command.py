@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.training_runs import metrics_without_times, run_job
+from tests.support.training_runs import metrics_without_times, run_job
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_runs import free_port, run_job, start_job
+from tests.support.training_runs import free_port, run_job, start_job
 
 MISTAKES = {
     "unknown key": (["train.stepz=5"], ["train.stepz", "train.steps"]),

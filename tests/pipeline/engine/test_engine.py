@@ -1,0 +1,87 @@
+"""Evaluation by the engine: losses and head agreement, with and without masked documents."""
+
+import contextlib
+import os
+
+import pytest
+import torch
+
+from data_prep.loading.loader import Batch
+from pipeline.distributed.rendezvous import rank_info
+from pipeline.distributed.topology import Topology
+from pipeline.engine.engine import Engine, StepResult
+from pipeline.engine.evaluation import EvalResult, agreement_counts
+from tests.support.engine_cases import (
+    Case,
+    engine_config,
+    global_batch,
+    global_documents,
+    local_batches,
+    within_documents,
+)
+from tests.support.flex_on_cpu import blocks_on_cpu
+from tests.support.harness import run_ranks
+
+
+def test_agreement_of_heads() -> None:
+    """Worked example: three heads, five positions of one row.
+
+    Head 2 at t must predict what head 1 predicts at t+1, and head 3 what head 1 predicts at t+2.
+    Of the three positions that can be compared, 0 and 2 agree for head 2 and only 0 for head 3.
+    """
+    predictions = torch.tensor([[7, 8, 9, 5, 6], [8, 0, 5, 6, 0], [9, 5, 0, 0, 0]]).unsqueeze(2)
+    valid = torch.ones(3, 5, 1, dtype=torch.bool)
+    assert agreement_counts(predictions, valid).tolist() == [3, 2, 1]
+
+
+def test_agreement_ends_with_the_document() -> None:
+    """The same, where tokens 3 and 4 begin another document: head 3 at 0 and head 2 at 1 reach it.
+
+    Position 2 has no target at all and is not compared.
+    """
+    predictions = torch.tensor([[7, 8, 9, 5, 6], [8, 9, 5, 6, 0], [9, 5, 0, 0, 0]]).unsqueeze(2)
+    valid = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [0, 0, 0, 1, 1]]).bool().unsqueeze(2)
+    assert agreement_counts(predictions, valid).tolist() == [2, 1, 0]
+
+
+def _evaluate(case: Case) -> tuple[EvalResult, EvalResult]:
+    """Of rows of several documents, and of the documents as rows of their own."""
+    topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
+    engine = Engine(engine_config(case), topology, "fp32")
+    tokens, labels = global_batch(0)
+    documents = global_documents(0)
+    labels = within_documents(labels, documents)
+    alone = []
+    for row in range(len(tokens)):
+        for document in documents[row].unique():
+            place = documents[row] == document
+            alone.append(Batch(tokens[row : row + 1, place], labels[:, row : row + 1, place]))
+    assert len(alone) > 2 * len(tokens)
+    return engine.evaluate([Batch(tokens, labels, documents)]), engine.evaluate(alone)
+
+
+@pytest.mark.parametrize("case", [Case(documents=True), Case(2, tensor=2, zero=3, documents=True)])
+def test_documents_are_evaluated_as_if_alone(case: Case) -> None:
+    """The losses of all heads, up to the rounding of fp32."""
+    for packed, alone in run_ranks(case.world, _evaluate, case):
+        assert packed.head_losses == pytest.approx(alone.head_losses, rel=1e-5)
+
+
+def _train(case: Case, blocks: bool) -> list[StepResult]:
+    """Three steps, with masks as blocks or as a bias."""
+    topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
+    with blocks_on_cpu() if blocks else contextlib.nullcontext():
+        engine = Engine(engine_config(case), topology, "fp32")
+        return [
+            engine.train_step(local_batches(step, case, topology.data_rank), learning_rate=1e-3)
+            for step in range(3)
+        ]
+
+
+def test_blocks_train_under_zero_3() -> None:
+    """Masks as a GPU has them pass DeepSpeed's hooks and recomputed layers: the same steps."""
+    case = Case(2, zero=3, accumulation=2, checkpointing="full", documents=True)
+    expected = run_ranks(2, _train, case, False)[0]
+    for step, wanted in zip(run_ranks(2, _train, case, True)[0], expected, strict=True):
+        assert step.head_losses.tolist() == pytest.approx(wanted.head_losses.tolist(), rel=1e-5)
+        assert step.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)

@@ -1,0 +1,152 @@
+"""Plans of pipeline stages: what they may hold, which is balanced, how long its stages wait."""
+
+from pathlib import Path
+
+import pytest
+
+from model.config import ModelConfig
+from model.part import ModelPart
+from pipeline.config.run_config import load_config
+from pipeline.engine.engine import one_forward_one_backward
+from pipeline.stages.plan import (
+    StageCost,
+    balanced_plan,
+    depths,
+    layer_equivalents,
+    micro_batch_order,
+    num_depths,
+    plan_problems,
+    plan_text,
+    predicted_idle,
+    setting_problem,
+    stage_costs,
+    stage_plan,
+    step_time,
+)
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture
+def model() -> ModelConfig:
+    """The 7B model: 28 trunk layers, 4 heads, an unembedding worth 0.65 layers."""
+    return load_config(CONFIGS / "7b.yaml").model
+
+
+def test_a_head_weighs_its_layer_and_its_unembedding(model: ModelConfig) -> None:
+    """Four heads of the 7B model are about 6.6 layers."""
+    assert model.unembedding_layer_equivalents == pytest.approx(0.648, abs=1e-3)
+    heads = ModelPart(range(0), range(1, 5))
+    assert layer_equivalents(heads, model) == pytest.approx(6.59, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (1, "[{trunk: 0-27, heads: 1-4}]"),
+        (2, "[trunk: 0-16, {trunk: 17-27, heads: 1-4}]"),  # 28 against 6.6 would not do
+        (3, "[trunk: 0-13, trunk: 14-27, heads: 1-4]"),
+        (5, "[trunk: 0-6, trunk: 7-13, trunk: 14-20, trunk: 21-27, heads: 1-4]"),
+    ],
+)
+def test_balanced_plans_of_the_7b_model(model: ModelConfig, count: int, text: str) -> None:
+    """Heads have stages of their own where that balances, and share one where it does not."""
+    assert plan_text(balanced_plan(count, model)) == text
+
+
+@pytest.mark.parametrize("count", range(1, 33))
+def test_every_automatic_plan_holds_the_model(model: ModelConfig, count: int) -> None:
+    """Any number of stages up to the number of layers: all layers and heads, once, in order."""
+    plan = balanced_plan(count, model)
+    assert len(plan) == count
+    assert [layer for part in plan for layer in part.trunk_layers] == list(range(28))
+    assert [head for part in plan for head in part.heads] == [1, 2, 3, 4]
+    assert all(part.trunk_layers or part.heads for part in plan)
+    assert sum(part.has_embedding for part in plan) == 1
+    assert sum(part.owns_readout for part in plan) == 1
+    setting = tuple(
+        {
+            kind: f"{numbers[0]}-{numbers[-1]}"
+            for kind, numbers in (("trunk", part.trunk_layers), ("heads", part.heads))
+            if numbers
+        }
+        for part in plan
+    )
+    assert setting_problem(setting) is None
+    assert plan_problems(setting, model) == []
+    assert stage_plan(setting, model) == plan
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("auto", "write auto:4"),
+        ("auto:0", "write auto:4"),
+        (0, "at least 1"),
+        ((), "no stage"),
+        (({"tail": "1-2"},), "'tail', known are trunk and heads"),
+        (({"trunk": "5-2"},), "trunk: 5-2, which is no number and no rising span"),
+        (({"trunk": "all"},), "trunk: all"),
+    ],
+)
+def test_malformed_settings_are_refused(setting: object, words: str) -> None:
+    """What is no plan is named, with two that are."""
+    problem = setting_problem(setting)  # type: ignore[arg-type]
+    assert problem is not None
+    assert words in problem
+    assert "auto:4" in problem
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (({"trunk": "0-12"}, {"trunk": "14-27"}, {"heads": "1-4"}), "layers 13 are in no stage"),
+        (({"trunk": "0-14"}, {"trunk": "14-27"}, {"heads": "1-4"}), "layers 14 are in two stages"),
+        (({"trunk": "0-28"}, {"heads": "1-4"}), "layers 28 do not exist (there are 0 to 27)"),
+        (({"trunk": "0-27"}, {"heads": "1-3"}), "heads 4 are in no stage"),
+        (({"trunk": "0-27"}, {"heads": "0-4"}), "heads 0 do not exist (there are 1 to 4)"),
+        (({"trunk": "14-27"}, {"trunk": "0-13"}, {"heads": "1-4"}), "not in rising order"),
+        (({"heads": "1-4"}, {"trunk": "0-27"}), "heads read what the whole trunk gives"),
+        ("auto:33", "more than model.layers=32"),
+    ],
+)
+def test_plans_that_do_not_hold_the_model_are_refused(
+    model: ModelConfig, setting: object, words: str
+) -> None:
+    """The message says what is amiss and gives a plan that works."""
+    problems = plan_problems(setting, model)  # type: ignore[arg-type]
+    assert any(words in problem for problem in problems), problems
+    assert all("the balanced plan is [" in p or "use at most auto:32" in p for p in problems)
+
+
+def test_the_schedule_is_deepspeeds() -> None:
+    """The order that idle times are predicted with is the one that training runs."""
+    for chain in range(2, 6):
+        for micro_batches in range(1, 9):
+            for depth in range(chain):
+                assert micro_batch_order(depth, chain, micro_batches) == list(
+                    one_forward_one_backward(micro_batches, chain, depth)
+                )
+
+
+def test_equal_stages_idle_by_the_formula() -> None:
+    """S equal stages and M micro-batches: each idles (S - 1) / (M + S - 1) of a step."""
+    for stages, micro_batches in ((2, 1), (2, 8), (4, 4), (4, 32)):
+        costs = [StageCost(1 / 3, 0.0, 2 / 3)] * stages
+        idle = predicted_idle(costs, list(range(stages)), micro_batches)
+        assert idle == pytest.approx([(stages - 1) / (micro_batches + stages - 1)] * stages)
+
+
+def test_stages_of_heads_work_side_by_side(model: ModelConfig) -> None:
+    """Two stages of two heads each are one deep, and end a step sooner than one of four."""
+    one = stage_plan(({"trunk": "0-13"}, {"trunk": "14-27"}, {"heads": "1-4"}), model)
+    two = stage_plan(
+        ({"trunk": "0-13"}, {"trunk": "14-27"}, {"heads": "1-2"}, {"heads": "3-4"}), model
+    )
+    assert depths(two) == [0, 1, 2, 2]
+    assert num_depths(one) == num_depths(two) == 3
+
+    def seconds(plan: tuple[ModelPart, ...]) -> float:
+        return step_time(stage_costs(plan, model, recompute=False), depths(plan), 4)
+
+    assert seconds(two) < seconds(one)

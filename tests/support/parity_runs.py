@@ -1,0 +1,96 @@
+"""Training a few steps in any layout, recording what must not depend on the layout."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.engine import Engine
+from pipeline.engine.staged_engine import build_engine
+from tests.support.engine_cases import Case, build_topology, engine_config, local_batches, whole
+from tests.support.harness import run_ranks
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is compared of one step; gradients those of the parameters that the rank holds."""
+
+    head_losses: list[float]
+    grad_norm: float
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Course:
+    """A few steps, and the weights after them."""
+
+    steps: list[Step]
+    weights: dict[str, Tensor]
+
+
+def train_in_ranks(case: Case, num_steps: int) -> Course:
+    """Train in the case's layout; gradients and weights are gathered from all its stages."""
+    courses = run_ranks(case.world, _train, case, num_steps)
+    steps = []
+    for number, step in enumerate(courses[0].steps):
+        gradients: dict[str, Tensor] = {}
+        for course in courses:
+            gradients |= course.steps[number].gradients
+            assert course.steps[number].head_losses == step.head_losses
+            assert course.steps[number].grad_norm == step.grad_norm
+        steps.append(Step(step.head_losses, step.grad_norm, gradients))
+    weights = {name: weight for course in courses for name, weight in course.weights.items()}
+    return Course(steps, weights)
+
+
+def assert_same_course(actual: Course, expected: Course, tolerance: float) -> None:
+    """Losses, norms, every gradient of every step, and the last weights agree."""
+    for step, wanted in zip(actual.steps, expected.steps, strict=True):
+        assert relative_difference(step.head_losses, wanted.head_losses) < tolerance
+        assert relative_difference(step.grad_norm, wanted.grad_norm) < tolerance
+        assert step.gradients.keys() == wanted.gradients.keys()
+        for name, gradient in wanted.gradients.items():
+            assert relative_difference(step.gradients[name], gradient) < tolerance, name
+    assert actual.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        assert relative_difference(actual.weights[name], weight) < tolerance, name
+
+
+def relative_difference(actual: Any, expected: Any) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    return float((actual - expected).norm() / expected.norm())
+
+
+def _train(case: Case, num_steps: int) -> Course:
+    topology = build_topology(case)
+    engine = build_engine(engine_config(case), topology, "fp32")
+    recorded: list[dict[str, Tensor]] = []
+    _record_gradients(engine, recorded)
+    steps = []
+    for step in range(num_steps):
+        batches = local_batches(step, case, topology.data_rank)
+        result = engine.train_step(batches, learning_rate=1e-3)
+        assert result.applied
+        steps.append(Step(result.head_losses.tolist(), result.grad_norm, recorded[-1]))
+    weights = {
+        name: whole(name, weight.float().clone(), topology) for name, weight in engine.parameters()
+    }
+    return Course(steps, weights)
+
+
+def _record_gradients(engine: Engine, recorded: list[dict[str, Tensor]]) -> None:
+    """Keep each step's gradients as they are just before the optimizer moves."""
+    apply = engine._apply
+
+    def record_and_apply() -> float | None:
+        recorded.append(
+            {
+                name: whole(name, gradient.detach().float().clone(), engine.topology)
+                for name, gradient in engine.gradients()
+            }
+        )
+        return apply()
+
+    engine._apply = record_and_apply  # type: ignore[method-assign]
