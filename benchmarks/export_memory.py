@@ -162,7 +162,7 @@ def _in_own_process(run_dir: Path, target: Path, whole_model_bytes: int) -> Expo
 def _child(sender: Connection, run_dir: Path, target: Path, whole_model_bytes: int) -> None:
     """Import everything, say how much memory that took, then export and say how long it took."""
     for name in (
-        "model.hugging_face.hf_format",
+        "model.hugging_face.loading",
         "pipeline.exporting.tensors",
         "pipeline.exporting.layer_by_layer",
     ):

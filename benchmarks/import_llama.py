@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.memory_vs_heads import hardware
 from model.config import ModelConfig
-from model.hugging_face.hf_import import ImportedWeights, LlamaFolder
+from model.hugging_face.importing import ImportedWeights, LlamaFolder
 from model.parameter_shapes import parameter_shapes
 
 MIB = 2**20

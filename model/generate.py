@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from model.errors import CheckpointError, ConfigError
-from model.hugging_face.export_folder import read_record
+from model.hugging_face.folder import read_record
 
 if TYPE_CHECKING:
     import torch
 
     from model.decoding.self_speculative import Generation
-    from model.hugging_face.hf_format import LoadedExport
+    from model.hugging_face.loading import LoadedExport
 
 EXIT_USER_ERROR = 1
 EXIT_DIFFERENT = 3
@@ -93,7 +93,7 @@ def _generate(options: argparse.Namespace) -> int:
     _check_numbers(options)
     heads = _heads(options.heads, read_record(options.directory).future_tokens)
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
-    from model.hugging_face.hf_format import DTYPES, load_export
+    from model.hugging_face.loading import DTYPES, load_export
 
     device = _device(options.device)
     loaded = load_export(options.directory, DTYPES[options.dtype] if options.dtype else None)

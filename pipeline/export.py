@@ -23,8 +23,9 @@ from data_prep.errors import DataError
 from data_prep.shards.manifest import load_manifest
 from data_prep.tokenization.tokenizer import Tokenizer
 from model.errors import CheckpointError, ConfigError
-from model.hugging_face.export_folder import ExportDescription, check_target
+from model.hugging_face.folder import ExportDescription
 from pipeline.config.run_config import RunConfig
+from pipeline.exporting.target import check_target
 
 if TYPE_CHECKING:
     from pipeline.exporting.whole_model import Parity
@@ -101,7 +102,6 @@ def export(
     """
     check_target(directory)
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
-    from model.hugging_face.hf_format import write_export
     from pipeline.checkpoint.file_names import TOKENIZER, WEIGHTS
     from pipeline.checkpoint.files import checkpoint_path, verify
     from pipeline.checkpoint.folder import read_config
@@ -109,6 +109,7 @@ def export(
     from pipeline.checkpoint.train_state import read_state
     from pipeline.exporting.model_card import metrics_until, model_card
     from pipeline.exporting.whole_model import RELATIVE_TOLERANCE
+    from pipeline.exporting.writing import write_export
 
     checkpoint = checkpoint_path(checkpoint)
     if problems := verify(checkpoint):

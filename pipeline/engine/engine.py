@@ -25,7 +25,7 @@ from torch import Tensor
 from data_prep.loading.loader import Batch
 from model.backward import joint_backward, sequential_backward
 from model.freezing import freeze_parameters
-from model.hugging_face.hf_import import ImportedWeights
+from model.hugging_face.importing import ImportedWeights
 from model.language_model import MultiTokenModel
 from model.layers import transformer_engine_available
 from model.loss import IGNORED

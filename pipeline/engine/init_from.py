@@ -8,7 +8,7 @@ import torch.distributed as dist
 from data_prep.errors import DataError
 from data_prep.loading.loader import ShardSet
 from model.errors import CheckpointError
-from model.hugging_face.hf_import import ImportedWeights, LlamaFolder
+from model.hugging_face.importing import ImportedWeights, LlamaFolder
 from pipeline.checkpoint.file_names import TOKENIZER
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.topology import Topology

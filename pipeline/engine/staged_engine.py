@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data_prep.loading.loader import Batch
 from model.errors import TrainingError
-from model.hugging_face.hf_import import ImportedWeights
+from model.hugging_face.importing import ImportedWeights
 from model.part import ModelPart
 from pipeline.checkpoint.sharded_tensors import Snapshot
 from pipeline.config.run_config import Precision, RunConfig

@@ -23,10 +23,10 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from model.hugging_face.export_folder import ExportDescription
-from model.hugging_face.hf_files import ALL_HEADS_INDEX_NAME, StoredTensors
-from model.hugging_face.hf_format import DTYPES
-from model.hugging_face.hf_names import EXTRA_HEADS
+from model.hugging_face.folder import ExportDescription
+from model.hugging_face.loading import DTYPES
+from model.hugging_face.names import EXTRA_HEADS
+from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, StoredTensors
 from model.layers import Layer, LayerContext, transformer_config
 from model.parameter_shapes import layer_shapes
 from model.process_groups import ensure_single_process

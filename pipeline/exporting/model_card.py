@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import ConfigError
-from model.hugging_face.export_folder import ExportDescription
+from model.hugging_face.folder import ExportDescription
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
 from pipeline.report import final_figures

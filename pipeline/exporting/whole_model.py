@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from model.errors import CheckpointError
-from model.hugging_face.export_folder import ExportDescription
+from model.hugging_face.folder import ExportDescription
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +78,7 @@ def compare(
     """
     import torch
 
-    from model.hugging_face.hf_format import DTYPES, build_model, load_export
+    from model.hugging_face.loading import DTYPES, build_model, load_export
 
     tokens = parity_tokens(description)
     stored = ((name, tensor.to(DTYPES[description.dtype])) for name, tensor in weights)

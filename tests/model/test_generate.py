@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from model.generate import EXIT_USER_ERROR, main
-from model.hugging_face.export_folder import read_record
+from model.hugging_face.folder import read_record
 from tests.support.tiny_export import VOCABULARY, byte_tokenizer, export_tiny
 from tests.support.tiny_model import greedy_continuation, tiny_config, tiny_model
 

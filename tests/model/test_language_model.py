@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.backward import joint_backward, sequential_backward
-from model.hugging_face.hf_names import hf_names, split
+from model.hugging_face.names import hf_names, split
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import parameter_shapes
 from tests.support.tiny_model import head_logits, tiny_config, tiny_model, tiny_weights

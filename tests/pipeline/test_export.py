@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import model.hugging_face.hf_format
 import pipeline.export
+import pipeline.exporting.writing
 from data_prep.loading.loader import Batch
 from data_prep.tokenization.tokenizer import bytes_tokenizer
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.hugging_face.export_folder import ExportDescription
-from model.hugging_face.hf_format import load_export
+from model.hugging_face.folder import ExportDescription
+from model.hugging_face.loading import load_export
 from model.sharding import merge_slices, placement_of
 from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.files import read_entry, write_manifest
@@ -233,13 +233,13 @@ def test_a_large_model_is_compared_layer_by_layer_only(
     assert parity.way == "layer by layer"
     assert "layer by layer: largest difference" in lines[-1]
     assert "whole models" not in "".join(lines)
-    settings = model.hugging_face.hf_format.hf_settings
+    settings = pipeline.exporting.writing.hf_settings
 
     def wrong(description: ExportDescription) -> dict[str, dict[str, Any]]:
         other = description.model.model_copy(update={"norm_eps": 0.5})
         return settings(description.model_copy(update={"model": other}))
 
-    monkeypatch.setattr(model.hugging_face.hf_format, "hf_settings", wrong)
+    monkeypatch.setattr(pipeline.exporting.writing, "hf_settings", wrong)
     with pytest.raises(CheckpointError, match=r"not exported: .* layer by layer: largest"):
         export(small.checkpoint, tmp_path / "other", report=lines.append)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -7,8 +7,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from model.config import ModelConfig
-from model.hugging_face.export_folder import ExportDescription
-from model.hugging_face.hf_format import write_export
+from model.hugging_face.folder import ExportDescription
+from pipeline.exporting.writing import write_export
 from tests.support.tiny_model import tiny_config, tiny_weights
 
 EOS = "<|endoftext|>"

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.config import ModelConfig
-from model.hugging_face.hf_format import build_model
-from model.hugging_face.hf_import import ImportedWeights, LlamaFolder, NewHeads
+from model.hugging_face.importing import ImportedWeights, LlamaFolder, NewHeads
+from model.hugging_face.loading import build_model
 from model.initialization import initial_weight
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import parameter_shapes

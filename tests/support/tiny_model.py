@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.hugging_face.hf_format import build_model
+from model.hugging_face.loading import build_model
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
 from model.parameter_shapes import parameter_shapes

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from model.hugging_face.hf_format import load_export
+from model.hugging_face.loading import load_export
 from model.hugging_face.modeling_headway import HeadwayForCausalLM
 from tests.support.tiny_export import VOCABULARY, export_tiny
 from tests.support.tiny_model import head_logits

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_prep.shards.shard_set import ShardSet
-from model.hugging_face.hf_format import build_model
+from model.hugging_face.loading import build_model
 from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import read_config

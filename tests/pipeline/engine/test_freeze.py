@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.freezing import is_trained
-from model.hugging_face.hf_format import load_export
+from model.hugging_face.loading import load_export
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
 from pipeline.engine.engine import Engine

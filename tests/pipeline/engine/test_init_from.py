@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.hugging_face.hf_format import load_export
-from model.hugging_face.hf_import import ImportedWeights, LlamaFolder
+from model.hugging_face.importing import ImportedWeights, LlamaFolder
+from model.hugging_face.loading import load_export
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.hugging_face.export_folder import ExportDescription
-from model.hugging_face.hf_format import DTYPES, write_export
+from model.hugging_face.folder import ExportDescription
+from model.hugging_face.loading import DTYPES
 from model.hugging_face.modeling_headway import HeadwayForCausalLM
 from model.sharding import placement_of, take_slice
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.exporting.layer_by_layer import compare_layers, logit_blocks
 from pipeline.exporting.tensors import check_names, check_values
 from pipeline.exporting.whole_model import head_logits, parity_tokens
+from pipeline.exporting.writing import write_export
 from tests.support.tiny_export import VOCABULARY, byte_tokenizer, describe
 from tests.support.tiny_model import tiny_config, tiny_model, tiny_weights
 

@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-from model.hugging_face.export_folder import read_record, verify_files
+from model.hugging_face.folder import read_record, verify_files
 from pipeline.export import main as export_main
 from pipeline.reporting.metrics import read_metrics
 from tests.support.tiny_llama import save_llama

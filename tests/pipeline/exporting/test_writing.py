@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from model.errors import CheckpointError
-from model.hugging_face.export_folder import read_record, write_record
-from model.hugging_face.hf_format import load_export, write_export
-from model.hugging_face.hf_names import hf_names, hf_shapes, join, split
+from model.hugging_face.folder import read_record
+from model.hugging_face.loading import load_export
+from model.hugging_face.names import hf_names, hf_shapes, join, split
 from model.parameter_shapes import parameter_shapes
+from pipeline.exporting.writing import write_export, write_record
 from tests.support.tiny_export import EOS, VOCABULARY, byte_tokenizer, describe, export_tiny
 from tests.support.tiny_model import head_logits, tiny_config, tiny_model, tiny_weights
 

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
-from model.hugging_face.hf_format import load_export, write_export
-from model.hugging_face.hf_import import ImportedWeights, LlamaFolder
+from model.hugging_face.importing import ImportedWeights, LlamaFolder
+from model.hugging_face.loading import load_export
 from model.parameter_shapes import parameter_shapes
 from model.sharding import merge_slices, placement_of
+from pipeline.exporting.writing import write_export
 from tests.support.tiny_export import byte_tokenizer, describe, export_tiny
 from tests.support.tiny_llama import (
     LAYERS,

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
-from model.hugging_face.export_folder import RECORD_NAME, read_record, verify_files
-from model.hugging_face.hf_config import read_llama_config
-from model.hugging_face.hf_files import MODEL_INDEX_NAME, MODEL_NAME
-from model.hugging_face.hf_names import EXTRA_HEADS, hf_names, hf_shapes, join
+from model.hugging_face.config import read_llama_config
+from model.hugging_face.folder import RECORD_NAME, read_record, verify_files
+from model.hugging_face.names import EXTRA_HEADS, hf_names, hf_shapes, join
+from model.hugging_face.stored_tensors import MODEL_INDEX_NAME, MODEL_NAME
 from model.parameter_shapes import head_of, parameter_shapes
 from model.rope_scaling import RopeScaling
 from model.sharding import placement_of, take_slice

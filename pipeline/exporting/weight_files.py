@@ -1,4 +1,4 @@
-"""Tensors spread over safetensors files, as Hugging Face's libraries look for them."""
+"""Tensors written to safetensors files, as Hugging Face's libraries look for them."""
 
 import json
 import math
@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.errors import CheckpointError
-from model.hugging_face.hf_names import EXTRA_HEADS
-
-MODEL_NAME = "model.safetensors"
-MODEL_INDEX_NAME = "model.safetensors.index.json"
-ALL_HEADS_INDEX_NAME = "all_heads.safetensors.index.json"
-
+from model.hugging_face.names import EXTRA_HEADS
+from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, MODEL_INDEX_NAME
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _HEADER_ALIGNMENT = 8
@@ -126,61 +120,3 @@ class WeightFiles:
             "weight_map": {name: self._places[name].file_name for name in names},
         }
         (self._folder / file_name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-class StoredTensors:
-    """The tensors that an index lists, read one at a time.
-
-    Args:
-        folder: where the files are.
-        index_name: the index; where the folder has none of that name, the tensors are those of
-            model.safetensors.index.json, and without that (one file) of model.safetensors.
-
-    Raises:
-        CheckpointError: the index or a file cannot be read.
-    """
-
-    def __init__(self, folder: Path, index_name: str) -> None:
-        self._folder = folder
-        indexes = [folder / name for name in (index_name, MODEL_INDEX_NAME)]
-        index = next((path for path in indexes if path.is_file()), None)
-        if index is not None:
-            try:
-                self._places: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                raise CheckpointError(
-                    f"{index} cannot be read ({type(error).__name__}: {error}); export again"
-                ) from error
-        else:
-            self._places = dict.fromkeys(self._open(MODEL_NAME).keys(), MODEL_NAME)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor that the listed files hold, without those in a wrong file."""
-        found = {}
-        for file_name in sorted(set(self._places.values())):
-            file = self._open(file_name)
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if self._places.get(name, file_name) == file_name:
-                    found[name] = tuple(file.get_slice(name).get_shape())
-        return found
-
-    def whole(self, name: str) -> Tensor:
-        """One tensor, in the type it is stored in."""
-        return self._open(self._place(name)).get_tensor(name)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix, in the type it is stored in."""
-        return self._open(self._place(name)).get_slice(name)[start:stop]
-
-    def _place(self, name: str) -> str:
-        if name not in self._places:
-            raise CheckpointError(f"{self._folder}: tensor {name} is missing; export again")
-        return self._places[name]
-
-    def _open(self, file_name: str) -> Any:
-        """The file, opened anew, so that what was read of it does not stay in memory."""
-        path = self._folder / file_name
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); export again") from error

@@ -1,0 +1,135 @@
+"""The export format: a plain Hugging Face Llama, with the extra heads beside it.
+
+    config.json, generation_config.json   a LlamaForCausalLM of L - n + 1 layers
+    model.safetensors                     trunk and head 1 (several files past 5 GB)
+    model.safetensors.index.json          which file holds which of their tensors
+    extra_heads.safetensors               heads 2 .. n, likewise; absent when n = 1
+    all_heads.safetensors.index.json      the files of all tensors, for the class below
+    modeling_headway.py                   a class for transformers with all heads
+    tokenizer.json, tokenizer_config.json
+    README.md                             the model card
+    headway.json                          sizes, heads, source, and all files with checksums
+
+Whatever reads Llama models reads the folder as one and leaves the extra heads alone; with
+`trust_remote_code=True` transformers takes the class that has them.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from model.config import ModelConfig
+from model.errors import CheckpointError
+
+RECORD_NAME = "headway.json"
+CARD_NAME = "README.md"
+TOKENIZER_NAME = "tokenizer.json"
+FORMAT: Literal["headway-export"] = "headway-export"
+
+_READ_BYTES = 1 << 24
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Entry):
+    """Size and checksum of one file."""
+
+    bytes: int
+    xxh3_128: str
+
+
+class ExportDescription(_Entry):
+    """What an export is of.
+
+    Attributes:
+        model: sizes, the number of heads among them.
+        dtype: of the stored weights.
+        sequence_length: positions that the model was trained on.
+        eos_token: name of the end-of-text token.
+        eos_id: its id.
+        run: name of the run that trained it.
+        step: optimizer steps it was trained for.
+    """
+
+    model: ModelConfig
+    dtype: Literal["fp32", "bf16"]
+    sequence_length: int
+    eos_token: str
+    eos_id: int
+    run: str
+    step: int
+
+
+class ExportRecord(_Entry):
+    """headway.json; written last, so that its presence means a whole folder.
+
+    Attributes:
+        future_tokens: number of heads that the folder holds.
+        description: what the export is of.
+        files: every other file by name, without the model card, which is there to be edited.
+    """
+
+    format: Literal["headway-export"] = FORMAT
+    version: Literal[1] = 1
+    future_tokens: int
+    description: ExportDescription
+    files: dict[str, FileEntry]
+
+
+def read_record(directory: Path) -> ExportRecord:
+    """What an export says of itself.
+
+    Raises:
+        CheckpointError: no such folder, not an export, or its record is damaged.
+    """
+    path = directory / RECORD_NAME
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a folder; give one that python -m pipeline.export has written"
+        )
+    try:
+        return ExportRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} has no readable {RECORD_NAME} ({error.strerror}), so it is not an export "
+            "with its heads; give a folder that python -m pipeline.export has written"
+        ) from error
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise CheckpointError(
+            f"{path} is damaged ({where}: {fault['msg']}); export again"
+        ) from error
+
+
+def verify_files(directory: Path, record: ExportRecord) -> None:
+    """See to it that every file is there, with its size and its checksum.
+
+    Raises:
+        CheckpointError: naming the first file that is not.
+    """
+    for name, entry in record.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; export again")
+        if (size := path.stat().st_size) != entry.bytes:
+            raise CheckpointError(
+                f"{path} has {size} bytes, {RECORD_NAME} says {entry.bytes}; export again"
+            )
+        if checksum(path) != entry.xxh3_128:
+            raise CheckpointError(
+                f"{path} is damaged: its checksum is not the one in {RECORD_NAME}; export again"
+            )
+
+
+def checksum(path: Path) -> str:
+    """128-bit xxh3 of a file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""An export, read back into our model."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.errors import CheckpointError
+from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord, read_record, verify_files
+from model.hugging_face.names import hf_names, hf_shapes, join
+from model.language_model import MultiTokenModel
+from model.parameter_shapes import head_of, parameter_shapes
+from model.process_groups import ensure_single_process
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LoadedExport(NamedTuple):
+    """An export, ready for use.
+
+    Attributes:
+        model: with all its heads, in evaluation mode.
+        tokenizer: encodes text that spells a special token as ordinary text.
+        record: what the folder says of itself.
+    """
+
+    model: MultiTokenModel
+    tokenizer: tokenizers.Tokenizer
+    record: ExportRecord
+
+
+def load_export(directory: Path, dtype: torch.dtype | None = None) -> LoadedExport:
+    """Load an export on the CPU, in a world of one process.
+
+    Args:
+        directory: the folder.
+        dtype: of the weights in memory; None = as stored.
+
+    Raises:
+        CheckpointError: a file, a head or a tensor is missing, or one is damaged.
+    """
+    record = read_record(directory)
+    verify_files(directory, record)
+    config = record.description.model
+    tokenizer = _load_tokenizer(directory, config)
+    with ExitStack() as stack:
+        tensors = _open_tensors(directory, record, stack)
+        weights = _our_parameters(directory, config, tensors)
+        model = build_model(config, weights, dtype or DTYPES[record.description.dtype])
+    return LoadedExport(model, tokenizer, record)
+
+
+def build_model(
+    config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> MultiTokenModel:
+    """A model in evaluation mode on the CPU, with every parameter from `weights`."""
+    ensure_single_process()
+    model = MultiTokenModel(config, dtype=dtype).to(dtype).eval().requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights:
+        parameters.pop(name).copy_(tensor)
+    assert not parameters, list(parameters)
+    return model
+
+
+def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizers.Tokenizer:
+    path = directory / TOKENIZER_NAME
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} is not a tokenizer.json ({error}); export again") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= config.vocab_size:
+        raise CheckpointError(
+            f"{path} gives ids up to {largest}, the model has {config.vocab_size} tokens; "
+            "put the tokenizer that the model was trained with there and export again"
+        )
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _open_tensors(directory: Path, record: ExportRecord, stack: ExitStack) -> dict[str, Any]:
+    """The open file that holds each tensor, by the tensor's name."""
+    files: dict[str, Any] = {}
+    for file_name in record.files:
+        if not file_name.endswith(".safetensors"):
+            continue
+        try:
+            file = stack.enter_context(safe_open(directory / file_name, framework="pt"))
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{directory / file_name} is damaged ({error}); export again"
+            ) from error
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _our_parameters(
+    directory: Path, config: ModelConfig, files: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in parameter_shapes(config).items():
+        names = hf_names(name, config)
+        parts = []
+        for hf_name, hf_shape in zip(names, hf_shapes(name, shape, config), strict=True):
+            if hf_name not in files:
+                raise CheckpointError(
+                    f"{directory}: tensor {hf_name}{_which_head(name)} is missing; export again"
+                )
+            part = files[hf_name].get_tensor(hf_name)
+            if tuple(part.shape) != hf_shape:
+                raise CheckpointError(
+                    f"{directory}: tensor {hf_name} has shape {tuple(part.shape)}, the model's "
+                    f"sizes give {hf_shape}; export again"
+                )
+            parts.append(part)
+        yield name, join(name, parts, config)
+
+
+def _which_head(name: str) -> str:
+    head = head_of(name)
+    return f" of head {head}" if head else ""

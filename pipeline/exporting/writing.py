@@ -1,0 +1,134 @@
+"""Writes what an export folder holds; it gets its name when whole and checked."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import model.hugging_face
+from model.hugging_face.config import CONFIG_NAME, llama_config
+from model.hugging_face.folder import (
+    CARD_NAME,
+    RECORD_NAME,
+    TOKENIZER_NAME,
+    ExportDescription,
+    ExportRecord,
+    FileEntry,
+    checksum,
+)
+from model.hugging_face.loading import DTYPES
+from model.hugging_face.names import hf_names, hf_shapes, split
+from model.parameter_shapes import checked_parameters, parameter_shapes
+from pipeline.exporting.target import written_aside
+from pipeline.exporting.weight_files import WeightFiles
+
+MAX_FILE_BYTES = 5_000_000_000
+
+_CODE = Path(model.hugging_face.__path__[0], "modeling_headway.py")
+_CLASS = f"{_CODE.stem}.HeadwayForCausalLM"
+_HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def write_export(
+    directory: Path,
+    description: ExportDescription,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    tokenizer: bytes,
+    card: str = "",
+    check: Callable[[Path], None] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write the folder; it appears under its name only when whole and checked.
+
+    Args:
+        directory: where to; an earlier export there is replaced.
+        description: what the export is of.
+        weights: whole parameters under our names, in any order; held one at a time.
+        tokenizer: content of tokenizer.json.
+        card: the model card; left out when empty.
+        check: called with the finished folder before it gets its name; raises to refuse it.
+        max_file_bytes: the model is spread over files of about this size.
+
+    Raises:
+        CheckpointError: parameters are missing, unknown or of wrong shape; the target may not be
+            replaced; or writing failed. The target is then as it was.
+    """
+    with written_aside(directory) as folder:
+        _write_weights(folder, description, weights, max_file_bytes)
+        for name, content in hf_settings(description).items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        (folder / TOKENIZER_NAME).write_bytes(tokenizer)
+        (folder / _CODE.name).write_bytes(_CODE.read_bytes())
+        if card:
+            (folder / CARD_NAME).write_text(card, "utf-8")
+        write_record(folder, description)
+        if check is not None:
+            check(folder)
+
+
+def hf_settings(description: ExportDescription) -> dict[str, dict[str, Any]]:
+    """The JSON files that `transformers` reads, by name.
+
+    Documents were separated by the end-of-text token, so it also is what text begins with.
+    """
+    model, eos_id = description.model, description.eos_id
+    return {
+        CONFIG_NAME: llama_config(
+            model,
+            sequence_length=description.sequence_length,
+            dtype=_HF_DTYPES[description.dtype],
+        )
+        | {
+            "bos_token_id": eos_id,
+            "eos_token_id": eos_id,
+            "future_tokens": model.future_tokens,
+            "auto_map": {"AutoModelForCausalLM": _CLASS},
+        },
+        "generation_config.json": {"bos_token_id": eos_id, "eos_token_id": eos_id},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": description.eos_token,
+            "eos_token": description.eos_token,
+            "model_max_length": description.sequence_length,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+
+
+def _write_weights(
+    folder: Path,
+    description: ExportDescription,
+    weights: Iterable[tuple[str, Tensor]],
+    max_file_bytes: int,
+) -> None:
+    config, dtype = description.model, DTYPES[description.dtype]
+    shapes = {
+        hf_name: hf_shape
+        for name, shape in parameter_shapes(config).items()
+        for hf_name, hf_shape in zip(
+            hf_names(name, config), hf_shapes(name, shape, config), strict=True
+        )
+    }
+    files = WeightFiles(folder, shapes, dtype, max_file_bytes)
+    for name, tensor in checked_parameters(weights, config, folder):
+        parts = split(name, tensor.to(dtype), config)
+        for hf_name, part in zip(hf_names(name, config), parts, strict=True):
+            files.add(hf_name, part)
+    files.close()
+
+
+def write_record(directory: Path, description: ExportDescription) -> None:
+    """Write headway.json over all files that lie in the folder now, without the model card."""
+    paths = [path for path in sorted(directory.iterdir()) if path.name != CARD_NAME]
+    files = {path.name: _entry(path) for path in paths}
+    record = ExportRecord(
+        future_tokens=description.model.future_tokens, description=description, files=files
+    )
+    (directory / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, xxh3_128=checksum(path))
