@@ -12,7 +12,7 @@ Per stage and micro-batch of T tokens, with tensor-parallel size t and data-para
                        counts, else their sum.
     transfer           T H e / w to the next stage
 
-`pipeline.stages.plan.step_time` plays the 1F1B schedule through with these times. Then, once a
+`pipeline.stages.costs.step_time` plays the 1F1B schedule through with these times. Then, once a
 step: ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the readout's
 gradient and share its values, and the optimizer moves the rank's share.
 
@@ -36,7 +36,8 @@ from typing import NamedTuple
 from model.config import ModelConfig
 from model.part import ModelPart
 from pipeline.reporting.run_summary import part_parameters
-from pipeline.stages.plan import StageCost, depths, step_time
+from pipeline.stages.costs import StageCost, step_time
+from pipeline.stages.plan import depths
 
 # Kept for backward by a layer, in units of H elements a token, as benchmarks/saved_tensors.py
 # counts them for bf16: 5 f / H + 16.5, of which norms and residuals are whole on each tensor rank.

@@ -35,7 +35,8 @@ from benchmarks.stage_arms import (
     run_config,
 )
 from benchmarks.stages_simulation import write_section
-from pipeline.stages.plan import depths, predicted_idle, stage_costs
+from pipeline.stages.costs import predicted_idle, stage_costs
+from pipeline.stages.plan import depths
 
 FULL = Workload(
     layers=12,

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor
@@ -359,25 +358,6 @@ class Engine:
             data_rank=self.topology.data_rank,
             data_size=self.topology.data_size,
         )
-
-
-def one_forward_one_backward(
-    micro_batches: int, num_depths: int, depth: int
-) -> Iterator[tuple[bool, int]]:
-    """DeepSpeed's 1F1B order for one stage: (is forward, micro-batch).
-
-    Args:
-        micro_batches: of a step.
-        num_depths: length of the chain of stages.
-        depth: place of the stage in it.
-    """
-    schedule = TrainSchedule(micro_batches=micro_batches, stages=num_depths, stage_id=depth)
-    done = {ForwardPass: 0, BackwardPass: 0}
-    for commands in schedule.steps():
-        for kind in map(type, commands):
-            if kind in done:
-                yield kind is ForwardPass, done[kind]
-                done[kind] += 1
 
 
 def gathered(parameters: list[Tensor], *, partitioned: bool) -> Any:

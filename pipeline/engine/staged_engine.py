@@ -26,9 +26,9 @@ from pipeline.engine.engine import (
     Engine,
     confine_trace_check,
     gathered,
-    one_forward_one_backward,
 )
 from pipeline.engine.evaluation import evaluate_heads
+from pipeline.stages.costs import micro_batch_order
 from pipeline.stages.links import StageLinks
 from pipeline.stages.plan import depths, num_depths
 from pipeline.stages.runner import MicroBatchEngine, StageRunner, activation_shape
@@ -61,9 +61,7 @@ class StagedEngine(Engine):
         super().__init__(config, topology, precision, imported)
         self._links = StageLinks(topology, self.dtype)
         order = functools.partial(
-            one_forward_one_backward,
-            num_depths=num_depths(topology.plan),
-            depth=depths(topology.plan)[topology.stage],
+            micro_batch_order, depths(topology.plan)[topology.stage], num_depths(topology.plan)
         )
         self._runner = StageRunner(
             self.model,

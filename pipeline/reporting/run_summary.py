@@ -14,14 +14,8 @@ from pipeline.config.run_config import (
     to_yaml,
 )
 from pipeline.engine.deepspeed_config import deepspeed_config
-from pipeline.stages.plan import (
-    depths,
-    layer_equivalents,
-    num_depths,
-    plan_text,
-    predicted_idle,
-    stage_costs,
-)
+from pipeline.stages.costs import predicted_idle, stage_costs
+from pipeline.stages.plan import depths, layer_equivalents, num_depths, plan_text
 
 _GRID_WIDTH = 8
 _STATE_BYTES = 12  # of a trained parameter in a checkpoint: weight and both moments in fp32

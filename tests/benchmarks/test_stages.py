@@ -24,7 +24,8 @@ from benchmarks.stages_simulation import INFINIBAND, fastest, layouts, samples_n
 from model.config import ModelConfig
 from model.part import ModelPart
 from pipeline.config.run_config import load_config
-from pipeline.stages.plan import balanced_plan, depths, predicted_idle, stage_costs
+from pipeline.stages.costs import predicted_idle, stage_costs
+from pipeline.stages.plan import balanced_plan, depths
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = Machine(
