@@ -11,7 +11,7 @@ heads keeps nothing but z.
 Legend: B batch, S sequence, H hidden, n heads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from pipeline.distributed.topology import Topology
 from pipeline.stages.links import StageLinks
 
 # (is forward, micro-batch) in the order in which a stage does them, for so many micro-batches.
-Order = Callable[[int], Iterator[tuple[bool, int]]]
+Order = Callable[[int], Iterable[tuple[bool, int]]]
 
 
 class MicroBatchEngine(NamedTuple):
