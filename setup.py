@@ -35,11 +35,14 @@ setup(
     ],
     extras_require={
         "dev": [
+            "furo>=2024.8",
             "hypothesis>=6.100",
             "mpich>=5.0",
             "mypy>=1.15",
+            "myst-parser>=4.0",
             "pytest>=8.3",
             "ruff>=0.9",
+            "sphinx>=8.0",
             "types-PyYAML>=6.0",
             "types-setuptools>=75",
         ],

@@ -14,7 +14,12 @@ BatchRange = Annotated[tuple[int, int], Strict(False)]
 
 
 class WeightStage(Section):
-    """Weights of the sources from a step on: after `step` steps, until the next stage."""
+    """Weights of the sources from a step on: after `step` steps, until the next stage.
+
+    Attributes:
+        step: steps after which these weights begin; 0 in the first one.
+        weights: share of samples of each source.
+    """
 
     step: Count
     weights: dict[str, Weight]
