@@ -6,6 +6,8 @@ SECTION is a section of a run (`run`, `model`, ...), a mapping within one (`rope
 
 import collections.abc
 import dataclasses
+import functools
+import operator
 import types
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -114,18 +116,16 @@ def _data_keys(section: str) -> Iterator[Key]:
     for name, field in fields.items():
         key = yaml_names.get(name, name)
         annotation = model.model_fields[key].annotation
-        if name == "sources":
-            kind = "list of sources"
-        else:
-            kind = words(_without_none(annotation), ())
+        kind = "list of sources" if name == "sources" else words(_without_none(annotation), ())
         default = "required" if field.default is dataclasses.MISSING else shown(field.default)
-        yield Key(key, kind, default, unit(f"{section}.{key}", annotation), described.get(name, ""))
+        counted = unit(f"{section}.{key}", annotation)
+        yield Key(key, kind, default, counted, described.get(name, ""))
 
 
 def _without_none(annotation: Any) -> Any:
     """In a data configuration every key may be left out, which its model writes as None."""
     kept = [part for part in get_args(annotation) if part is not types.NoneType]
-    return Union[tuple(kept)] if _is_union(annotation) else annotation
+    return functools.reduce(operator.or_, kept) if _is_union(annotation) else annotation
 
 
 def words(annotation: Any, metadata: Any) -> str:

@@ -10,9 +10,7 @@ _CONTINUED = re.compile(r"^ {8,}(\S.*)$")
 def attribute_descriptions(owner: type) -> dict[str, str]:
     """The description of each attribute that the class's docstring lists, as one line.
 
-    Example:
-        `Attributes:\\n    steps: optimizer steps\\n        of the run.` gives
-        `{"steps": "optimizer steps of the run."}`.
+    An entry is `name: words`; lines that are indented further go on with it.
     """
     lines = (inspect.getdoc(owner) or "").splitlines()
     if "Attributes:" not in lines:

@@ -24,9 +24,7 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "pipeline": Room(
-        480, 0, "pipeline/", "train  job  trainer\nexport  inspect  report  quickstart"
-    ),
+    "pipeline": Room(480, 0, "pipeline/", "train  job  trainer\nexport inspect report quickstart"),
     "pipeline.reporting": Room(620, 1.65, "reporting/", "metrics, logs,\nsummaries"),
     "pipeline.exporting": Room(925, 1.0, "exporting/", "a checkpoint to\na Llama folder"),
     "pipeline.data": Room(200, 2.4, "data/", "samples of a run,\nbatch order"),

@@ -133,8 +133,10 @@ def _draw_memory(canvas: Canvas) -> None:
     canvas.label(
         left - 10,
         444,
-        f"{load['layers']} layers in all, hidden size {load['hidden_size']}, vocabulary {VOCABULARY:,},\n"
-        f"{load['batch']} x {load['sequence']} tokens, fp32; {content['hardware']}; {content['date']}",
+        f"{load['layers']} layers in all, hidden size {load['hidden_size']}, "
+        f"vocabulary {VOCABULARY:,},\n"
+        f"{load['batch']} x {load['sequence']} tokens, fp32; "
+        f"{content['hardware']}; {content['date']}",
         size=7.5,
         color=PALE_INK,
         align="left",

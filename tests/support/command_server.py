@@ -134,7 +134,7 @@ def serve(address: str) -> None:
 
 
 def _attend(connection: socket.socket) -> None:
-    """One command: read it, run it in a child, send the child's number and status; never returns."""
+    """Run one command in a child, send the child's number and status; never returns."""
     header, streams, *_ = socket.recv_fds(connection, 8, 3)
     size = int.from_bytes(header, "big")
     with connection.makefile("rb") as incoming:
