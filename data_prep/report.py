@@ -42,9 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.report", description="Write a page about a shard set."
     )
-    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)"
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page (report.html)",
     )
     given = parser.parse_args(arguments)
     try:

@@ -130,12 +130,7 @@ def write_corpus(folder: Path) -> None:
     (folder / "notes.txt").write_text("\n".join(texts[:20]))
     for number in range(20):
         body = "\n    ".join(texts[number].split(" while "))
-        content = f"import os
-
-
-def f{number}():
-    {body}
-"
+        content = f"import os\n\n\ndef f{number}():\n    {body}\n"
         (folder / "code" / f"part_{number}.py").write_text(content)
 
 

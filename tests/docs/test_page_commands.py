@@ -1,5 +1,7 @@
 """Commands and programs that the pages mark with `run` do run, in a small copy of the tree."""
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +44,25 @@ def test_blocks_of_the_page_run(
     sandbox.fill(made, made_by(run))
     for block in run:
         sandbox.run(block)
+
+
+def test_metrics_page_has_every_key(made: Path) -> None:
+    """Each key that a run writes is explained; heads are k there."""
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    lines = (made / "runs/1b/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    written = {re.sub(r"head_\d+$", "head_k", key) for line in lines for key in json.loads(line)}
+    assert len(written) >= 10
+    assert written - explained == set()
+
+
+@pytest.mark.parametrize("folder", ["data/corpus", "runs/1b", "runs/1b/checkpoints", "export"])
+def test_files_page_names_every_file(folder: str, made: Path) -> None:
+    """What commands leave behind is explained."""
+    page = (ROOT / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
+    names = {re.sub(r"\d{5,}", "", path.name) for path in (made / folder).iterdir()}
+    assert len(names) >= 2
+    assert {name for name in names if name.rstrip("_") not in page} == set()
 
 
 def test_there_are_pages_with_commands() -> None:
