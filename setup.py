@@ -44,6 +44,7 @@ setup(
             "ruff>=0.9",
             "sphinx>=8.0",
             "types-PyYAML>=6.0",
+            "types-docutils>=0.21",
             "types-setuptools>=75",
         ],
         "wandb": ["wandb>=0.19"],

@@ -143,7 +143,7 @@ def make_once(sandbox: Sandbox) -> None:
     llama = sandbox.folder / "llama"
     save_llama(
         llama,
-        rope=dict(LLAMA3),
+        rope={**LLAMA3, "rope_theta": 500000.0},  # that of the configuration for Llama 3.2
         vocab_size=VOCABULARY,
         hidden_size=_MODEL["hidden_size"],
         intermediate_size=_MODEL["ffn_hidden_size"],

@@ -104,10 +104,8 @@ def test_every_argument_has_help(command: str) -> None:
 def test_the_page_has_every_command() -> None:
     """A new command gets its table and an example that is run or says why not."""
     text = (REFERENCE / "commands.md").read_text()
-    assert re.findall(r"^```\{command\} ([\w.]+)$", text, re.MULTILINE) == [
-        *COMMANDS[:5],
-        *sorted(COMMANDS[5:], key=text.index),
-    ]
+    shown = re.findall(r"^```\{command\} ([\w.]+)$", text, re.MULTILINE)
+    assert sorted(shown) == sorted(COMMANDS)
     mains = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for package in ("data_prep", "model", "pipeline")
