@@ -15,9 +15,10 @@ from pipeline.checkpoint.folder import CheckpointFolder, verify_together
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import Layout, TrainState
 from pipeline.config.run_config import RunConfig
+from pipeline.distributed.agreement import RankFlags, agree
 from pipeline.distributed.rendezvous import RankInfo
 from pipeline.distributed.topology import Topology
-from pipeline.engine.engine import Engine
+from pipeline.engine.build import build_engine
 
 RANKS = 2
 SEQUENCE = 64
@@ -66,7 +67,7 @@ class Bench:
         topology = Topology(RankInfo(rank, rank, RANKS), tensor, device)
         self.parameters = config.model.parameter_count().total
         self.checkpoints = CheckpointFolder(config.run.dir, config.checkpoint)
-        self.engine = Engine(config, topology, "fp32")
+        self.engine = build_engine(config, topology, "fp32")
         self.state = TrainState(
             data_fingerprint="",
             data_seed=0,
@@ -110,7 +111,8 @@ class Bench:
         steps = []
         while self.saver.saved_step == before:
             steps.append(self.step())
-            self.saver.advance()
+            flags = RankFlags(save_done=self.saver.is_done)
+            self.saver.advance(all_done=agree(torch.tensor(True), flags).save_done)
         figures = self.saver.figures()
         self.saver.close()
         return {

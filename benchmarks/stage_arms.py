@@ -32,8 +32,8 @@ from model.part import ModelPart
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
+from pipeline.engine.build import build_engine
 from pipeline.engine.deepspeed_config import deepspeed_config
-from pipeline.engine.staged_engine import build_engine
 
 SEED, LEARNING_RATE = 7, 1e-3
 
@@ -176,7 +176,7 @@ def _headway(workload: Workload, config: RunConfig) -> Steps:
         batches = local_batches(workload, number, topology.data_rank, topology.data_size)
         return float(engine.train_step(batches, LEARNING_RATE).head_losses.sum())
 
-    return step, engine.stage_idle_fractions
+    return step, engine.execution.idle_fractions
 
 
 def local_batches(workload: Workload, step: int, data_rank: int, data_size: int) -> list[Batch]:

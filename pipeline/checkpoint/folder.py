@@ -64,13 +64,20 @@ class CheckpointFolder:
         (partial / WEIGHTS).mkdir(parents=True)
         return partial
 
-    def commit(self, step: int, entries: Entries, reached: Callable[[str], None]) -> Path:
+    def commit(
+        self,
+        step: int,
+        entries: Entries,
+        reached: Callable[[str], None],
+        missing: Callable[[Path], list[str]] = lambda _weights: [],
+    ) -> Path:
         """Make a checkpoint of what all ranks have written; rank 0 does it.
 
         Args:
             step: its step.
             entries: every file, as its writer knows it; all are on the disk.
             reached: told of each point that a test may crash at.
+            missing: what the tensor files in a folder lack of the model, a line each.
 
         Raises:
             OSError: it failed; there is no new checkpoint, or `latest` does not name it.
@@ -80,6 +87,8 @@ class CheckpointFolder:
         write_manifest(partial, entries, reached)
         if problems := size_problems(partial):
             raise OSError(f"not all ranks see the same files: {'; '.join(problems[:3])}")
+        if problems := missing(partial / WEIGHTS):
+            raise OSError(f"the files are not the whole model: {'; '.join(problems[:3])}")
         sync_folder(partial / WEIGHTS)
         sync_folder(partial)
         reached("after-manifest")

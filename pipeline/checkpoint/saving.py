@@ -2,7 +2,7 @@
 
     step            what happens in it, on every rank together
     due             rank 0 makes the folder; each copies its share to host memory; threads write
-    the next ones   one flag is reduced: has every rank written?
+    the next ones   a flag goes with the step's exchange: has every rank written?
     the first yes   problems and checksums are exchanged; a thread of rank 0 commits
     the next ones   has rank 0 committed? then, or when there were problems, the save has ended
 
@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 
 from model.errors import CheckpointError
+from model.freezing import is_trained
 from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
 from pipeline.checkpoint.files import Entries, sync_folder, write_synced
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.host_copy import HostCopy
-from pipeline.checkpoint.sharded_tensors import Snapshot
+from pipeline.checkpoint.sharded_tensors import Snapshot, missing_state
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig, to_yaml
 from pipeline.distributed.agreement import first_problem, from_all, from_main, is_main
@@ -87,6 +88,8 @@ class Saver:
         device: where the ranks' collectives run.
         tokenizer: the tokenizer.json the data was made with.
         resumed_step: the step whose checkpoint the run goes on from; 0 for a new run.
+        missing: what the tensor files in a folder lack of the model, a line each; a save whose
+            files lack something fails. None = what the run's configuration asks for.
     """
 
     def __init__(
@@ -96,12 +99,18 @@ class Saver:
         device: torch.device,
         tokenizer: Path,
         resumed_step: int,
+        missing: Callable[[Path], list[str]] | None = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.saved_step: int | None = resumed_step or None
         self._config = config
         self._device = device
         self._tokenizer = tokenizer
+        self._missing = missing or functools.partial(
+            missing_state,
+            config=config.model,
+            trained=functools.partial(is_trained, freeze=config.train.freeze),
+        )
         self._memory = HostCopy()
         self._flight: _Flight | None = None
         self._figures: Record = {}
@@ -147,14 +156,22 @@ class Saver:
         self._flight = flight
         flight.stall_s = time.monotonic() - flight.begun_s
 
-    def advance(self) -> None:
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank has nothing left to do for the save in flight; told to the others."""
+        return self._flight is None or self._flight.is_done
+
+    def advance(self, *, all_done: bool) -> None:
         """After each step: go on with a save if all ranks can.
+
+        Args:
+            all_done: every rank's `is_done`, as agreed during the step.
 
         Raises:
             CheckpointError: the save failed, and the run is to stop then.
         """
-        if self._flight is not None:
-            self._proceed(self._flight)
+        if self._flight is not None and all_done:
+            self._go_on(self._flight)
 
     def finish(self, why: str = "") -> None:
         """Wait until a save that was begun is committed, or has failed.
@@ -169,11 +186,15 @@ class Saver:
         """
         if self._flight is not None and why:
             logger.info("waiting for the save of step %d: %s", self._flight.step, why)
-        while self._flight is not None:
-            if not self._proceed(self._flight):
-                flight = self._flight
+        while (flight := self._flight) is not None:
+            started_s = time.monotonic()
+            done = torch.tensor(int(flight.is_done), dtype=torch.int32, device=self._device)
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+            if not done:
                 time.sleep(_POLL_S)
-                flight.stall_s += _POLL_S
+            flight.stall_s += time.monotonic() - started_s
+            if done:
+                self._go_on(flight)
 
     def close(self) -> None:
         """Wait for deletions that are going on; on rank 0."""
@@ -197,17 +218,13 @@ class Saver:
                 "checkpoint.asynchronous=false"
             ) from error
 
-    def _proceed(self, flight: _Flight) -> bool:
-        """Take the next step of a save when all ranks are done with the last; whether they are."""
+    def _go_on(self, flight: _Flight) -> None:
+        """Take the next step of a save; all ranks are done with the last."""
         started_s = time.monotonic()
-        flag = torch.tensor(int(flight.is_done), dtype=torch.int32, device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        if flag:
-            self._end(flight) if flight.agreed else self._agree(flight)
+        self._end(flight) if flight.agreed else self._agree(flight)
         flight.stall_s += time.monotonic() - started_s
         if self._flight is None:
             self._report(flight)
-        return bool(flag)
 
     def _agree(self, flight: _Flight) -> None:
         """All have written: rank 0 begins to commit, unless one has failed."""
@@ -223,7 +240,9 @@ class Saver:
             reached = functools.partial(_reached, flight.step)
 
             def commit() -> None:
-                flight.folder = self.checkpoints.commit(flight.step, entries, reached)
+                flight.folder = self.checkpoints.commit(
+                    flight.step, entries, reached, self._missing
+                )
 
             flight.start(commit)
 
