@@ -116,14 +116,14 @@ class Bench:
         figures = self.saver.figures()
         self.saver.close()
         return {
-            "wait_s": float(figures["save_stall_s"]),  # type: ignore[arg-type]
-            "total_s": float(figures["save_total_s"]),  # type: ignore[arg-type]
+            "wait_s": float(figures["save_stall_s"]),
+            "total_s": float(figures["save_total_s"]),
             "step_s": sum(steps) / len(steps),
         }
 
 
 def _figure(saver: Saver, name: str) -> float:
-    return float(saver.figures()[name])  # type: ignore[arg-type]
+    return float(saver.figures()[name])
 
 
 def measure_saves(rank: int, folder: Path, quick: bool, repetitions: int) -> dict[str, Figures]:

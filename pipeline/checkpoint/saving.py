@@ -31,7 +31,6 @@ from pipeline.checkpoint.sharded_tensors import Snapshot, missing_state
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig, to_yaml
 from pipeline.distributed.agreement import first_problem, from_all, from_main, is_main
-from pipeline.reporting.metrics import Record
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class Saver:
         )
         self._memory = HostCopy()
         self._flight: _Flight | None = None
-        self._figures: Record = {}
+        self._figures: dict[str, float] = {}
 
     def begin(
         self,
@@ -200,7 +199,7 @@ class Saver:
         """Wait for deletions that are going on; on rank 0."""
         self.checkpoints.finish_deletions()
 
-    def figures(self) -> Record:
+    def figures(self) -> dict[str, float]:
         """Of the saves that ended since the last call, for the metrics."""
         figures, self._figures = self._figures, {}
         return figures

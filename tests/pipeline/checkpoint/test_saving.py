@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,18 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def _saver(config_path: Path, tmp_path: Path) -> tuple[Saver, TrainState, int]:
+def _saver(
+    config_path: Path,
+    tmp_path: Path,
+    missing: Callable[[Path], list[str]] | None = lambda _: [],
+) -> tuple[Saver, TrainState, int]:
+    """The tensors of these tests are not a model's, so by default nothing is missing."""
     config = load_config(config_path, [f"run.dir={tmp_path / 'run'}"])
     folder = CheckpointFolder(config.run.dir, config.checkpoint)
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
     state = TrainState(step=3, data_fingerprint="", data_seed=0, sequence_length=16, layout=LAYOUT)
-    # The tensors of these tests are not a model's, so nothing is missing.
-    saver = Saver(folder, config, torch.device("cpu"), tokenizer, 0, missing=lambda _: [])
+    saver = Saver(folder, config, torch.device("cpu"), tokenizer, 0, missing=missing)
     return saver, state, int(os.environ["RANK"])
 
 
@@ -138,6 +143,29 @@ def test_an_error_in_a_thread_fails_the_save_on_all_ranks(config: Path, tmp_path
         assert "saves again at step 6" in lines[-1]
     assert [step_of(path) for path in committed(tmp_path / "run" / FOLDER)] == [3]
     assert not list((tmp_path / "run" / FOLDER).glob("*.partial"))
+
+
+def _save_what_is_no_model(config_path: Path, tmp_path: Path) -> tuple[Any, dict[str, Any], str]:
+    """A checkpoint that counts, then one whose files lack nearly everything of the model."""
+    log = _Lines()
+    logging.getLogger("pipeline.checkpoint.saving").addHandler(log)
+    for missing in (lambda _: [], None):  # None: what the configuration asks for
+        saver, state, rank = _saver(config_path, tmp_path, missing)
+        state.step = 3 if missing else 6
+        snapshot = Snapshot(rank, 0, 1, 3, {KEY: torch.zeros(4)})
+        saver.begin(state, lambda held=snapshot: held, asynchronous=True)
+        saver.finish()
+    return saver.saved_step, saver.figures(), log.lines[-1]
+
+
+def test_files_that_are_not_the_whole_model_are_no_checkpoint(config: Path, tmp_path: Path) -> None:
+    """Were the optimizer's states not found, the save would fail, and the one before would stay."""
+    for saved, figures, line in run_ranks(2, _save_what_is_no_model, config, tmp_path):
+        assert saved is None
+        assert figures == {"save_failed": 1}
+        assert "the files are not the whole model: weight of trunk.embedding.weight" in line
+        assert "is missing elements 0 to" in line
+    assert [step_of(path) for path in committed(tmp_path / "run" / FOLDER)] == [3]
 
 
 def _finish_half(config_path: Path, tmp_path: Path) -> tuple[int | None, int | None]:
