@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.heads import ReadoutWeights
+from model.heads import LMHeadWeights
 from model.language_model import MultiTokenModel
 from model.loss import linear_cross_entropy, loss_and_gradients, loss_and_predictions
 
@@ -33,7 +33,7 @@ class MicroBatchResult(NamedTuple):
     remainder: Tensor
 
 
-class ReadoutGradients(NamedTuple):
+class LMHeadGradients(NamedTuple):
     """Where heads add up the gradients of the weights they share, over heads and micro-batches.
 
     Attributes:
@@ -45,12 +45,12 @@ class ReadoutGradients(NamedTuple):
     unembedding: Tensor
 
     @classmethod
-    def zeros(cls, shared: ReadoutWeights) -> "ReadoutGradients":
+    def zeros(cls, shared: LMHeadWeights) -> "LMHeadGradients":
         """Nothing yet."""
         dtype = torch.promote_types(shared.unembedding.dtype, torch.float32)
         return cls(*(torch.zeros_like(weight, dtype=dtype) for weight in shared))
 
-    def pairs(self, shared: ReadoutWeights) -> list[tuple[Tensor, Tensor | None]]:
+    def pairs(self, shared: LMHeadWeights) -> list[tuple[Tensor, Tensor | None]]:
         """Each shared weight with its gradient in its own precision, for `deliver`."""
         return [(w, g.to(w.dtype)) for w, g in zip(shared, self, strict=True)]
 
@@ -92,9 +92,9 @@ def sequential_backward(
     Returns:
         Loss sums, and the scalar that delivers the shared gradients.
     """
-    shared = model.heads.readout()
+    shared = model.heads.lm_head()
     trained = shared.unembedding.requires_grad
-    gradients = ReadoutGradients.zeros(shared) if trained else None
+    gradients = LMHeadGradients.zeros(shared) if trained else None
     result = heads_backward(
         model,
         trunk_output,
@@ -117,14 +117,14 @@ def heads_backward(
     labels: Tensor,
     scales: Tensor,
     *,
-    shared: ReadoutWeights,
-    gradients: ReadoutGradients | None,
+    shared: LMHeadWeights,
+    gradients: LMHeadGradients | None,
     chunk_tokens: int,
     documents: Tensor | None = None,
 ) -> HeadsResult:
     """Forward and backward, in turn, of the heads that this part of the model holds.
 
-    Only head layers receive their gradients here. Those of the readout are added to `gradients`,
+    Only head layers receive their gradients here. Those of the LM head are added to `gradients`,
     and that of z is returned, for the caller to `deliver` once.
 
     Args:
@@ -132,19 +132,19 @@ def heads_backward(
         trunk_output: z `[S, B, H]`.
         labels: `[n, B, S]` of all heads of the model, -100 where ignored.
         scales: `[n]` of all heads of the model, factor on each head's loss sum.
-        shared: what `model.heads.readout()` gave.
-        gradients: of the readout, added to in place; None when it is frozen.
+        shared: what `model.heads.lm_head()` gave.
+        gradients: of the LM head, added to in place; None when it is frozen.
         chunk_tokens: tokens whose logits exist at once.
         documents: `[B, S]`, the ones with which the trunk ran.
     """
-    readout = model.heads.readout
+    lm_head = model.heads.lm_head
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
     leaf = trunk_output.detach().requires_grad_(trunk_output.requires_grad)
     norm = shared.norm.detach().requires_grad_(gradients is not None)
     unembedding = shared.unembedding.detach()
     sums = []
     for head in model.heads.numbers:
-        normed = readout.normalize(model.heads.hidden(head, leaf, context), norm)
+        normed = lm_head.normalize(model.heads.hidden(head, leaf, context), norm)
         hidden, targets = normed.detach().flatten(0, 1), _sequence_first(labels[head - 1])
         if not normed.requires_grad and gradients is None:  # nothing of it is trained
             loss, _ = loss_and_predictions(
@@ -182,12 +182,12 @@ def joint_backward(
 
     Arguments and result as in `sequential_backward`; every gradient arrives with `remainder`.
     """
-    norm, unembedding = model.heads.readout()
+    norm, unembedding = model.heads.lm_head()
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
     losses = []
     for index, head in enumerate(model.heads.numbers):
         hidden = model.heads.hidden(head, trunk_output, context)
-        normed = model.heads.readout.normalize(hidden, norm)
+        normed = model.heads.lm_head.normalize(hidden, norm)
         losses.append(
             linear_cross_entropy(
                 normed.flatten(0, 1),

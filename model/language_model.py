@@ -163,8 +163,8 @@ class MultiTokenModel(nn.Module):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V']` of head outputs `[..., H]`, in the weights' dtype."""
-        norm, unembedding = self.heads.readout()
-        normed: Tensor = self.heads.readout.normalize(hidden, norm)
+        norm, unembedding = self.heads.lm_head()
+        normed: Tensor = self.heads.lm_head.normalize(hidden, norm)
         return normed @ unembedding.t()
 
     def use_cache(self, cache: KVCache | None) -> None:

@@ -17,7 +17,7 @@ _HEAD = re.compile(r"heads\.layers\.(\d+)\.")
 
 
 def head_of(name: str) -> int:
-    """Number of the head that a parameter is a layer of; 0 for trunk, embedding and readout."""
+    """Number of the head that a parameter is a layer of; 0 for trunk and LM head."""
     match = _HEAD.match(name)
     return int(match[1]) if match else 0
 

@@ -136,11 +136,11 @@ class StagedEngine(Engine):
         return norm
 
     def _readout(self) -> list[Tensor]:
-        return [self.model.heads.readout.norm_weight, self.model.heads.readout.weight]
+        return [self.model.heads.lm_head.norm_weight, self.model.heads.lm_head.weight]
 
     def _whole_readout(self) -> Any:
         """A context in which this stage's readout is whole."""
-        trained = self.model.part.owns_readout
+        trained = self.model.part.owns_lm_head
         return gathered(self._readout(), partitioned=trained and self._zero == 3)
 
     def _spread_readout(self) -> None:

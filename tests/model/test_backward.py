@@ -66,12 +66,12 @@ def test_joint_gradients_are_those_of_plain_autograd() -> None:
     tokens, labels = make_batch()
     model.zero_grad()
     trunk_output = model(tokens)
-    norm, unembedding = model.heads.readout()
+    norm, unembedding = model.heads.lm_head()
     context = model.context(SEQUENCE, tokens.device)
     sums = []
     for head in model.heads.numbers:
         hidden = model.heads.hidden(head, trunk_output, context)
-        hidden = model.heads.readout.normalize(hidden, norm)
+        hidden = model.heads.lm_head.normalize(hidden, norm)
         logits = (hidden @ unembedding.t()).permute(1, 2, 0)  # [B, V, S]
         sums.append(torch.nn.functional.cross_entropy(logits, labels[head - 1], reduction="sum"))
     total = torch.stack(sums)
@@ -117,7 +117,7 @@ def test_head_without_targets_gets_zero_gradients() -> None:
 def test_frozen_trunk_still_trains_the_heads(
     backward: Backward, checkpointing: Checkpointing
 ) -> None:
-    """Heads and readout get the gradients they get beside a trained trunk; the trunk gets none."""
+    """Heads and LM head get the gradients they get beside a trained trunk; the trunk gets none."""
     _, expected = run(training_model(), sequential_backward)
     model = training_model(checkpointing)
     model.trunk.requires_grad_(False)
@@ -135,7 +135,7 @@ def test_head_layers_train_when_all_else_is_frozen() -> None:
     _, expected = run(training_model(), sequential_backward)
     model = training_model()
     model.trunk.requires_grad_(False)
-    model.heads.readout.requires_grad_(False)
+    model.heads.lm_head.requires_grad_(False)
     _, gradients = run(model, sequential_backward)
     for name, gradient in gradients.items():
         if name.startswith("heads.layers."):

@@ -82,7 +82,7 @@ def test_heads_are_parallel(head: int) -> None:
 
 
 @pytest.mark.parametrize("shared", ["trunk.layers.1.", "trunk.embedding", "heads.readout.weight"])
-def test_trunk_and_readout_are_shared(shared: str) -> None:
+def test_trunk_and_lm_head_are_shared(shared: str) -> None:
     """What is shared changes all heads."""
     assert changed_heads(shared) == [1, 2, 3, 4]
 
