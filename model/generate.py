@@ -127,7 +127,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
     if options.compare and options.temperature > 0:
         raise ConfigError(
             f"--compare needs --temperature 0, not {options.temperature:g}: sampled outputs agree "
-            "in law, not token by token; leave one of the two out"
+            "in distribution, not token by token; leave one of the two out"
         )
 
 

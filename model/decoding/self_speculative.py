@@ -8,8 +8,8 @@ says which drafts were right and what comes after them, heads 2 .. k draft the n
     commit     d1   d2   y2             y2 follows them, d3 is forgotten
     next       y2   e1   e2   e3        e1 .. e3: heads 2 .. 4 at the position of d2
 
-Greedy decoding gives, token for token, what head 1 alone would give. Sampling gives the law of
-head 1 alone (speculative sampling, Leviathan et al. 2023, Chen et al. 2023).
+Greedy decoding gives, token for token, what head 1 alone would give. Sampling draws from
+the distribution of head 1 alone (speculative sampling, Leviathan et al. 2023, Chen et al. 2023).
 
 Legend: B batch, k heads in use, S positions of one forward, V vocabulary, H hidden.
 """
@@ -71,15 +71,15 @@ class Generation(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """Tokens drawn from several laws at once.
+    """Tokens drawn from several distributions at once.
 
     Attributes:
         tokens: `[B, P]`.
-        laws: `[B, P, V]` what each was drawn from; None when greedy.
+        distributions: `[B, P, V]` what each was drawn from; None when greedy.
     """
 
     tokens: Tensor
-    laws: Tensor | None
+    distributions: Tensor | None
 
 
 class Verdict(NamedTuple):
@@ -94,32 +94,32 @@ class Verdict(NamedTuple):
     following: Tensor
 
 
-class ChainLaw(NamedTuple):
+class ChainProbabilities(NamedTuple):
     """Speculative sampling of one chain of g drafts, as probabilities.
 
     Attributes:
         accept: `[..., g]` of keeping draft j, once all before it were kept.
-        following: `[..., g + 1, V]` law of the next token when exactly j drafts were kept.
+        following: `[..., g + 1, V]` distribution of the next token when exactly j drafts were kept.
     """
 
     accept: Tensor
     following: Tensor
 
 
-def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainLaw:
-    """How drafts are accepted so that the law of what is committed is the target's.
+def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainProbabilities:
+    """How drafts are accepted so that what is committed has the target's distribution.
 
     Draft j is kept with probability min(1, p_j(d_j) / q_j(d_j)); at the first that is not, the
     next token comes from the normalised positive part of p_j - q_j; after the last, from p_{g+1}.
     Exact for any q that was fixed before its draw.
 
     Args:
-        target: `[..., g + 1, V]` laws p of head 1, draft j's at index j - 1.
-        draft: `[..., g, V]` laws q that the drafts were drawn from.
+        target: `[..., g + 1, V]` distributions p of head 1, draft j's at index j - 1.
+        draft: `[..., g, V]` distributions q that the drafts were drawn from.
         tokens: `[..., g]` the drafts.
 
     Returns:
-        Acceptance probabilities and laws of the following token.
+        Acceptance probabilities and distributions of the following token.
     """
     chosen = tokens.unsqueeze(-1)
     wanted = target[..., :-1, :].gather(-1, chosen).squeeze(-1)
@@ -129,7 +129,7 @@ def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainLaw:
     total = excess.sum(-1, keepdim=True)
     # No excess means p = q up to rounding: then the drafts are accepted, and p itself is as good.
     rest = torch.where(total > 0, excess / total, target[..., :-1, :])
-    return ChainLaw(accept, torch.cat([rest, target[..., -1:, :]], dim=-2))
+    return ChainProbabilities(accept, torch.cat([rest, target[..., -1:, :]], dim=-2))
 
 
 class _Greedy:
@@ -152,26 +152,27 @@ class _Sampling:
         self.generator = generator
 
     def draw(self, logits: Tensor) -> Drafts:
-        laws = self._law(logits)
-        return Drafts(self._sample(laws), laws)
+        distributions = self._distributions(logits)
+        return Drafts(self._sample(distributions), distributions)
 
     def verify(self, logits: Tensor, drafts: Drafts) -> Verdict:
-        assert drafts.laws is not None
-        law = accept_chain(self._law(logits), drafts.laws, drafts.tokens)
-        chances = torch.rand(law.accept.shape, generator=self.generator, device=logits.device)
-        kept = _leading(chances < law.accept)
+        assert drafts.distributions is not None
+        chain = accept_chain(self._distributions(logits), drafts.distributions, drafts.tokens)
+        chances = torch.rand(chain.accept.shape, generator=self.generator, device=logits.device)
+        kept = _leading(chances < chain.accept)
         rows = torch.arange(kept.shape[0], device=kept.device)
-        return Verdict(kept, self._sample(law.following[rows, kept].unsqueeze(1)).squeeze(1))
+        return Verdict(kept, self._sample(chain.following[rows, kept].unsqueeze(1)).squeeze(1))
 
-    def _law(self, logits: Tensor) -> Tensor:
+    def _distributions(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits.float() / self.temperature, dim=-1)
 
-    def _sample(self, laws: Tensor) -> Tensor:
-        """One token `[B, P]` from each law `[B, P, V]`."""
-        if not laws.shape[1]:
-            return torch.empty(laws.shape[:2], dtype=torch.long, device=laws.device)
-        flat = torch.multinomial(laws.flatten(0, 1), 1, generator=self.generator)
-        return flat.view(laws.shape[:2])
+    def _sample(self, distributions: Tensor) -> Tensor:
+        """One token `[B, P]` from each distribution `[B, P, V]`."""
+        shape = distributions.shape[:2]
+        if not distributions.shape[1]:
+            return torch.empty(shape, dtype=torch.long, device=distributions.device)
+        flat = torch.multinomial(distributions.flatten(0, 1), 1, generator=self.generator)
+        return flat.view(shape)
 
 
 def _leading(right: Tensor) -> Tensor:

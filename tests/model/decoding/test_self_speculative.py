@@ -1,4 +1,4 @@
-"""Self-speculative decoding: the same tokens, or the same law, as head 1 alone gives."""
+"""Self-speculative decoding: the same tokens, or the same distribution, as head 1 alone gives."""
 
 import functools
 import itertools
@@ -221,100 +221,102 @@ def test_prefill_forms_logits_of_the_last_position_only() -> None:
     torch.testing.assert_close(random_model().logits(whole), head_logits(random_model(), tokens))
 
 
-# The law of sampling, enumerated: an order-2 Markov target over 3 tokens, any draft laws.
+# The distribution of sampled texts, enumerated: an order-2 Markov target over 3 tokens, any drafts.
 
 VOCABULARY = 3
 LENGTH = 4
 
 
-def random_law(*key: int) -> Tensor:
-    """A law over the vocabulary, fixed by the key; one token in some laws has no mass."""
+def random_distribution(*key: int) -> Tensor:
+    """A distribution over the vocabulary, fixed by the key; some give one token no mass."""
     generator = torch.Generator().manual_seed(hash(key) % 2**31)
-    law = torch.rand(VOCABULARY, generator=generator, dtype=torch.float64)
+    distribution = torch.rand(VOCABULARY, generator=generator, dtype=torch.float64)
     if sum(key) % 3 == 0:
-        law[sum(key) % VOCABULARY] = 0
-    return law / law.sum()
+        distribution[sum(key) % VOCABULARY] = 0
+    return distribution / distribution.sum()
 
 
-def target_law(text: tuple[int, ...]) -> Tensor:
+def target_distribution(text: tuple[int, ...]) -> Tensor:
     """What head 1 says after a text: it looks at two tokens."""
-    return random_law(1, *text[-2:])
+    return random_distribution(1, *text[-2:])
 
 
-def draft_laws(text: tuple[int, ...], num_drafts: int) -> Tensor:
+def draft_distributions(text: tuple[int, ...], num_drafts: int) -> Tensor:
     """What heads 2 .. say after a text, `[num_drafts, V]`."""
-    return torch.stack([random_law(2 + head, *text[-1:]) for head in range(num_drafts)])
+    return torch.stack([random_distribution(2 + head, *text[-1:]) for head in range(num_drafts)])
 
 
-def enumerated_law(
+def enumerated_distribution(
     text: tuple[int, ...], following: int, num_drafts: int, wrong: bool
 ) -> dict[tuple[int, ...], float]:
-    """Law of the whole text, summed over all drafts, acceptances and draws.
+    """Distribution of the whole text, summed over all drafts, acceptances and draws.
 
     Args:
         text: tokens before `following`; the drafts were drawn after them.
         following: the last committed token.
         num_drafts: k - 1.
-        wrong: leave the residual law out, which must show.
+        wrong: leave the residual distribution out, which must show.
     """
     begin = (*text, following)
     if len(begin) >= LENGTH:
         return {begin[:LENGTH]: 1.0}
     result: dict[tuple[int, ...], float] = {}
-    draft = draft_laws(text, num_drafts)
+    draft = draft_distributions(text, num_drafts)
     for drafts in itertools.product(range(VOCABULARY), repeat=num_drafts):
         drawn = torch.tensor(drafts)
         chance = float(draft.gather(1, drawn.unsqueeze(1)).prod())
         if chance == 0:
             continue
-        target = torch.stack([target_law(begin + drafts[:j]) for j in range(num_drafts + 1)])
-        law = accept_chain(target, draft, drawn)
+        target = torch.stack(
+            [target_distribution(begin + drafts[:j]) for j in range(num_drafts + 1)]
+        )
+        chain = accept_chain(target, draft, drawn)
         for kept in range(num_drafts + 1):
-            here = chance * float(law.accept[:kept].prod())
+            here = chance * float(chain.accept[:kept].prod())
             if kept < num_drafts:
-                here *= 1 - float(law.accept[kept])
-            laws = target if wrong else law.following
+                here *= 1 - float(chain.accept[kept])
+            distributions = target if wrong else chain.following
             for token in range(VOCABULARY):
-                share = here * float(laws[kept, token])
+                share = here * float(distributions[kept, token])
                 if share == 0:
                     continue
-                rest = enumerated_law(begin + drafts[:kept], token, num_drafts, wrong)
+                rest = enumerated_distribution(begin + drafts[:kept], token, num_drafts, wrong)
                 for whole, part in rest.items():
                     result[whole] = result.get(whole, 0.0) + share * part
     return result
 
 
 def largest_error(num_drafts: int, wrong: bool = False) -> float:
-    """Largest difference between the enumerated law and the target's."""
+    """Largest difference between the enumerated distribution and the target's."""
     error = 0.0
-    law = enumerated_law((0,), 1, num_drafts, wrong)
+    distribution = enumerated_distribution((0,), 1, num_drafts, wrong)
     for rest in itertools.product(range(VOCABULARY), repeat=LENGTH - 2):
         text = (0, 1, *rest)
         expected = 1.0
         for place in range(2, LENGTH):
-            expected *= float(target_law(text[:place])[text[place]])
-        error = max(error, abs(law.get(text, 0.0) - expected))
+            expected *= float(target_distribution(text[:place])[text[place]])
+        error = max(error, abs(distribution.get(text, 0.0) - expected))
     return error
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2])
-def test_sampling_law_is_the_target_law(num_drafts: int) -> None:
-    """Enumerated over every branch, the law of texts is head 1's, whatever the drafts' laws."""
+def test_sampling_has_the_target_distribution(num_drafts: int) -> None:
+    """Enumerated over every branch, texts have head 1's distribution, whatever drafts come from."""
     assert largest_error(num_drafts) < 1e-12
     assert largest_error(num_drafts, wrong=True) > 1e-3
 
 
-def test_equal_laws_accept_everything() -> None:
-    """When p = q nothing is refused, and the following laws are laws all the same."""
-    law = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
-    result = accept_chain(torch.cat([law, law[:1]]), law, torch.tensor([1, 0]))
+def test_equal_distributions_accept_everything() -> None:
+    """When p = q every draft is accepted, and the next token's probabilities still sum to 1."""
+    draft = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
+    result = accept_chain(torch.cat([draft, draft[:1]]), draft, torch.tensor([1, 0]))
     assert torch.equal(result.accept, torch.ones(2))
     assert torch.equal(result.following.sum(-1), torch.ones(3))
 
 
-def chi_square(counts: Tensor, law: Tensor) -> float:
-    """Distance of counts from a law in standard deviations of the chi-square law."""
-    expected = law * counts.sum()
+def chi_square(counts: Tensor, distribution: Tensor) -> float:
+    """Distance of counts from a distribution, in standard deviations of chi-square."""
+    expected = distribution * counts.sum()
     enough = expected >= 5
     counts = torch.cat([counts[enough], counts[~enough].sum().unsqueeze(0)])
     expected = torch.cat([expected[enough], expected[~enough].sum().unsqueeze(0)])
@@ -325,7 +327,7 @@ def chi_square(counts: Tensor, law: Tensor) -> float:
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_sampled_texts_follow_the_model(heads: int) -> None:
-    """Counts of 10,000 sampled texts fit the model's law at that temperature and no other."""
+    """Counts of 10,000 sampled texts fit the model at that temperature and at no other."""
     config = tiny_config(vocab_size=5, future_tokens=3)
     model = tiny_model(config)
     found = generate(
@@ -339,14 +341,14 @@ def test_sampled_texts_follow_the_model(heads: int) -> None:
     places = torch.tensor(found.tokens) @ torch.tensor([25, 5, 1])
     counts = torch.bincount(places, minlength=125).double()
 
-    def law(temperature: float) -> Tensor:
+    def distribution(temperature: float) -> Tensor:
         texts = list(itertools.product(range(5), repeat=3))
         logits = head_logits(model, torch.tensor([[1, 2, *text] for text in texts]))[0, :, 1:4]
-        laws = torch.softmax(logits / temperature, dim=-1)
-        return laws.gather(2, torch.tensor(texts).unsqueeze(2)).prod(1).squeeze(1)
+        distributions = torch.softmax(logits / temperature, dim=-1)
+        return distributions.gather(2, torch.tensor(texts).unsqueeze(2)).prod(1).squeeze(1)
 
-    assert abs(chi_square(counts, law(1.5))) < 5
-    assert chi_square(counts, law(1.9)) > 10
+    assert abs(chi_square(counts, distribution(1.5))) < 5
+    assert chi_square(counts, distribution(1.9)) > 10
     assert heads == 1 or found.tokens_per_forward > 1
 
 
