@@ -96,7 +96,7 @@ def _measure_units(folder: Path, counts: Sequence[int]) -> Iterator[tuple[int, f
         with corpus.open("wb") as file:
             file.truncate(count * LINE_BYTES)
         options = BuildOptions(output, "bytes", inputs=(corpus,), unit_bytes=LINE_BYTES)
-        build(options, _Silence(), _Forger(output))
+        build(options, _Silence(), _FakeWorkers(output))
         (output / "manifest.json").unlink()
         command = [
             *(sys.executable, str(SCRIPT), "--input", str(corpus), "--output", str(output)),
@@ -120,8 +120,8 @@ class _Silence:
         pass
 
 
-class _Forger:
-    """A crew that writes what finished units leave: journal entries, and empty files as shards."""
+class _FakeWorkers:
+    """Workers that write what finished units leave: journal entries, and empty files as shards."""
 
     shares_output = False
 
@@ -155,8 +155,8 @@ class _Forger:
             entry.write_text(record.model_dump_json())
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """There are no other crews."""
+    def claim(self, name: str) -> Iterator[None]:
+        """Nobody else works on this output."""
         del name
         yield
 

@@ -30,7 +30,7 @@ from data_prep.building.plan import unit_list
 from data_prep.inputs.reading import read_unit
 from data_prep.inputs.records import Reading
 from data_prep.shards.atomic import whole_file
-from data_prep.workers.phase import Crew, Done, Observer, Phase
+from data_prep.workers.phase import Done, Observer, Phase, Workers
 
 FOLDER = "dedup"
 PARTITION_TEXTS = 1 << 21
@@ -66,17 +66,17 @@ class _UnitHashes(NamedTuple):
 
 
 def mark_duplicates(
-    job: DedupJob, sizes: NDArray[np.int64], crew: Crew, observer: Observer
+    job: DedupJob, sizes: NDArray[np.int64], workers: Workers, observer: Observer
 ) -> None:
     """Do the first two phases; then `find_duplicates` knows the answer for every unit.
 
     Args:
         job: Without the number of partitions, which follows from the first phase.
         sizes: Input bytes of each unit, `[num_units]`.
-        crew: Does the work.
+        workers: Do the work.
         observer: Told of the progress.
     """
-    crew.run(
+    workers.run(
         Phase("hash", "hashing", partial(_hash_unit, job), partial(_is_hashed, job), sizes),
         observer,
     )
@@ -90,7 +90,7 @@ def mark_duplicates(
         raise
     job = replace(job, partitions=max(1, -(-texts // PARTITION_TEXTS)))
     share = np.full(job.partitions, texts * _TEXT_BYTES // job.partitions, dtype=np.int64)
-    crew.run(
+    workers.run(
         Phase(
             "merge", "comparing hashes", partial(_merge_partition, job),
             partial(_is_merged, job), share,

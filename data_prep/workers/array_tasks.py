@@ -25,7 +25,7 @@ from data_prep.building.journal import CLAIMS, JOURNAL
 from data_prep.errors import DataError
 from data_prep.shards.atomic import unwritable
 from data_prep.workers.phase import Done, Observer, Phase
-from data_prep.workers.pool import default_workers, work_through
+from data_prep.workers.pool import default_processes, work_through
 
 # About as long as network file systems keep a file time in memory.
 LEASE_S = 60.0
@@ -61,24 +61,24 @@ def find_array_task(given: str | None, environment: Mapping[str, str]) -> ArrayT
     return ArrayTask((int(number) - first) // step % int(count), int(count))
 
 
-class ArrayCrew:
+class ArrayWorkers:
     """One task of an array, with its own worker processes.
 
     Args:
-        task: Says where this task begins to look for items.
+        task: Its number says where this task begins to look for items.
         output: Folder of the shard set, which all tasks reach under some path.
-        workers: Processes of this task; None = the cores it may use.
+        processes: Worker processes of this task; None = the cores it may use.
     """
 
     shares_output = True
 
-    def __init__(self, task: ArrayTask, output: Path, workers: int | None = None) -> None:
+    def __init__(self, task: ArrayTask, output: Path, processes: int | None = None) -> None:
         self._task = task
-        self._workers = workers or default_workers()
+        self._processes = processes or default_processes()
         self._claims = Claims(output / JOURNAL / CLAIMS)
 
     def run(self, phase: Phase, observer: Observer) -> None:
-        """Do items until all are on disk, whoever did them; see `Crew.run`."""
+        """Do items until all are on disk, whoever did them; see `Workers.run`."""
         total = len(phase.sizes)
         first = self._task.number * total // self._task.tasks
         observer.start(phase.verb, int(phase.sizes.sum()), total)
@@ -98,8 +98,8 @@ class ArrayCrew:
             left = busy
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """Wait until no other living task is in this step; see `Crew.turn`."""
+    def claim(self, name: str) -> Iterator[None]:
+        """Wait until no other living task is in this step; see `Workers.claim`."""
         while not self._claims.take(name):
             time.sleep(_POLL_S)
         try:
@@ -134,7 +134,7 @@ class ArrayCrew:
             observer.finish(int(phase.sizes[item]), done.tokens, done.rejects)
 
         work = partial(_do_unless_done, phase.work, phase.is_finished)
-        work_through(work, claimed(), min(self._workers, len(items)), collect)
+        work_through(work, claimed(), min(self._processes, len(items)), collect)
         return did
 
 

@@ -37,7 +37,7 @@ class Phase:
     """Items 0 .. len(sizes) - 1; each is done when its result is on disk.
 
     Doing an item twice, even at the same time in two processes, gives the same bytes under the
-    same names. So which worker does what decides about time only.
+    same names. So which worker does what affects only the time it takes.
 
     Attributes:
         name: Names the phase in claims; letters only.
@@ -54,11 +54,11 @@ class Phase:
     sizes: NDArray[np.int64]
 
 
-class Crew(Protocol):
+class Workers(Protocol):
     """The processes that work on a job.
 
     Attributes:
-        shares_output: True when other crews may write to the same output at the same time.
+        shares_output: True when other workers may write to the same output at the same time.
     """
 
     shares_output: bool
@@ -70,11 +70,11 @@ class Crew(Protocol):
             DataError: An item cannot be done.
         """
 
-    def turn(self, name: str) -> AbstractContextManager[None]:
-        """Hold back the other crews of this output in a step that only one should do."""
+    def claim(self, name: str) -> AbstractContextManager[None]:
+        """Claim a step that only one should do; other workers of this output wait."""
 
     def close(self) -> None:
-        """The build is over, one way or another."""
+        """Release everything: the build is over, with or without success."""
 
 
 def announce(phase: Phase, missing: NDArray[np.int64], observer: Observer) -> None:

@@ -15,8 +15,8 @@ from data_prep.building.build import build
 from data_prep.building.options import BuildOptions
 from data_prep.errors import DataError
 from data_prep.shard import main
-from data_prep.workers import array_tasks as array_crew
-from data_prep.workers.array_tasks import ArrayCrew, ArrayTask, Claims, find_array_task
+from data_prep.workers import array_tasks
+from data_prep.workers.array_tasks import ArrayTask, ArrayWorkers, Claims, find_array_task
 from tests.data_prep.conftest import Silence
 
 SCRIPT = Path(__file__).parents[3] / "data_prep" / "shard.py"
@@ -96,7 +96,7 @@ def test_a_failing_task_gives_its_claims_back(
         tmp_path / "out", "bytes", inputs=(path,), unit_bytes=2000, on_bad="fail"
     )
     with pytest.raises(DataError, match="malformed JSON"):
-        build(options, Silence(), ArrayCrew(ArrayTask(0, 2), options.output, workers=1))
+        build(options, Silence(), ArrayWorkers(ArrayTask(0, 2), options.output, processes=1))
     assert not (tmp_path / "out" / "journal" / "claims").exists()
 
 
@@ -104,7 +104,7 @@ def test_a_silent_holder_on_another_machine_loses_its_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While its sign of life moves, a claim stands; when that stops for the lease, it is free."""
-    monkeypatch.setattr(array_crew, "LEASE_S", 0.2)
+    monkeypatch.setattr(array_tasks, "LEASE_S", 0.2)
     sign = tmp_path / "alive-elsewhere"
     sign.touch()
     owner = {"host": "elsewhere", "pid": os.getpid(), "sign": sign.name}
