@@ -165,16 +165,16 @@ class _FakeWorkers:
 
 
 def _make_words() -> list[str]:
-    source = random.Random(3)
+    rng = random.Random(3)
     letters = "etaoinshrdlcumwfgypbvk"
-    return ["".join(source.choices(letters, k=source.randint(2, 11))) for _ in range(WORDS)]
+    return ["".join(rng.choices(letters, k=rng.randint(2, 11))) for _ in range(WORDS)]
 
 
 def _make_texts(words: Sequence[str], megabytes: int) -> Iterator[str]:
     """Documents of 20 to 3,000 words, all different, about `megabytes` in all."""
-    source, left = random.Random(5), megabytes * 1_000_000
+    rng, left = random.Random(5), megabytes * 1_000_000
     while left > 0:
-        text = " ".join(source.choices(words, k=source.randint(20, 3000)))
+        text = " ".join(rng.choices(words, k=rng.randint(20, 3000)))
         left -= len(text) + 12
         yield text
 

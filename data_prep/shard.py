@@ -139,7 +139,7 @@ def _make_parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="PATTERN",
-        help="files to take from directories (default: names that look like text or source)",
+        help="files to take from directories (default: names that look like text or source code)",
     )
     add(
         "--exclude",

@@ -52,7 +52,7 @@ class BuildOptions:
         sources: Several sources instead.
         workers: Processes; None = the cores this process may use. Never changes the result.
         validation_fraction: Share of the documents that is held out, chosen by a hash of the text.
-        globs: Patterns of the files to take from directories; none = text and source files.
+        globs: Patterns of the files to take from directories; none = text and source code.
         exclude: Patterns of files and folders to leave out of directories.
         text_key: The key or column of the text; one with dots is nested.
         dedup: "exact" keeps the first of documents with the same text, over all sources.

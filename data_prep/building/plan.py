@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from data_prep.building.journal import JOURNAL
 from data_prep.building.options import BuildOptions, Source
 from data_prep.errors import DataError
-from data_prep.inputs.sources import InputFile, Unit, choose_unit_bytes, find_inputs, plan_units
+from data_prep.inputs.input_files import InputFile, find_inputs
+from data_prep.inputs.units import Unit, choose_unit_bytes, plan_units
 from data_prep.shards.atomic import whole_file
 
 UNITS = "units.jsonl"

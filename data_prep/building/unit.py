@@ -16,9 +16,10 @@ from data_prep.building.journal import UnitRecord, find_finished, record_finishe
 from data_prep.building.options import BadRecordPolicy, Dedup
 from data_prep.building.plan import unit_list
 from data_prep.errors import DataError
+from data_prep.inputs.input_files import InputFile
 from data_prep.inputs.reading import read_unit
 from data_prep.inputs.records import SAMPLE_CHARACTERS, Reading, RecordBatch, Reject
-from data_prep.inputs.sources import InputFile, Unit
+from data_prep.inputs.units import Unit
 from data_prep.shards.arrow_file import ShardRows, write_shard
 from data_prep.shards.atomic import whole_file
 from data_prep.shards.manifest import (
@@ -90,7 +91,7 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
         for split in (TRAIN, VALIDATION)
     }
     counts = {segment.file: _Counts() for segment in unit.segments}
-    sources = {segment.file: segment.source for segment in unit.segments}
+    inputs = {segment.file: segment.input for segment in unit.segments}
     rejects: list[tuple[str, Reject]] = []
     duplicates = find_duplicates(job.output, unit.number) if job.dedup == "exact" else frozenset()
     first_text = 0
@@ -102,9 +103,9 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
         if job.special_tokens == "reject":
             _refuse_special(batch, tokenizer)
         counts[batch.file].add(batch)
-        rejects += [(sources[batch.file].path, reject) for reject in batch.rejects]
+        rejects += [(inputs[batch.file].path, reject) for reject in batch.rejects]
         if batch.rejects and job.on_bad == "fail":
-            raise rejection(sources[batch.file], batch.rejects[0])
+            raise rejection(inputs[batch.file], batch.rejects[0])
         for split, texts, rows in _divide(batch, job.validation_fraction):
             writers[split].add(batch.file, texts, rows)
     shards = [entry for writer in writers.values() for entry in writer.finish()]
@@ -119,11 +120,11 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     return done
 
 
-def rejection(source: InputFile, reject: Reject) -> DataError:
+def rejection(file: InputFile, reject: Reject) -> DataError:
     """The error for a bad record when bad records end the job."""
-    place = "row" if source.kind in ("parquet", "arrow") else "byte"
+    unit = "row" if file.kind in ("parquet", "arrow") else "byte"
     return DataError(
-        f"{source.path}: record at {place} {reject.offset} is bad: {reject.reason}; mend it, or "
+        f"{file.path}: record at {unit} {reject.offset} is bad: {reject.reason}; mend it, or "
         "use --on-bad skip to count it and go on"
     )
 

@@ -49,8 +49,8 @@ def read_parquet(
     Raises:
         DataError: The file has no such column of strings, or its footer is damaged.
     """
-    with pa.OSFile(path) as source, _explained(path):
-        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
+    with pa.OSFile(path) as opened, _explained(path):
+        parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
         column = _find_column(parquet.schema_arrow, path, reading)
         row = 0
         for number in range(parquet.num_row_groups):
@@ -66,8 +66,8 @@ def read_parquet_row(path: str, row: int, reading: Reading) -> Iterator[RecordBa
     Raises:
         DataError: As `read_parquet`.
     """
-    with pa.OSFile(path) as source, _explained(path):
-        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
+    with pa.OSFile(path) as opened, _explained(path):
+        parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
         column = _find_column(parquet.schema_arrow, path, reading)
         first = 0
         for number in range(parquet.num_row_groups):
@@ -89,11 +89,11 @@ def read_arrow(path: str, file: int, reading: Reading) -> Iterator[RecordBatch]:
     is_whole = _is_whole_arrow(path)
     with open(path, "rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    source = pa.BufferReader(pa.py_buffer(mapped))
+    buffer = pa.BufferReader(pa.py_buffer(mapped))
     if mapped[: len(ARROW_MAGIC)] == ARROW_MAGIC:
-        source.seek(len(ARROW_FILE_HEADER))
+        buffer.seek(len(ARROW_FILE_HEADER))
     with _explained(path):
-        stream = pa.ipc.open_stream(source)
+        stream = pa.ipc.open_stream(buffer)
         column = _find_column(stream.schema, path, reading)
     row, passed, damage = 0, 0, "" if is_whole else "truncated .arrow"
     while True:
@@ -108,7 +108,7 @@ def read_arrow(path: str, file: int, reading: Reading) -> Iterator[RecordBatch]:
             yield _take_rows(_descend(piece, column), file, row, reading)
             row += piece.num_rows
         # Pages that were read leave the memory of this process, or they would add up to the file.
-        position = source.tell() // mmap.PAGESIZE * mmap.PAGESIZE
+        position = buffer.tell() // mmap.PAGESIZE * mmap.PAGESIZE
         if position > passed:
             mapped.madvise(mmap.MADV_DONTNEED, passed, position - passed)
             passed = position

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.inputs.input_files import InputFile
 from data_prep.inputs.reading import read_text
 from data_prep.inputs.records import LARGEST_DOCUMENT_BYTES, Reading
-from data_prep.inputs.sources import InputFile
 from data_prep.shards.arrow_file import ShardRows, read_shard
 from data_prep.shards.manifest import InputEntry, Manifest, ShardEntry
 from data_prep.tokenization.tokenizer import Tokenizer
@@ -114,23 +114,23 @@ class ShardChecks:
                 yield f"document {row} does not decode back to its text"
 
     def _decodes_back(self, rows: ShardRows, row: int) -> bool:
-        """Compare a document with its source, or, if that is gone, with itself encoded again."""
+        """Compare a document with its input, or, if that is gone, with itself encoded again."""
         ids = rows.tokens[rows.offsets[row] : rows.offsets[row + 1] - 1]
         if not self._tokenizer.is_lossless or len(ids) > LARGEST_SAMPLED_TOKENS:
             return True
         text = self._tokenizer.decode(ids)
         entry = self._manifest.inputs[int(rows.src[row])]
-        source = source_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
-        if source is not None:
-            return source == text.encode()
+        original = input_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
+        if original is not None:
+            return original == text.encode()
         again, _ = self._tokenizer.encode_documents([text])
         return bool(np.array_equal(again[:-1], ids))
 
 
-def source_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
+def input_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
     """The text of a document in its input file; None when it cannot be had quickly."""
-    source = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
-    return read_text(source, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
+    file = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
+    return read_text(file, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
 
 
 def _lies_at(path: Path, position: int, expected: NDArray[Any]) -> bool:

@@ -189,7 +189,7 @@ class Decoder:
         model: the model.
         heads: k, how many of its heads to use; 1 is plain autoregressive decoding.
         temperature: 0 = greedy.
-        generator: source of randomness on the model's device, for a temperature above 0.
+        generator: random generator on the model's device, for a temperature above 0.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ def generate(
         max_new_tokens: limit for each row, at least 1.
         eos_id: ends a row, wherever in a block it comes; None = nothing does.
         temperature: 0 = greedy.
-        generator: source of randomness on `device`, for a temperature above 0.
+        generator: random generator on `device`, for a temperature above 0.
         device: where the model is.
     """
     assert max_new_tokens >= 1, max_new_tokens

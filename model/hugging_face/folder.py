@@ -8,7 +8,7 @@
     modeling_headway.py                   a class for transformers with all heads
     tokenizer.json, tokenizer_config.json
     README.md                             the model card
-    headway.json                          sizes, heads, source, and all files with checksums
+    headway.json                          sizes, heads, run, and all files with checksums
 
 Whatever reads Llama models reads the folder as one and leaves the extra heads alone; with
 `trust_remote_code=True` transformers takes the class that has them.

@@ -193,9 +193,9 @@ def test_the_cache_of_the_fast_library_is_bounded(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(encoder_module._Gigatoken, "_load", watch)
     tokenizer = Tokenizer(CONTENT, None, "")
     encoder = Encoder(tokenizer, "gigatoken")
-    source = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     text = " ".join(
-        "".join(map(chr, source.integers(97, 123, size=9))) for _ in range(60_000)
+        "".join(map(chr, rng.integers(97, 123, size=9))) for _ in range(60_000)
     ).encode()
     first = encoder.encode([text])[0]
     second = encoder.encode([text])[0]
