@@ -106,8 +106,8 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
         rejects += [(inputs[batch.file].path, reject) for reject in batch.rejects]
         if batch.rejects and job.on_bad == "fail":
             raise rejection(inputs[batch.file], batch.rejects[0])
-        for split, texts, rows in _divide(batch, job.validation_fraction):
-            writers[split].add(batch.file, texts, rows)
+        for split, texts, offsets in _divide(batch, job.validation_fraction):
+            writers[split].add(batch.file, texts, offsets)
     shards = [entry for writer in writers.values() for entry in writer.finish()]
     _write_rejects(job.output, unit.number, rejects)
     done = UnitRecord(
@@ -130,23 +130,23 @@ def rejection(file: InputFile, reject: Reject) -> DataError:
 
 
 def is_held_out(content: bytes, fraction: float) -> bool:
-    """True when a document belongs to the held-out split: decided by its text, not its place."""
+    """True when a document belongs to the held-out split: decided by its text, not its position."""
     return xxhash.xxh3_64_intdigest(content) < int(fraction * HASH_VALUES)
 
 
 def _divide(batch: RecordBatch, fraction: float) -> Iterator[tuple[str, list[bytes], list[int]]]:
     """The documents of each split: texts and offsets."""
-    texts, rows = batch.texts, batch.offsets
+    texts, offsets = batch.texts, batch.offsets
     if b"" in texts:
-        rows = [row for row, text in zip(rows, texts, strict=True) if text]
+        offsets = [offset for offset, text in zip(offsets, texts, strict=True) if text]
         texts = [text for text in texts if text]
     held_out = [is_held_out(text, fraction) for text in texts] if fraction else []
     if True not in held_out:
-        yield TRAIN, texts, rows
+        yield TRAIN, texts, offsets
         return
     for split, is_here in ((TRAIN, False), (VALIDATION, True)):
         chosen = [number for number, held in enumerate(held_out) if held is is_here]
-        yield split, [texts[number] for number in chosen], [rows[number] for number in chosen]
+        yield split, [texts[number] for number in chosen], [offsets[number] for number in chosen]
 
 
 def _drop_duplicates(batch: RecordBatch, first_text: int, duplicates: frozenset[int]) -> int:
@@ -249,9 +249,9 @@ class _SplitWriter:
             "split": split,
         }
 
-    def add(self, file: int, texts: Sequence[bytes], rows: Sequence[int]) -> None:
+    def add(self, file: int, texts: Sequence[bytes], offsets: Sequence[int]) -> None:
         """Append documents; full shards are written at once, so that memory is bounded."""
-        for shard in self._columns.add(file, texts, rows):
+        for shard in self._columns.add(file, texts, offsets):
             self._write(shard)
 
     def finish(self) -> list[ShardEntry]:
