@@ -118,7 +118,7 @@ class Layer(nn.Module):
 
         Args:
             hidden: `[S, B, H]`.
-            context: positions and mask of the rows.
+            context: positions and mask of the sequences.
 
         Returns:
             `[S, B, H]`.

@@ -3,7 +3,7 @@
 One forward does both. It runs over the last committed token and the drafts that follow it; head 1
 says which drafts were right and what comes after them, heads 2 .. k draft the next block:
 
-    pending    x    d1   d2   d3        positions m-1 .. m+2 of the row
+    pending    x    d1   d2   d3        positions m-1 .. m+2
     head 1     y0   y1   y2   y3        d1 = y0, d2 = y1, d3 != y2: two drafts are kept,
     commit     d1   d2   y2             y2 follows them, d3 is forgotten
     next       y2   e1   e2   e3        e1 .. e3: heads 2 .. 4 at the position of d2
@@ -45,8 +45,8 @@ class Generation(NamedTuple):
     """What was generated and what it took.
 
     Attributes:
-        blocks: for each row, the new tokens of each of its forwards. The first forward reads the
-            prompt and gives one token; a row is in no more forwards once it has ended.
+        blocks: for each prompt, the new tokens of each of its forwards. The first forward reads the
+            prompt and gives one token; a text takes part in no more forwards once it has ended.
         forwards: forwards of the whole batch.
     """
 
@@ -55,18 +55,18 @@ class Generation(NamedTuple):
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The new tokens of each row; the end-of-text token, where one came, is the last."""
-        return [[token for block in row for token in block] for row in self.blocks]
+        """The new tokens after each prompt; an end-of-text token, if one came, is the last."""
+        return [[token for block in blocks for token in block] for blocks in self.blocks]
 
     @property
     def num_tokens(self) -> int:
-        """New tokens of all rows."""
+        """New tokens after all prompts."""
         return sum(map(len, self.tokens))
 
     @property
     def tokens_per_forward(self) -> float:
-        """Mean tokens that a forward after the prompt's gave a row, from 1 to k."""
-        later = [len(block) for row in self.blocks for block in row[1:]]
+        """Mean tokens that a forward after the prompt's gave a text, from 1 to k."""
+        later = [len(block) for blocks in self.blocks for block in blocks[1:]]
         return sum(later) / len(later) if later else 1.0
 
 
@@ -160,8 +160,8 @@ class _Sampling:
         chain = accept_chain(self._distributions(logits), drafts.distributions, drafts.tokens)
         chances = torch.rand(chain.accept.shape, generator=self.generator, device=logits.device)
         kept = _leading(chances < chain.accept)
-        rows = torch.arange(kept.shape[0], device=kept.device)
-        return Verdict(kept, self._sample(chain.following[rows, kept].unsqueeze(1)).squeeze(1))
+        batch = torch.arange(kept.shape[0], device=kept.device)
+        return Verdict(kept, self._sample(chain.following[batch, kept].unsqueeze(1)).squeeze(1))
 
     def _distributions(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits.float() / self.temperature, dim=-1)
@@ -181,9 +181,9 @@ def _leading(right: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A batch being decoded; `prefill` once, then `step` until every row has what it needs.
+    """A batch being decoded; `prefill` once, then `step` until every sequence has what it needs.
 
-    Rows advance unevenly and do not influence one another.
+    Sequences advance unevenly and do not influence one another.
 
     Args:
         model: the model.
@@ -215,10 +215,10 @@ class Decoder:
         Args:
             prompts: `[B, S]`, padded on the right with any token.
             lengths: `[B]` of each prompt, at least 1.
-            capacity: positions that each row may reach, rejected drafts included.
+            capacity: positions that each sequence may reach, rejected drafts included.
 
         Returns:
-            `[B]` the first new token of each row.
+            `[B]` the first new token of each sequence.
         """
         self.cache = KVCache(prompts.shape[0], capacity, prompts.device)
         last = (lengths - 1).unsqueeze(1)
@@ -232,10 +232,10 @@ class Decoder:
         """One forward: verify the drafts, commit those that hold, draft anew.
 
         Args:
-            active: `[B]` bool; rows that are not stay as they are.
+            active: `[B]` bool; sequences that are not stay as they are.
 
         Returns:
-            `[B, k]` tokens and `[B]` how many of them, from the first, are new in each row.
+            `[B, k]` tokens and `[B]` how many of them, from the first, are new in each sequence.
         """
         pending = torch.cat([self.following.unsqueeze(1), self.drafts.tokens], dim=1)
         hidden = self.model.decode(pending, self.cache, self.heads)
@@ -245,8 +245,8 @@ class Decoder:
         tokens = torch.cat([pending[:, 1:], pending[:, :1]], dim=1)
         tokens = tokens.scatter(1, verdict.kept.unsqueeze(1), verdict.following.unsqueeze(1))
         self.following = torch.where(active, verdict.following, self.following)
-        rows = torch.arange(pending.shape[0], device=pending.device)
-        self._draft(hidden[1:, rows, verdict.kept])
+        batch = torch.arange(pending.shape[0], device=pending.device)
+        self._draft(hidden[1:, batch, verdict.kept])
         return tokens, new
 
     def _draft(self, hidden: Tensor) -> None:
@@ -274,8 +274,8 @@ def generate(
         model: the model.
         prompts: token ids, at least one in each prompt; lengths may differ.
         heads: k, how many heads to use.
-        max_new_tokens: limit for each row, at least 1.
-        eos_id: ends a row, wherever in a block it comes; None = nothing does.
+        max_new_tokens: limit for each prompt, at least 1.
+        eos_id: ends a text, wherever in a block it comes; None = nothing does.
         temperature: 0 = greedy.
         generator: random generator on `device`, for a temperature above 0.
         device: where the model is.
@@ -286,24 +286,24 @@ def generate(
     longest = int(lengths.max())
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
     decoder = Decoder(model, heads=heads, temperature=temperature, generator=generator)
-    # A row may end with up to k - 1 kept drafts too many, and reads k more while others go on.
+    # A text may end with up to k - 1 kept drafts too many, and reads k more while others go on.
     capacity = longest + max_new_tokens + 2 * heads
     first = decoder.prefill(torch.tensor(padded, device=device), lengths, capacity)
-    rows = [_Row(max_new_tokens, eos_id) for _ in prompts]
-    for row, token in zip(rows, first.tolist(), strict=True):
-        row.extend([token])
+    texts = [_Continuation(max_new_tokens, eos_id) for _ in prompts]
+    for text, token in zip(texts, first.tolist(), strict=True):
+        text.extend([token])
     forwards = 1
-    while any(row.active for row in rows):
-        active = torch.tensor([row.active for row in rows], device=device)
+    while any(text.active for text in texts):
+        active = torch.tensor([text.active for text in texts], device=device)
         tokens, new = decoder.step(active)
         forwards += 1
-        for row, block, count in zip(rows, tokens.tolist(), new.tolist(), strict=True):
-            row.extend(block[:count])
-    return Generation([row.blocks for row in rows], forwards)
+        for text, block, count in zip(texts, tokens.tolist(), new.tolist(), strict=True):
+            text.extend(block[:count])
+    return Generation([text.blocks for text in texts], forwards)
 
 
-class _Row:
-    """The new tokens of one row, cut at its end."""
+class _Continuation:
+    """The new tokens after one prompt, cut at the end of the text."""
 
     def __init__(self, max_new_tokens: int, eos_id: int | None) -> None:
         self.blocks: list[list[int]] = []
@@ -312,7 +312,7 @@ class _Row:
         self._eos_id = eos_id
 
     def extend(self, block: list[int]) -> None:
-        """Add what one forward gave; no-op once the row has ended."""
+        """Add what one forward gave; no-op once the text has ended."""
         if not self.active:
             return
         block = block[: self._room]

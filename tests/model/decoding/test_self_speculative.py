@@ -44,22 +44,22 @@ class PerfectDrafts:
 
     def __init__(self, model: MultiTokenModel, texts: Sequence[Sequence[int]]) -> None:
         self.model = model
-        self.texts = texts  # prompt and greedy continuation of each row
+        self.texts = texts  # prompt and greedy continuation of each sequence
 
     def decode(
         self, tokens: Tensor, cache: KVCache, heads: Sequence[int], positions: Tensor | None = None
     ) -> Tensor:
         """Head 1 computed, the others looked up."""
         truth = self.model.logits(self.model.decode(tokens, cache, [1], positions))[0]
-        rows = torch.arange(tokens.shape[0]).unsqueeze(1)
-        places = cache.positions if positions is None else cache.positions[rows, positions]
+        batch = torch.arange(tokens.shape[0]).unsqueeze(1)
+        positions_of = cache.positions if positions is None else cache.positions[batch, positions]
         outputs = [truth]
         for head in heads[1:]:
             output = torch.zeros_like(truth)
-            for row, column in itertools.product(*map(range, places.shape)):
-                place = int(places[row, column]) + head
-                if place < len(self.texts[row]):
-                    output[row, column, self.texts[row][place]] = 1
+            for index, column in itertools.product(*map(range, positions_of.shape)):
+                position = int(positions_of[index, column]) + head
+                if position < len(self.texts[index]):
+                    output[index, column, self.texts[index][position]] = 1
             outputs.append(output)
         return torch.stack(outputs)
 
@@ -97,11 +97,11 @@ def test_greedy_equals_plain_decoding(heads: int) -> None:
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_end_of_text_ends_a_row_and_no_other(heads: int) -> None:
-    """Each row stops after its first end of text; rows that have none go on unharmed."""
+    """Each text stops at its first end of text; those that have none go on unharmed."""
     eos_id = references()[0][6]
     expected = [cut(tokens, eos_id) for tokens in references()]
     lengths = {len(tokens) for tokens in expected}
-    assert len(lengths) > 1, "rows should end at different places"
+    assert len(lengths) > 1, "texts should end at different positions"
     found = generate(
         random_model(), tiny_prompts(), heads=heads, max_new_tokens=NUM_TOKENS, eos_id=eos_id
     )
@@ -117,18 +117,18 @@ def test_limit_inside_a_block(num_tokens: int) -> None:
     assert found.tokens == expected
 
 
-@pytest.mark.parametrize("place", range(1, 9))
-def test_end_of_text_inside_a_block(place: int) -> None:
-    """With right drafts the end of text falls on every place of a block; the rest is dropped."""
-    eos_id = references()[2][place]
+@pytest.mark.parametrize("position", range(1, 9))
+def test_end_of_text_inside_a_block(position: int) -> None:
+    """With right drafts the end of text falls on every position of a block; the rest goes."""
+    eos_id = references()[2][position]
     found = with_perfect_drafts(4, NUM_TOKENS, eos_id)
     assert found.tokens == [cut(tokens, eos_id) for tokens in references()]
 
 
 @pytest.mark.parametrize("num_tokens", range(2, 8))
 def test_a_row_that_ends_early_leaves_the_others_alone(num_tokens: int) -> None:
-    """The longest row ends with right drafts to spare; it rests while the others go on."""
-    longest = max(range(len(tiny_prompts())), key=lambda row: len(tiny_prompts()[row]))
+    """The longest text ends with right drafts to spare; it rests while the others go on."""
+    longest = max(range(len(tiny_prompts())), key=lambda index: len(tiny_prompts()[index]))
     texts: list[list[int]] = [[] for _ in tiny_prompts()]
     texts[longest] = tiny_prompts()[longest] + references()[longest]
     model = PerfectDrafts(random_model(), texts)
@@ -138,7 +138,7 @@ def test_a_row_that_ends_early_leaves_the_others_alone(num_tokens: int) -> None:
 
 
 def test_heads_that_copy_head_1_do_no_harm() -> None:
-    """Drafts that are plausible and at the wrong place are still verified."""
+    """Drafts that are plausible and at the wrong position are still verified."""
     config = tiny_config()
     weights = tiny_weights(config)
     for name in list(weights):
@@ -157,7 +157,7 @@ def test_heads_that_copy_head_1_do_no_harm() -> None:
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_forwards_add_up(heads: int) -> None:
-    """Every forward gives a row 1 to k tokens, the prompt's gives 1, and nothing is lost."""
+    """Every forward gives a text 1 to k tokens, the prompt's gives 1, and nothing is lost."""
     found = generate(random_model(), tiny_prompts(), heads=heads, max_new_tokens=NUM_TOKENS)
     for blocks in found.blocks:
         sizes = [len(block) for block in blocks]
@@ -185,31 +185,31 @@ def test_cache_after_rollback_is_that_of_a_fresh_prefill() -> None:
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     texts = [list(prompt) for prompt in prompts]
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.tensor(prompt)
+    for index, prompt in enumerate(prompts):
+        padded[index, : len(prompt)] = torch.tensor(prompt)
     decoder = Decoder(random_model(), heads=4)
     for text, token in zip(texts, decoder.prefill(padded, lengths, 64).tolist(), strict=True):
         text.append(token)
     refused = False
     for number in range(12):
-        active = torch.arange(len(prompts)) != number % len(prompts)  # each row rests at times
+        active = torch.arange(len(prompts)) != number % len(prompts)  # each sequence rests at times
         tokens, new = decoder.step(active)
         refused |= bool((new[active] < 4).any())
         for text, block, count in zip(texts, tokens.tolist(), new.tolist(), strict=True):
             text.extend(block[:count])
     assert refused
-    for row, text in enumerate(texts):
-        length = int(decoder.cache.lengths[row])
+    for index, text in enumerate(texts):
+        length = int(decoder.cache.lengths[index])
         assert length == len(text) - 1  # the last token is still to be read
         fresh = KVCache(1, 64, torch.device("cpu"))
         random_model().decode(torch.tensor([text[:length]]), fresh, [1, 2, 3, 4])
         for layer, (keys, values) in decoder.cache._layers.items():
             for kept, expected in zip((keys, values), fresh._layers[layer], strict=True):
-                torch.testing.assert_close(kept[row, :length], expected[0, :length])
+                torch.testing.assert_close(kept[index, :length], expected[0, :length])
 
 
 def test_prefill_forms_logits_of_the_last_position_only() -> None:
-    """Asked for one position of each row, decoding hands out that one and fills the whole cache."""
+    """Asked for one position of each, decoding gives that one and fills the whole cache."""
     tokens = torch.tensor([tiny_prompts()[2], tiny_prompts()[4][:9]])
     all_heads = [1, 2, 3, 4]
     whole = random_model().decode(tokens, KVCache(2, 9, torch.device("cpu")), all_heads)
@@ -293,8 +293,8 @@ def largest_error(num_drafts: int, wrong: bool = False) -> float:
     for rest in itertools.product(range(VOCABULARY), repeat=LENGTH - 2):
         text = (0, 1, *rest)
         expected = 1.0
-        for place in range(2, LENGTH):
-            expected *= float(target_distribution(text[:place])[text[place]])
+        for position in range(2, LENGTH):
+            expected *= float(target_distribution(text[:position])[text[position]])
         error = max(error, abs(distribution.get(text, 0.0) - expected))
     return error
 
@@ -338,8 +338,8 @@ def test_sampled_texts_follow_the_model(heads: int) -> None:
         temperature=1.5,
         generator=torch.Generator().manual_seed(0),
     )
-    places = torch.tensor(found.tokens) @ torch.tensor([25, 5, 1])
-    counts = torch.bincount(places, minlength=125).double()
+    codes = torch.tensor(found.tokens) @ torch.tensor([25, 5, 1])
+    counts = torch.bincount(codes, minlength=125).double()
 
     def distribution(temperature: float) -> Tensor:
         texts = list(itertools.product(range(5), repeat=3))
