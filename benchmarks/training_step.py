@@ -84,7 +84,7 @@ def _step(
     result = sequential_backward(
         model, model(tokens), labels, scales, chunk_tokens=workload.chunk_tokens
     )
-    result.remainder.backward()
+    result.surrogate_loss.backward()
 
 
 def _joint_loss(model: MultiTokenModel, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses of all heads and their gradients: head by head, or jointly as the reference.
+"""Losses of all heads and their gradients: head by head, or jointly for comparison.
 
 Sequential-head backward (Gloeckle et al. 2024, section 2, figure 2): each head runs forward and
 backward on a detached copy of the trunk's output before the next head begins, so the activations
@@ -22,15 +22,16 @@ from model.loss import linear_cross_entropy, loss_and_gradients, loss_and_predic
 
 
 class MicroBatchResult(NamedTuple):
-    """One micro-batch's losses, and the scalar whose backward completes its gradients.
+    """One micro-batch's losses, and a surrogate loss whose backward completes its gradients.
 
     Attributes:
         loss_sums: `[n]` float32, sum of each head's token losses on this rank, unscaled.
-        remainder: scalar with a graph; call backward on it once.
+        surrogate_loss: scalar with a graph; call backward on it once. Its value means nothing, its
+            gradients are those of the scaled losses that no parameter has received yet.
     """
 
     loss_sums: Tensor
-    remainder: Tensor
+    surrogate_loss: Tensor
 
 
 class LMHeadGradients(NamedTuple):
@@ -60,7 +61,7 @@ class HeadsResult(NamedTuple):
 
     Attributes:
         loss_sums: `[heads here]` float32, sum of each head's token losses on this rank, unscaled.
-        trunk_gradient: `[S, B, H]`, of the scaled losses with respect to z; None when z wants none.
+        trunk_gradient: `[S, B, H]`, of the scaled losses with respect to z; None when z needs none.
     """
 
     loss_sums: Tensor
@@ -79,7 +80,7 @@ def sequential_backward(
     """Forward and backward of every head in turn.
 
     The gradients of head layers are final when this returns; those of the trunk, the final norm
-    and the unembedding arrive with `remainder.backward()`.
+    and the unembedding arrive with `surrogate_loss.backward()`.
 
     Args:
         model: the model; under ZeRO its engine's module.
@@ -169,7 +170,7 @@ def heads_backward(
     return HeadsResult(torch.stack(sums), leaf.grad)
 
 
-def joint_backward(
+def joint_loss(
     model: MultiTokenModel,
     trunk_output: Tensor,
     labels: Tensor,
@@ -178,9 +179,10 @@ def joint_backward(
     chunk_tokens: int,
     documents: Tensor | None = None,
 ) -> MicroBatchResult:
-    """All heads forward in one graph, whose one backward is still to come; the reference.
+    """All heads forward in one graph, whose backward is still to come; for comparison.
 
-    Arguments and result as in `sequential_backward`; every gradient arrives with `remainder`.
+    Arguments and result as in `sequential_backward`; every gradient arrives with
+    `surrogate_loss`, which here is the weighted sum of the losses itself.
     """
     norm, unembedding = model.heads.lm_head()
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
@@ -207,7 +209,7 @@ def _sequence_first(labels: Tensor) -> Tensor:
 
 
 class _Deliver(torch.autograd.Function):
-    """A zero whose backward hands each tensor the gradient that was collected for it."""
+    """A zero whose backward gives each tensor the gradient that was collected for it."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
@@ -224,8 +226,8 @@ def deliver(pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     """The scalar whose backward gives every tensor of a pair its gradient."""
     wanted = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
     if not wanted:  # only the head layers are trained, and they have their gradients
-        # A zero with a graph, as DeepSpeed asks of a loss; its leaf is nobody's parameter.
+        # A zero with a graph, which DeepSpeed expects of a loss; its leaf is not a parameter.
         return pairs[0][0].new_zeros((), dtype=torch.float32, requires_grad=True) * 1.0
     gradients = [torch.zeros_like(tensor) if grad is None else grad for tensor, grad in wanted]
-    remainder: Tensor = _Deliver.apply(gradients, *(tensor for tensor, _ in wanted))
-    return remainder
+    surrogate_loss: Tensor = _Deliver.apply(gradients, *(tensor for tensor, _ in wanted))
+    return surrogate_loss

@@ -22,7 +22,7 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.backward import joint_backward, sequential_backward
+from model.backward import joint_loss, sequential_backward
 from model.freezing import freeze_parameters
 from model.hugging_face.importing import ImportedWeights
 from model.language_model import MultiTokenModel
@@ -182,7 +182,7 @@ class Engine:
         if self.config.train.head_backward == "joint":
 
             def joint(trunk_output: Tensor) -> tuple[Tensor, Tensor]:
-                return joint_backward(
+                return joint_loss(
                     self.model,
                     trunk_output,
                     batch.labels,

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from benchmarks.saved_tensors import SavedTensorMeter
 from model.attention import attend
-from model.backward import joint_backward, sequential_backward
+from model.backward import joint_loss, sequential_backward
 from model.documents import (
     BLOCK,
     bias_within,
@@ -142,14 +142,14 @@ def gradients(
     sequential: bool,
 ) -> dict[str, Tensor]:
     """Every parameter's gradient after micro-batches of tokens, labels and documents."""
-    backward = sequential_backward if sequential else joint_backward
+    backward = sequential_backward if sequential else joint_loss
     model.zero_grad()
     scales = torch.linspace(0.5, 2.0, len(model.heads.numbers), dtype=torch.float64)
     for tokens, labels, documents in sequences:
         trunk_output = model(tokens, documents=documents)
         backward(
             model, trunk_output, labels, scales, chunk_tokens=7, documents=documents
-        ).remainder.backward()
+        ).surrogate_loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.backward import joint_backward, sequential_backward
+from model.backward import joint_loss, sequential_backward
 from model.hugging_face.names import hf_names, split
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import parameter_shapes
@@ -38,7 +38,7 @@ def plain_llama() -> LlamaForCausalLM:
     return llama
 
 
-@pytest.mark.parametrize("backward", [sequential_backward, joint_backward])
+@pytest.mark.parametrize("backward", [sequential_backward, joint_loss])
 def test_one_head_is_a_plain_llama(backward: object) -> None:
     """With n = 1 loss and every gradient are those of transformers' Llama of L layers."""
     assert callable(backward)
@@ -46,7 +46,7 @@ def test_one_head_is_a_plain_llama(backward: object) -> None:
     model = tiny_model(config).train().requires_grad_(True)
     count = (LABELS != -100).sum()
     result = backward(model, model(TOKENS), LABELS, torch.ones(1).double() / count, chunk_tokens=5)
-    result.remainder.backward()
+    result.surrogate_loss.backward()
     llama = plain_llama()
     logits = llama(TOKENS).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), LABELS.flatten())
