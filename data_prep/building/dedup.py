@@ -128,14 +128,14 @@ def _hash_unit(job: DedupJob, number: int) -> Done:
             records.append(index)
     pairs = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
     high, low = pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
-    places = np.frombuffer(records, dtype=np.uint32)
+    record = np.frombuffer(records, dtype=np.uint32)
     # The sort is stable: among equal hashes the earliest record comes first.
     order = np.lexsort((low, high))
-    high, low, places = high[order], low[order], places[order]
+    high, low, record = high[order], low[order], record[order]
     first = _starts_group(high, low)
     _write_hashes(
         _hashes_path(job.output, number),
-        _UnitHashes(high[first], low[first], places[first], np.sort(places[~first])),
+        _UnitHashes(high[first], low[first], record[first], np.sort(record[~first])),
     )
     return Done()
 
@@ -156,7 +156,7 @@ def _merge_partition(job: DedupJob, number: int) -> Done:
         keys.append(record | np.uint64(unit << _RECORD_BITS))
     high, low, key = np.concatenate(highs), np.concatenate(lows), np.concatenate(keys)
     del highs, lows, keys
-    # Slices stand in unit order, so the stable sort leaves the earliest of equal texts first.
+    # Slices are in unit order, so the stable sort leaves the earliest of equal texts first.
     order = np.lexsort((low, high))
     duplicates = np.sort(key[order][~_starts_group(high[order], low[order])])
     with whole_file(_merged_path(job, number)) as temporary:

@@ -96,7 +96,7 @@ class BuildOptions:
         return tuple(
             replace(
                 source,
-                inputs=tuple(_place(path) for path in source.inputs),
+                inputs=tuple(_resolve(path) for path in source.inputs),
                 globs=self.globs if source.globs is None else source.globs,
                 exclude=self.exclude if source.exclude is None else source.exclude,
                 text_key=source.text_key or self.text_key,
@@ -158,7 +158,7 @@ def _source_problems(sources: tuple[Source, ...]) -> Iterator[str]:
         )
 
 
-def _place(path: Path) -> Path:
+def _resolve(path: Path) -> Path:
     """A path as given, or below the interpreter's standard library after "python:stdlib"."""
     text = os.fspath(path)
     if text != STDLIB_PREFIX and not text.startswith(f"{STDLIB_PREFIX}/"):

@@ -119,10 +119,10 @@ class UnitList:
         try:
             with self._path.open("rb") as lines:
                 while block := lines.read(_READ_BYTES):
-                    place = block.find(b"\n")
-                    while place >= 0:
-                        self._starts.append(position + place + 1)
-                        place = block.find(b"\n", place + 1)
+                    line_end = block.find(b"\n")
+                    while line_end >= 0:
+                        self._starts.append(position + line_end + 1)
+                        line_end = block.find(b"\n", line_end + 1)
                     position += len(block)
         except OSError as error:
             raise DataError(

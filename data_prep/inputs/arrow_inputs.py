@@ -145,22 +145,22 @@ def _first_byte(group: Any) -> int:
     """Where the first column of a row group begins in the file."""
     column = group.column(0)
     return min(
-        int(place)
-        for place in (column.dictionary_page_offset, column.data_page_offset)
-        if place is not None
+        int(offset)
+        for offset in (column.dictionary_page_offset, column.data_page_offset)
+        if offset is not None
     )
 
 
 def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
-    """The way to the text column: its literal name, else the names between the dots.
+    """The path to the text column: its literal name, else the names between the dots.
 
     Raises:
         DataError: There is none, or it does not hold strings.
     """
     key = reading.text_key
-    way = (key,) if key in schema.names else tuple(key.split("."))
+    path_in_schema = (key,) if key in schema.names else tuple(key.split("."))
     kind = schema
-    for name in way:
+    for name in path_in_schema:
         names = [field.name for field in kind]
         if names.count(name) != 1:
             raise DataError(
@@ -183,7 +183,7 @@ def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
             f"column {key!r} of {path} is {kind}, not text; name the text with --text-key, or "
             "--exclude the file"
         )
-    return way
+    return path_in_schema
 
 
 def _read_group(
@@ -215,7 +215,7 @@ def _cut(rows: Any) -> Iterator[Any]:
 
 
 def _descend(rows: Any, column: tuple[str, ...]) -> Any:
-    """The array at the end of the way; nulls of the structures on it count."""
+    """The array at the end of the path; nulls of the structures on it count."""
     array = rows.column(column[0])
     for name in column[1:]:
         array = pa.compute.struct_field(array, name)

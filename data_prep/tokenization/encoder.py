@@ -157,13 +157,13 @@ def _find_difference(tokenizer: Tokenizer, text: str, ids: NDArray[Any]) -> str:
 def _append_eos(
     ids: NDArray[Any], ends: NDArray[np.int64], eos_id: int, dtype: np.dtype[Any]
 ) -> tuple[TokenArray, NDArray[np.int64]]:
-    """Put EOS behind each document: ids [5, 6, 7], ends [2, 3] give [5, 6, E, 7, E], [3, 2]."""
-    places = ends + np.arange(len(ends))
+    """Put EOS after each document: ids [5, 6, 7], ends [2, 3] give [5, 6, E, 7, E], [3, 2]."""
+    positions = ends + np.arange(len(ends))
     is_text = np.ones(len(ids) + len(ends), dtype=bool)
-    is_text[places] = False
+    is_text[positions] = False
     flat: TokenArray = np.empty(len(is_text), dtype=dtype)
     flat[is_text] = ids
-    flat[places] = eos_id
+    flat[positions] = eos_id
     return flat, np.diff(ends, prepend=0) + 1
 
 
@@ -188,7 +188,7 @@ class _Gigatoken:
         self._backend = self._load()
 
     def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Ids of all texts, and the place where each ends."""
+        """Ids of all texts, and the position where each ends."""
         ids, ends = self._encode_all(texts)
         disputed = {number for number, text in enumerate(texts) if is_disputed(text)}
         if not disputed:

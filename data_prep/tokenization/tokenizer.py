@@ -119,7 +119,7 @@ class Tokenizer:
         """Encode documents without EOS.
 
         Returns:
-            All ids one after the other, and the place where each document ends. Example with
+            All ids one after the other, and the position where each document ends. Example with
             bytes: ["ab", "c"] gives [97, 98, 99] and [2, 3].
         """
         pieces = self._encode_pieces(texts)
@@ -150,7 +150,7 @@ class Tokenizer:
         ]
 
     def _may_cut(self) -> bool:
-        """A special token that is recognised could reach over the place of a cut."""
+        """Whether texts may be cut: a special token that is recognized could span the cut."""
         names = self.special_names if self.special_tokens == "id" else ()
         return self._can_cut and not any("\n" in name for name in names)
 
@@ -170,16 +170,16 @@ class Tokenizer:
 def cut_text(text: str, size: int) -> Iterator[str]:
     """Cut a text into parts of about `size` characters, each ending in a line end before a letter.
 
-    SPLIT_PATTERN has no piece that reaches over such a place and none looks back over it, so
+    SPLIT_PATTERN has no piece that spans such a position and none looks back over it, so
     encoding the parts one by one gives the ids of the whole.
     """
     start = 0
     while len(text) - start > size:
-        place = LINE_BEFORE_LETTER.search(text, start + size)
-        if place is None:
+        line_end = LINE_BEFORE_LETTER.search(text, start + size)
+        if line_end is None:
             break
-        yield text[start : place.start() + 1]
-        start = place.start() + 1
+        yield text[start : line_end.start() + 1]
+        start = line_end.start() + 1
     yield text[start:]
 
 

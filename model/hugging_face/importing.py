@@ -175,7 +175,7 @@ class ImportedWeights:
         folder: the Llama, checked against `config`.
         config: the run's model.
         new_heads: what heads that the folder lacks are: copies of its last layer, or fresh.
-        tensor_rank: this rank's place among `tensor_size` tensor-parallel ranks.
+        tensor_rank: this rank's position among `tensor_size` tensor-parallel ranks.
         tensor_size: tensor-parallel size.
     """
 

@@ -87,15 +87,15 @@ def test_trunk_and_lm_head_are_shared(shared: str) -> None:
     assert changed_heads(shared) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("place", range(1, 8))
-def test_no_head_sees_the_future(place: int) -> None:
+@pytest.mark.parametrize("position", range(1, 8))
+def test_no_head_sees_the_future(position: int) -> None:
     """Another token at a position changes no head's logits before it and all heads' from it."""
     model = tiny_model(tiny_config())
     changed = TOKENS.clone()
-    changed[:, place] = 19
+    changed[:, position] = 19
     before, after = head_logits(model, TOKENS), head_logits(model, changed)
-    torch.testing.assert_close(after[:, :, :place], before[:, :, :place], rtol=0, atol=1e-14)
-    assert ((after - before)[:, :, place:].abs().amax((2, 3)) > 1e-6).all()
+    torch.testing.assert_close(after[:, :, :position], before[:, :, :position], rtol=0, atol=1e-14)
+    assert ((after - before)[:, :, position:].abs().amax((2, 3)) > 1e-6).all()
 
 
 @pytest.mark.parametrize("heads", [1, 3])

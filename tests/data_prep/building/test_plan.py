@@ -1,4 +1,4 @@
-"""Several sources in one set: their order, places, totals and weights."""
+"""Several sources in one set: their order, folders, totals and weights."""
 
 from collections.abc import Callable
 from pathlib import Path
