@@ -56,7 +56,7 @@ def _run(arguments: Sequence[str] | None, world: World | None) -> int:
         _print_error(error)
         return EXIT_BAD_RECORDS if isinstance(error, BadRecordsError) else EXIT_DATA_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(summarize(manifest, options.output))
     return 0
@@ -71,7 +71,7 @@ def _choose_workers(options: BuildOptions, task: str | None, world: World | None
     if world is not None:
         if options.workers is not None or task is not None:
             raise DataError(
-                f"--workers and --array-task have no meaning for {world.size} MPI ranks: each is "
+                f"--workers and --array-task have no effect with {world.size} MPI ranks: each is "
                 "one worker; leave them out and start one rank per core"
             )
         return MpiWorkers(world)
@@ -208,7 +208,7 @@ def summarize(manifest: Manifest, output: Path) -> str:
         )
         if not split.rows and name == VALIDATION and manifest.validation_fraction:
             lines.append(
-                f"note: no document fell into the held-out {manifest.validation_fraction:g}; "
+                f"note: no document was chosen for the held-out {manifest.validation_fraction:g}; "
                 "raise --validation-fraction to evaluate on this corpus"
             )
     if len(manifest.sources) > 1:

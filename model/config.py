@@ -98,7 +98,7 @@ class ModelConfig(BaseModel):
             return (1.0,) * self.future_tokens
         return self.head_weights
 
-    # A rule stands with the later of its keys; it waits while the earlier one is itself at fault.
+    # A rule belongs to the later of its keys; it is skipped while the earlier one is invalid.
     @field_validator("future_tokens")
     @classmethod
     def _leaves_a_trunk(cls, future_tokens: int, info: ValidationInfo) -> int:
@@ -249,9 +249,9 @@ class ModelConfig(BaseModel):
         for key, works in candidates.items():
             value: int = getattr(self, key)
             if value % size:
-                way_out = _nearest(value, (m for m in multiples if works(m)))
+                advice = _nearest(value, (m for m in multiples if works(m)))
                 problems.append(
-                    f"{key}={value} is not divisible by the tensor-parallel size {size}; {way_out}"
+                    f"{key}={value} is not divisible by the tensor-parallel size {size}; {advice}"
                 )
         return problems
 

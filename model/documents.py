@@ -36,7 +36,7 @@ def positions_within(documents: Tensor) -> Tensor:
 
 
 def attention_mask(documents: Tensor, head_dim: int, dtype: torch.dtype) -> AttentionMask:
-    """Which keys each query sees, those of its own document up to itself, as the device wants it.
+    """Which keys each query sees (its own document's up to itself), in the form for the device.
 
     Args:
         documents: `[B, S]` integers, rising along each sequence.
@@ -52,7 +52,7 @@ def attention_mask(documents: Tensor, head_dim: int, dtype: torch.dtype) -> Atte
 
 
 def takes_blocks(device_type: str, head_dim: int) -> bool:
-    """Whether the mask has the form of blocks there."""
+    """Whether the mask is in blocks on this device."""
     return device_type == "cuda" and head_dim >= SMALLEST_HEAD
 
 

@@ -113,7 +113,7 @@ class MultiTokenModel(nn.Module):
         Args:
             inputs: `[B, S]` int64 ids; for a part that has no embedding, what the part before
                 gave, `[S, B, H]`.
-            then: computes from z what the caller wants of it.
+            then: computes what the caller needs from z.
             documents: `[B, S]` which document of its sequence a token belongs to, see `context`;
                 the heads need the same ones.
 

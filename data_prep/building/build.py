@@ -28,7 +28,7 @@ def build(options: BuildOptions, observer: Observer, workers: Workers | None = N
 
     Args:
         options: Inputs, output and settings.
-        observer: Told of the progress.
+        observer: Notified of the progress.
         workers: Do the work; None = processes of this machine.
 
     Returns:

@@ -74,7 +74,7 @@ def mark_duplicates(
         job: Without the number of partitions, which follows from the first phase.
         sizes: Input bytes of each unit, `[num_units]`.
         workers: Do the work.
-        observer: Told of the progress.
+        observer: Notified of the progress.
     """
     workers.run(
         Phase("hash", "hashing", partial(_hash_unit, job), partial(_is_hashed, job), sizes),

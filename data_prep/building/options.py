@@ -56,7 +56,7 @@ class BuildOptions:
         exclude: Patterns of files and folders to leave out of directories.
         text_key: The key or column of the text; one with dots is nested.
         dedup: "exact" keeps the first of documents with the same text, over all sources.
-        on_bad: "skip" counts bad records and goes on; "fail" ends the job at the first.
+        on_bad: "skip" counts bad records and continues; "fail" ends the job at the first.
         max_bad_fraction: Largest share of bad records in files of records that is still committed.
         shard_tokens: Most tokens in one shard (a single longer document still gets one).
         unit_bytes: Input bytes in one unit of work; None = by the size of the input.
@@ -91,7 +91,7 @@ class BuildOptions:
 
     @property
     def all_sources(self) -> tuple[Source, ...]:
-        """The sources with everything that they take over from the job filled in."""
+        """The sources, with what they inherit from the job filled in."""
         given = self.sources or (Source(self.source, self.inputs),)
         return tuple(
             replace(

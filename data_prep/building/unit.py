@@ -124,8 +124,8 @@ def rejection(file: InputFile, reject: Reject) -> DataError:
     """The error for a bad record when bad records end the job."""
     unit = "row" if file.kind in ("parquet", "arrow") else "byte"
     return DataError(
-        f"{file.path}: record at {unit} {reject.offset} is bad: {reject.reason}; mend it, or "
-        "use --on-bad skip to count it and go on"
+        f"{file.path}: record at {unit} {reject.offset} is bad: {reject.reason}; fix it, or "
+        "use --on-bad skip to count it and continue"
     )
 
 

@@ -55,7 +55,7 @@ def find_inputs(
             directory; none = names that look like text or source
             code.
         exclude: Patterns of files and folders to leave out, matched in the same way.
-        output: The folder that the job writes; left out when it lies in an input directory.
+        output: The folder that the job writes; left out when it is inside an input directory.
 
     Returns:
         Every file once, with size and modification time.
@@ -83,7 +83,7 @@ def find_inputs(
 def _list(
     path: Path, globs: Sequence[str], exclude: Sequence[str], output: Path | None
 ) -> Iterator[Path]:
-    """The files that one --input stands for."""
+    """The files of one --input."""
     if not path.is_dir():
         yield _explicit(path)
     elif (files := files_of_saved_dataset(path)) is not None:
@@ -150,8 +150,8 @@ def _describe(path: Path) -> InputFile | None:
     form = format_of(path.name)
     if form is None:
         raise DataError(
-            f"--input {path} is not read: {''.join(path.suffixes)} names no format that is. Read "
-            f"are {READ_FORMATS}; convert or rename it"
+            f"--input {path}: {''.join(path.suffixes)} is not a format that can be read; these "
+            f"are: {READ_FORMATS}. Convert or rename it"
         )
     kind = _look_inside(path, form)
     return InputFile(os.path.abspath(path), kind, status.st_size, status.st_mtime_ns)

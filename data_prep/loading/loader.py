@@ -245,7 +245,7 @@ class TokenLoader:
             item: list[Batch] | BaseException
             try:
                 item = self.step_batches(first_sample)
-            except BaseException as error:  # handed to the consumer, whatever it is
+            except BaseException as error:  # raised in the consumer, whatever it is
                 item = error
             while not stop.is_set():
                 try:

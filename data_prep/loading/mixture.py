@@ -3,7 +3,7 @@
 Weights hold for a segment of the run. They become counts per block of 65,536 samples, and a block
 places the j-th of a source's c samples at (j + 1/2) / c of its length: every stretch of samples is
 mixed as evenly as its length allows. So the number of samples a source has given before any sample
-is arithmetic, and a change of weights neither loses nor repeats one: counters go on.
+is arithmetic, and a change of weights neither loses nor repeats one: counters continue.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

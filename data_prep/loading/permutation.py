@@ -1,7 +1,7 @@
 """A keyed permutation of 0..size-1 without a table: index i costs the same at any size.
 
 A Feistel network over pairs of digits in base ceil(sqrt(size)). Its domain is the next square, so
-nearly every result lies in 0..size-1; the few outside are fed in again until they do (cycle
+nearly every result is in 0..size-1; the few outside are fed in again until they are (cycle
 walking), which keeps the mapping a bijection.
 """
 

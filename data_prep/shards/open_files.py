@@ -95,7 +95,7 @@ class ShardFiles:
         if size != shard.bytes:
             raise DataError(
                 f"{self.directory / shard.path} has {size:,} bytes, the manifest says "
-                f"{shard.bytes:,}; run the same data_prep/shard.py command again to make it anew, "
+                f"{shard.bytes:,}; run the same data_prep/shard.py command again to rebuild it, "
                 "or copy the set again"
             )
 

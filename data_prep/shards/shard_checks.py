@@ -1,4 +1,4 @@
-"""What can be wrong with one shard that its checksum does not tell."""
+"""What can be wrong with one shard that its checksum does not show."""
 
 import os
 from collections import Counter
@@ -79,9 +79,9 @@ class ShardChecks:
         if rows.offsets[0] != 0 or rows.offsets[-1] != shard.tokens or bool((lengths < 1).any()):
             yield f"the documents' offsets do not rise from 0 to {shard.tokens:,}"
         path = self._directory / shard.path
-        if not _lies_at(path, shard.values_offset, rows.tokens):
+        if not _is_at(path, shard.values_offset, rows.tokens):
             yield f"the tokens are not at byte {shard.values_offset:,}"
-        if not _lies_at(path, shard.offsets_offset, rows.offsets):
+        if not _is_at(path, shard.offsets_offset, rows.offsets):
             yield f"the offsets are not at byte {shard.offsets_offset:,}"
 
     def _content_problems(self, rows: ShardRows, shard: ShardEntry) -> Iterator[str]:
@@ -133,8 +133,8 @@ def input_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
     return read_text(file, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
 
 
-def _lies_at(path: Path, position: int, expected: NDArray[Any]) -> bool:
-    """Whether the bytes of an array stand in a file at a position; read block by block."""
+def _is_at(path: Path, position: int, expected: NDArray[Any]) -> bool:
+    """Whether the bytes of an array are in a file at a byte offset; read block by block."""
     wanted = expected.view(np.uint8)
     with path.open("rb") as file:
         file.seek(position, os.SEEK_SET)

@@ -30,12 +30,12 @@ OFFSETS_PER_READ = 512
 class ShardSet:
     """One split of a shard set, or one source of it; made by `ShardSet.open`.
 
-    The token stream is the shards in manifest order, documents end to end; a document lies in one
+    The token stream is the shards in manifest order, documents end to end; a document is in one
     shard. Nothing is mapped and nothing but the manifest is kept in memory. Safe to share between
     threads.
 
     Attributes:
-        directory: Where the set lies.
+        directory: Folder of the set.
         split: "train" or "validation".
         manifest: The whole manifest.
         shards: Entries of the shards of this stream, in order.
@@ -79,7 +79,7 @@ class ShardSet:
         self.total_bytes = sum(shard.bytes for shard in self.shards)
         self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
         self._starts = starts
-        # Where token 0 of the stream would lie in each file if the shard before reached that far.
+        # Where token 0 of the stream would be in each file if the shard before reached that far.
         self._bases = [
             shard.values_offset - start * self.dtype.itemsize
             for shard, start in zip(self.shards, starts, strict=False)

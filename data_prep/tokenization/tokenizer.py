@@ -47,7 +47,7 @@ class Tokenizer:
         dtype: How ids are stored: uint16 when all fit, else uint32.
         is_bytes: True for the tokenizer of plain bytes.
         is_lossless: True when decode(encode(text)) is text.
-        special_tokens: What becomes of a text that spells a special token: "text" encodes it as
+        special_tokens: What to do with text that spells a special token: "text" encodes it as
             ordinary text, "id" as the token, "reject" refuses the document.
         special_names: The texts of the special tokens.
 
@@ -85,7 +85,7 @@ class Tokenizer:
         self.eos_token, self.eos_id = self._find_eos(eos_token, origin)
         self.dtype: np.dtype[Any] = token_dtype(self.max_token_id)
         self.is_bytes = content == bytes_tokenizer()
-        self.is_lossless, self._can_cut = _promises(content)
+        self.is_lossless, self._can_cut = _guarantees(content)
         self.special_tokens = special_tokens
         added = self._backend.get_added_tokens_decoder().values()
         self.special_names = tuple(token.content for token in added if token.special)
@@ -256,8 +256,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return backend.to_str(pretty=True).encode()
 
 
-def _promises(content: bytes) -> tuple[bool, bool]:
-    """What the layout of a tokenizer.json promises.
+def _guarantees(content: bytes) -> tuple[bool, bool]:
+    """What the layout of a tokenizer.json guarantees.
 
     Returns:
         Whether decoding gives the text back (byte-level pieces, no normalizer), and whether a
@@ -282,7 +282,7 @@ def _promises(content: bytes) -> tuple[bool, bool]:
 
 
 def _configured_eos(directory: Path) -> str | None:
-    """The eos_token of a tokenizer_config.json beside the tokenizer, if it names one."""
+    """The eos_token of a tokenizer_config.json next to the tokenizer, if it names one."""
     try:
         value = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))["eos_token"]
     except (OSError, ValueError, LookupError, TypeError):

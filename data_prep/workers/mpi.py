@@ -2,7 +2,7 @@
 
 Rank 0 is the coordinator: it plans, prepares and commits. All ranks, rank 0 too, claim items from
 a counter in a window of rank 0's memory (MPI_Fetch_and_op) and add what they did to totals beside
-it. Nobody waits for anybody until a phase ends. A rank that fails prints the reason and ends the
+it. No rank waits for another until a phase ends. A rank that fails prints the reason and ends the
 whole job (MPI_Abort).
 """
 
@@ -46,7 +46,7 @@ class _Exit:
 
 
 def launched_ranks(environment: Mapping[str, str]) -> int | None:
-    """How many ranks an MPI launcher started; None when it does not say, 1 without a launcher."""
+    """How many ranks an MPI launcher started; None when unknown, 1 without a launcher."""
     for name in _SIZES:
         if environment.get(name, "").isdecimal():
             return int(environment[name])
@@ -82,7 +82,7 @@ def join_world(environment: Mapping[str, str]) -> "World | None":
         library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
         raise DataError(
             f"{count} but each is an MPI world of its own, so each would do everything: the "
-            f"launcher and the MPI library ({library}) do not belong together; {advice}"
+            f"launcher and the MPI library ({library}) do not match; {advice}"
         )
     return World(MPI)
 
@@ -167,7 +167,7 @@ class World:
 
         Args:
             assignment: The same on all ranks.
-            observer: Told of the totals over all ranks, on rank 0.
+            observer: Notified of the totals over all ranks, on rank 0.
         """
         mpi = self.mpi
         window = mpi.Win.Allocate(8 * _CELLS if self.rank == 0 else 0, 8, comm=self.comm)
@@ -198,7 +198,7 @@ class World:
         """Report the totals now and then, and keep one-sided operations going on rank 0.
 
         Between nodes, an MPI may serve operations on rank 0's window only while rank 0 is inside
-        an MPI call. A thread calls MPI all the time, so that nobody waits for rank 0's unit.
+        an MPI call. A thread calls MPI all the time, so that no rank waits for rank 0's unit.
         """
         lock, last_s = threading.Lock(), 0.0
 
@@ -239,14 +239,14 @@ class _Totals:
         self._reported = np.zeros(_CELLS, dtype=np.int64)
 
     def add(self, cell: int, value: int) -> int:
-        """Add to a counter; gives what it was before."""
+        """Add to a counter; return what it was before."""
         before = np.zeros(1, dtype=np.int64)
         self._window.Fetch_and_op(np.array([value], np.int64), before, 0, cell, self._mpi.SUM)
         self._window.Flush(0)
         return int(before[0])
 
     def report(self, observer: Observer) -> None:
-        """Tell an observer what came since the last time."""
+        """Report to an observer what was added since the last time."""
         now = np.array([self.add(cell, 0) for cell in range(_CELLS)], dtype=np.int64)
         _, *new = (now - self._reported).tolist()
         self._reported = now

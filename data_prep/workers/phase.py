@@ -20,7 +20,7 @@ class Observer(Protocol):
     """Watches a build; the command line shows a progress line with it."""
 
     def say(self, message: str) -> None:
-        """A step of the build, in words."""
+        """Show a message about a step of the build."""
 
     def start(self, verb: str, total_bytes: int, units: int) -> None:
         """A phase starts; `total_bytes` of input are still to be read."""
@@ -29,7 +29,7 @@ class Observer(Protocol):
         """More of the phase is on disk."""
 
     def skip(self, input_bytes: int) -> None:
-        """That much is on disk, but others did it."""
+        """That much is on disk, done by others."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Phase:
 
     Attributes:
         name: Names the phase in claims; letters only.
-        verb: Names it to people, for example "encoding".
+        verb: Its name in messages, for example "encoding".
         work: Does one item; can be sent to another process.
         is_finished: Whether the result of an item is on disk.
         sizes: Input bytes of each item, `[items]`.
@@ -78,7 +78,7 @@ class Workers(Protocol):
 
 
 def announce(phase: Phase, missing: NDArray[np.int64], observer: Observer) -> None:
-    """Tell how much of a phase is left."""
+    """Report how much of a phase is left."""
     total = len(phase.sizes)
     if 0 < len(missing) < total:
         observer.say(f"{total - len(missing):,} of {total:,} units are already on disk")

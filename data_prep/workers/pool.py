@@ -64,7 +64,7 @@ def work_through(
         work: Does one item.
         items: Drawn one by one, about when a process is free.
         processes: How many worker processes.
-        collect: Told of each finished item, in any order.
+        collect: Called with each finished item, in any order.
     """
     if processes <= 1:
         for item in items:

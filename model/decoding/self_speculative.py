@@ -133,7 +133,7 @@ def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainProbabil
 
 
 class _Greedy:
-    """The likeliest token; drafts are kept while they are just that."""
+    """The likeliest token; drafts are kept while they are the likeliest."""
 
     def draw(self, logits: Tensor) -> Drafts:
         return Drafts(logits.argmax(-1), None)
@@ -229,7 +229,7 @@ class Decoder:
         return self.following
 
     def step(self, active: Tensor) -> tuple[Tensor, Tensor]:
-        """One forward: verify the drafts, commit those that hold, draft anew.
+        """One forward: verify the drafts, commit those that are accepted, draft again.
 
         Args:
             active: `[B]` bool; sequences that are not stay as they are.
@@ -286,7 +286,7 @@ def generate(
     longest = int(lengths.max())
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
     decoder = Decoder(model, heads=heads, temperature=temperature, generator=generator)
-    # A text may end with up to k - 1 kept drafts too many, and reads k more while others go on.
+    # A text may end with up to k - 1 kept drafts too many, and reads k more while others continue.
     capacity = longest + max_new_tokens + 2 * heads
     first = decoder.prefill(torch.tensor(padded, device=device), lengths, capacity)
     texts = [_Continuation(max_new_tokens, eos_id) for _ in prompts]

@@ -1,4 +1,4 @@
-"""Tensors spread over safetensors files, as Hugging Face's libraries look for them, read."""
+"""Reads tensors spread over safetensors files, found as Hugging Face's libraries find them."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ class StoredTensors:
         return self._file_of[name]
 
     def _open(self, file_name: str) -> Any:
-        """The file, opened anew, so that what was read of it does not stay in memory."""
+        """The file, opened again each time, so that what was read does not stay in memory."""
         path = self._folder / file_name
         try:
             return safe_open(path, framework="pt")

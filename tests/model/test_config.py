@@ -131,7 +131,7 @@ def test_flops_of_a_frozen_model_are_mostly_forwards() -> None:
     assert model.flops_per_token(128, frozen=True) == pytest.approx(expected, rel=1e-12)
 
 
-def test_tensor_parallel_sizes_are_checked_with_a_way_out() -> None:
+def test_tensor_parallel_sizes_are_checked_with_nearest_values() -> None:
     """Each size that cannot be divided is named with its nearest workable values."""
     config = ModelConfig(
         **{**SIZES, "attention_heads": 8, "kv_heads": 2, "ffn_hidden_size": 250, "vocab_size": 98}

@@ -40,10 +40,10 @@ def test_directory_is_walked_sorted_without_caches(tmp_path: Path) -> None:
     [
         ("missing.jsonl", "does not exist"),
         ("a.parquet", "not a whole .parquet file"),
-        ("a.tar.gz", "names no format that is"),
-        ("a.gz", "names no format that is"),
-        ("a.jsonl.bz2", "names no format that is"),
-        ("a.parquet.gz", "names no format that is"),
+        ("a.tar.gz", "is not a format that can be read"),
+        ("a.gz", "is not a format that can be read"),
+        ("a.jsonl.bz2", "is not a format that can be read"),
+        ("a.parquet.gz", "is not a format that can be read"),
         ("empty", "--glob"),
     ],
 )

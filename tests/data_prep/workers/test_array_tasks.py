@@ -89,7 +89,7 @@ def test_a_late_task_finds_everything_done(
 def test_a_failing_task_gives_its_claims_back(
     tmp_path: Path, texts: list[str], write_jsonl: Write
 ) -> None:
-    """After an error no claim and no sign of life is left to wait for."""
+    """After an error no claim and no heartbeat is left to wait for."""
     path = write_jsonl(texts)
     path.write_bytes(path.read_bytes() + b"{bad\n")
     options = BuildOptions(
@@ -103,7 +103,7 @@ def test_a_failing_task_gives_its_claims_back(
 def test_a_silent_holder_on_another_machine_loses_its_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While its sign of life moves, a claim stands; when that stops for the lease, it is free."""
+    """While its heartbeat moves, a claim holds; when that stops for the lease, it is free."""
     monkeypatch.setattr(array_tasks, "LEASE_S", 0.2)
     sign = tmp_path / "alive-elsewhere"
     sign.touch()

@@ -214,7 +214,7 @@ def test_each_rank_takes_its_slice(tmp_path: Path, tied: bool, size: int) -> Non
 
 
 def test_every_key_that_differs_is_named(llama: Path) -> None:
-    """One line with all keys, their values here and there, and the options that mend them."""
+    """One line with all keys, their values here and there, and the options that fix them."""
     config = ModelConfig(
         layers=9,
         hidden_size=64,
