@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.loading.length_figures import histogram, percentiles, row_figures
+from data_prep.loading.length_figures import histogram, percentiles, sequence_figures
 from data_prep.shards.atomic import write_whole
 from data_prep.shards.manifest import TRAIN, VALIDATION, InputEntry, Ledger, Manifest
 from data_prep.shards.shard_set import ShardSet
@@ -199,8 +199,8 @@ def _rows(lengths: NDArray[np.int64]) -> str:
             "Padding in best-fit packing",
         ),
         [
-            (f"{f.row_length:,}", f"{f.fitting:.2%}", f"{f.cut:.2%}", f"{f.padding:.2%}")
-            for f in row_figures(lengths)
+            (f"{f.sequence_length:,}", f"{f.fitting:.2%}", f"{f.cut:.2%}", f"{f.padding:.2%}")
+            for f in sequence_figures(lengths)
         ],
     )
 

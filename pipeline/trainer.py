@@ -198,7 +198,7 @@ class Trainer:
         figures: Record = {}
         for name, samples in loader.mixture.counts(self.state.next_sample).items():
             figures[f"samples_{name}"] = samples
-            figures[f"epochs_{name}"] = samples / max(loader.rows_by_source[name], 1)
+            figures[f"epochs_{name}"] = samples / max(loader.sequences_by_source[name], 1)
         return figures
 
     def _evaluate_if_due(self) -> Record:

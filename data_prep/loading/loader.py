@@ -1,6 +1,6 @@
 """Shards to training batches; the order is a pure function and the position is one integer.
 
-Legend: B rows of a micro-batch, S sequence length, n heads (future tokens).
+Legend: B sequences of a micro-batch, S sequence length, n heads (future tokens).
 """
 
 import queue
@@ -17,7 +17,7 @@ from torch import Tensor
 from data_prep.errors import DataError
 from data_prep.loading.mixture import Mixture, MixtureSegment, block_counts
 from data_prep.loading.permutation import Permutation
-from data_prep.loading.rows import PackingName, cut_rows
+from data_prep.loading.sequences import PackingName, cut_sequences
 from data_prep.shards.shard_set import ShardSet
 from data_prep.tokenization.tokenizer import TokenArray
 
@@ -33,14 +33,14 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: `[B, S]` int64.
-        labels: `[n, B, S]` int64; labels[k - 1, b, t] is the token t + k of row b, the target of
-            head k at t. -100 = no target: padding, and with `documents` a token of another
-            document. Example with S = 3, n = 2 and the row [5, 6, 7, 8, 9]: tokens [5, 6, 7],
+        labels: `[n, B, S]` int64; labels[k - 1, b, t] is the token t + k of sequence b, the
+            target of head k at t. -100 = no target: padding, and with `documents` a token of
+            another document. Example with S = 3, n = 2 and [5, 6, 7, 8, 9]: tokens [5, 6, 7],
             labels [6, 7, 8] for head 1 and [7, 8, 9] for head 2; if a document ends with the 7,
             [6, 7, -100] and [7, -100, -100].
         documents: `[B, S]` int32, or None when not asked for; the number of each token's document
-            within its row: 0, 1, 2, ... A row that begins inside a document has the rest of that
-            document as document 0; padding counts as one more document.
+            within its sequence: 0, 1, 2, ... A sequence that begins inside a document has the rest
+            of that document as document 0; padding counts as one more document.
     """
 
     tokens: Tensor
@@ -57,21 +57,21 @@ class Batch(NamedTuple):
         )
 
 
-class _RowBuffer(NamedTuple):
-    """Tokens `[B, S + n]`, and a view of each row."""
+class _Buffer(NamedTuple):
+    """Tokens `[B, S + n]`, and a view of each sequence."""
 
     tokens: TokenArray
-    rows: list[TokenArray]
+    sequences: list[TokenArray]
 
 
 class TokenLoader:
-    """Deals the rows of a shard set to data-parallel ranks.
+    """Deals the sequences of a shard set to data-parallel ranks.
 
-    Each source of the set is cut into rows (`data_prep.loading.rows`) and has an order and epochs
-    of its own: its sample j is row permutation(epoch)(j mod rows) of epoch j // rows. Samples are
-    numbered through the whole run; the mixture says which source gives sample s, and which of its
-    samples it is. With one source that is s itself. The sample at row b of micro-step a on rank r
-    is
+    Each source of the set is cut into sequences (`data_prep.loading.sequences`) and has an order
+    and epochs of its own: with c sequences, its sample j is sequence permutation(epoch)(j mod c) of
+    epoch j // c. Samples are numbered through the whole run; the mixture says which source gives
+    sample s, and which of its samples it is. With one source that is s itself. The sample at batch
+    position b of micro-step a on rank r is
 
         next_sample + a * (micro * ranks) + r * micro + b
 
@@ -79,26 +79,26 @@ class TokenLoader:
 
     Args:
         shards: The split to read.
-        sequence_length: S, tokens per row.
+        sequence_length: S, tokens per sequence.
         future_tokens: n, targets per position.
         seed: The run's seed.
-        micro_batch_size: B, rows per rank and micro-step.
+        micro_batch_size: B, sequences per rank and micro-step.
         accumulation: Micro-steps per step.
         data_parallel_rank: This rank.
         data_parallel_size: Number of ranks.
-        shuffle: False = rows in stream order.
-        packing: How streams are cut into rows.
+        shuffle: False = sequences in stream order.
+        packing: How streams are cut into sequences.
         documents: Give the number of each token's document, and no target across documents.
         weights: Share of samples of each source; None = by tokens. Sources that are not named get
             none.
 
     Attributes:
         mixture: Where samples come from; may be replaced before the first batch is read.
-        num_samples: Rows of all sources together, one epoch of each.
-        padding_share: Share of input positions of those rows without a token.
+        num_samples: Sequences of all sources together, one epoch of each.
+        padding_share: Share of input positions of those sequences without a token.
 
     Raises:
-        DataError: The split is too small for one row or one global batch.
+        DataError: The split is too small for one sequence or one global batch.
     """
 
     def __init__(
@@ -133,16 +133,18 @@ class TokenLoader:
         self.shuffle = shuffle
         self.documents = documents
         self._streams = [shards.of_source(name) for name in shards.sources]
-        self._rows = [
-            cut_rows(stream, packing, sequence_length=sequence_length, future_tokens=future_tokens)
+        self._sequences = [
+            cut_sequences(
+                stream, packing, sequence_length=sequence_length, future_tokens=future_tokens
+            )
             for stream in self._streams
         ]
-        self.num_samples = sum(rows.count for rows in self._rows)
-        self.padding_share = sum(rows.padding_share * rows.count for rows in self._rows) / (
+        self.num_samples = sum(cut.count for cut in self._sequences)
+        self.padding_share = sum(cut.padding_share * cut.count for cut in self._sequences) / (
             self.num_samples or 1
         )
         self.global_batch_size = micro_batch_size * accumulation * data_parallel_size
-        self._permutation = lru_cache(maxsize=4 * len(self._rows))(self._make_permutation)
+        self._permutation = lru_cache(maxsize=4 * len(self._sequences))(self._make_permutation)
         self._buffers = threading.local()
         self._block = lru_cache(maxsize=4)(self._locate_block)
         self._check_size()
@@ -163,23 +165,23 @@ class TokenLoader:
     @mixture.setter
     def mixture(self, mixture: Mixture) -> None:
         for segment in mixture.segments:
-            empty = [name for name, rows in self.rows_by_source.items() if not rows]
+            empty = [name for name, count in self.sequences_by_source.items() if not count]
             assert not any(segment.share(name) for name in empty), (segment, empty)
         self._mixture = mixture
         self._block.cache_clear()
 
     @property
-    def rows_by_source(self) -> dict[str, int]:
-        """Rows of each source, the samples of one of its epochs."""
+    def sequences_by_source(self) -> dict[str, int]:
+        """Sequences of each source, the samples of one of its epochs."""
         return {
-            name: rows.count for name, rows in zip(self.shards.sources, self._rows, strict=True)
+            name: cut.count for name, cut in zip(self.shards.sources, self._sequences, strict=True)
         }
 
     def weights_by_tokens(self) -> dict[str, float]:
-        """Each source's tokens, but 0 for a source that is too small for one row."""
+        """Each source's tokens, but 0 for a source that is too small for one sequence."""
         return {
-            stream.sources[0]: float(stream.num_tokens if rows.count else 0)
-            for stream, rows in zip(self._streams, self._rows, strict=True)
+            stream.sources[0]: float(stream.num_tokens if cut.count else 0)
+            for stream, cut in zip(self._streams, self._sequences, strict=True)
         }
 
     def step_batches(self, next_sample: int) -> list[Batch]:
@@ -243,7 +245,7 @@ class TokenLoader:
             item: list[Batch] | BaseException
             try:
                 item = self.step_batches(first_sample)
-            except BaseException as error:  # handed to the consumer, whatever it is
+            except BaseException as error:  # raised in the consumer, whatever it is
                 item = error
             while not stop.is_set():
                 try:
@@ -255,18 +257,18 @@ class TokenLoader:
                 return
 
     def read(self, first_sample: int, count: int) -> Batch:
-        """The rows of samples [first_sample, first_sample + count)."""
-        length, places = self.sequence_length, self.sequence_length + self.future_tokens
+        """Samples [first_sample, first_sample + count)."""
+        length, with_targets = self.sequence_length, self.sequence_length + self.future_tokens
         buffer = self._buffer(count)
-        documents = np.empty((count, places), np.int32) if self.documents else None
-        ends = self._fill(first_sample, buffer.rows, documents)
+        documents = np.empty((count, with_targets), np.int32) if self.documents else None
+        ends = self._fill(first_sample, buffer.sequences, documents)
         # Tokens and labels are written once, straight from the stored type.
         views = np.empty((1 + self.future_tokens, count, length), np.int64)
         for ahead, view in enumerate(views):
             view[:] = buffer.tokens[:, ahead : ahead + length]
         tokens, labels = torch.from_numpy(views[0]), torch.from_numpy(views[1:])
         batch = Batch(tokens, labels)
-        if min(ends) < places:
+        if min(ends) < with_targets:
             _ignore_padding(batch.labels, torch.tensor(ends))
         if documents is None:
             return batch
@@ -279,73 +281,73 @@ class TokenLoader:
     def _fill(
         self, first_sample: int, tokens: list[TokenArray], documents: NDArray[np.int32] | None
     ) -> list[int]:
-        """Write the rows of samples from `first_sample` on; how many places of each hold tokens."""
-        sources, rows = self._locate(first_sample, len(tokens))
-        if len(self._rows) == 1:
-            numbers = None if documents is None else list(documents)
-            return self._rows[0].fill(rows, tokens, numbers)
-        ends = [0] * len(rows)
+        """Write samples from `first_sample` on; how many positions of each hold tokens."""
+        sources, numbers = self._locate(first_sample, len(tokens))
+        if len(self._sequences) == 1:
+            document_rows = None if documents is None else list(documents)
+            return self._sequences[0].fill(numbers, tokens, document_rows)
+        ends = [0] * len(numbers)
         for source in set(sources):
-            places = [place for place, chosen in enumerate(sources) if chosen == source]
-            filled = self._rows[source].fill(
-                [rows[place] for place in places],
-                [tokens[place] for place in places],
-                None if documents is None else [documents[place] for place in places],
+            chosen = [index for index, other in enumerate(sources) if other == source]
+            filled = self._sequences[source].fill(
+                [numbers[index] for index in chosen],
+                [tokens[index] for index in chosen],
+                None if documents is None else [documents[index] for index in chosen],
             )
-            for place, end in zip(places, filled, strict=True):
-                ends[place] = end
+            for index, end in zip(chosen, filled, strict=True):
+                ends[index] = end
         return ends
 
-    def _buffer(self, count: int) -> "_RowBuffer":
-        """Room for `count` rows as they are stored; each thread has its own, used again."""
-        buffer: _RowBuffer | None = getattr(self._buffers, "last", None)
-        if buffer is None or len(buffer.rows) != count:
+    def _buffer(self, count: int) -> "_Buffer":
+        """Room for `count` sequences as they are stored; each thread has its own, used again."""
+        buffer: _Buffer | None = getattr(self._buffers, "last", None)
+        if buffer is None or len(buffer.sequences) != count:
             tokens = np.empty((count, self.sequence_length + self.future_tokens), self.shards.dtype)
-            buffer = self._buffers.last = _RowBuffer(tokens, list(tokens))
+            buffer = self._buffers.last = _Buffer(tokens, list(tokens))
         return buffer
 
     def _locate(self, first_sample: int, count: int) -> tuple[list[int], list[int]]:
-        """Source number and row of each sample of a range."""
+        """Number of the source, and of the sequence in it, of each sample of a range."""
         first_block = first_sample // LOCATED_SAMPLES
         last_block = (first_sample + count - 1) // LOCATED_SAMPLES
-        places = [self._block(block) for block in range(first_block, last_block + 1)]
+        blocks = [self._block(block) for block in range(first_block, last_block + 1)]
         start = first_sample - first_block * LOCATED_SAMPLES
-        sources, rows = np.concatenate(places, axis=1)[:, start : start + count].tolist()
-        return sources, rows
+        sources, numbers = np.concatenate(blocks, axis=1)[:, start : start + count].tolist()
+        return sources, numbers
 
     def _locate_block(self, block: int) -> NDArray[np.int64]:
-        """Source numbers and rows `[2, LOCATED_SAMPLES]` of a block of samples, all at once.
+        """Numbers of sources and sequences `[2, LOCATED_SAMPLES]` of a block of samples, at once.
 
         One by one they would take longer to find than to read. The last few are kept, by `_block`.
         """
         first = block * LOCATED_SAMPLES
         sources, indices = self.mixture.locate(np.arange(first, first + LOCATED_SAMPLES))
-        rows = np.empty_like(indices)
+        numbers = np.empty_like(indices)
         for source in np.unique(sources).tolist():
             chosen = np.flatnonzero(sources == source)
-            epochs, places = np.divmod(indices[chosen], self._rows[source].count)
-            rows[chosen] = places
+            epochs, within_epoch = np.divmod(indices[chosen], self._sequences[source].count)
+            numbers[chosen] = within_epoch
             for epoch in np.unique(epochs).tolist() if self.shuffle else ():
                 now = epochs == epoch
-                rows[chosen[now]] = self._permutation(source, epoch)(places[now])
-        return np.stack([sources, rows])
+                numbers[chosen[now]] = self._permutation(source, epoch)(within_epoch[now])
+        return np.stack([sources, numbers])
 
     def _make_permutation(self, source: int, epoch: int) -> Permutation:
         """The order of an epoch of a source; kept for the few in use, by `_permutation`."""
         fingerprint = self._streams[source].fingerprint
-        return Permutation(self._rows[source].count, fingerprint, self.seed, epoch)
+        return Permutation(self._sequences[source].count, fingerprint, self.seed, epoch)
 
     def _check_size(self) -> None:
         have, name = self.shards.num_tokens, f"{self.shards.directory} ({self.shards.split})"
-        window = self.sequence_length + self.future_tokens
+        needed = self.sequence_length + self.future_tokens
         if self.num_samples == 0:
             raise DataError(
-                f"{name} has {have:,} tokens, fewer than one window of sequence_length + "
-                f"future_tokens = {window:,}; use shorter sequences or more data"
+                f"{name} has {have:,} tokens, fewer than one sequence of sequence_length + "
+                f"future_tokens = {needed:,}; use shorter sequences or more data"
             )
         if self.num_samples < self.global_batch_size:
             raise DataError(
-                f"{name} has {self.num_samples:,} windows of {self.sequence_length:,} tokens, "
+                f"{name} has {self.num_samples:,} sequences of {self.sequence_length:,} tokens, "
                 f"fewer than one global batch of {self.global_batch_size:,} (micro_size * "
                 "accumulation * data-parallel ranks); use a smaller batch, shorter sequences or "
                 "more data"
@@ -353,12 +355,12 @@ class TokenLoader:
 
 
 def _ignore_padding(labels: Tensor, ends: Tensor) -> None:
-    """Take out targets at and past the end of each row; a target at place t + k has to be there.
+    """Take out targets at and past the end of each sequence; one at t + k has to be before it.
 
     Args:
         labels: `[n, B, S]`, changed in place.
-        ends: `[B]` places of each row that hold tokens.
+        ends: `[B]` positions of each sequence that hold tokens.
     """
-    places = torch.arange(labels.shape[2])
+    positions = torch.arange(labels.shape[2])
     for head, head_labels in enumerate(labels, start=1):
-        head_labels.masked_fill_(places + head >= ends[:, None], IGNORED)
+        head_labels.masked_fill_(positions + head >= ends[:, None], IGNORED)

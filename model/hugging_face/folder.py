@@ -1,4 +1,4 @@
-"""The export format: a plain Hugging Face Llama, with the extra heads beside it.
+"""The export format: a plain Hugging Face Llama with the extra heads in files of their own.
 
     config.json, generation_config.json   a LlamaForCausalLM of L - n + 1 layers
     model.safetensors                     trunk and head 1 (several files past 5 GB)
@@ -8,10 +8,11 @@
     modeling_headway.py                   a class for transformers with all heads
     tokenizer.json, tokenizer_config.json
     README.md                             the model card
-    headway.json                          sizes, heads, source, and all files with checksums
+    headway.json                          sizes, heads, run, and all files with checksums
 
 Whatever reads Llama models reads the folder as one and leaves the extra heads alone; with
-`trust_remote_code=True` transformers takes the class that has them.
+`trust_remote_code=True` transformers takes the class that has them. This file defines the record
+and reads and checks it; `pipeline.exporting` writes the folder.
 """
 
 from pathlib import Path
@@ -107,7 +108,7 @@ def read_record(directory: Path) -> ExportRecord:
 
 
 def verify_files(directory: Path, record: ExportRecord) -> None:
-    """See to it that every file is there, with its size and its checksum.
+    """Check that every file is there, with its size and its checksum.
 
     Raises:
         CheckpointError: naming the first file that is not.

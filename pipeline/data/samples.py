@@ -5,7 +5,7 @@ import logging
 
 from data_prep.errors import DataError
 from data_prep.loading.loader import ShardSet, TokenLoader
-from data_prep.loading.rows import cut_rows
+from data_prep.loading.sequences import cut_sequences
 from model.errors import ConfigError
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.data_section import WeightStage
@@ -71,7 +71,7 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
         packing=config.data.packing,
         documents=config.data.document_mask,
     )
-    stages, rows = weight_stages(config, loader), loader.rows_by_source
+    stages, rows = weight_stages(config, loader), loader.sequences_by_source
     where = f"{config.data.shards} ({config.data.train_split})"
     problems = weight_problems(stages, rows, where)
     if len(problems) == 1:
@@ -102,7 +102,7 @@ def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) 
         state: where the run is.
     """
     lines = []
-    data, rows = config.data, loader.rows_by_source
+    data, rows = config.data, loader.sequences_by_source
     if len(rows) == 1 and data.weight_stages:
         (name,) = rows
         lines.append(f"no effect     data weights: {name} is the only source of these shards")
@@ -150,7 +150,7 @@ def validation_samples(
         held_out = ShardSet.open(data.shards, name)
         tokens = held_out.num_tokens
         rows = sum(
-            cut_rows(
+            cut_sequences(
                 held_out.of_source(source),
                 data.packing,
                 sequence_length=data.sequence_length,

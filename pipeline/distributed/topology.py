@@ -110,7 +110,7 @@ class Topology:
     @property
     def readout_owner(self) -> int:
         """The rank of this chain whose stage trains the final norm and the unembedding."""
-        return self.rank_of_stage(next(s for s, part in enumerate(self.plan) if part.owns_readout))
+        return self.rank_of_stage(next(s for s, part in enumerate(self.plan) if part.owns_lm_head))
 
     def describe_rank(self, rank: int) -> str:
         """How errors and logs name any rank."""

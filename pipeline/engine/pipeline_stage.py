@@ -58,7 +58,7 @@ class PipelineStage:
         self._internals = internals
         self._links = StageLinks(topology, dtype)
         partitioned = config.parallel.zero == 3
-        self._lm_head_partitioned = partitioned and self._model.part.owns_readout
+        self._lm_head_partitioned = partitioned and self._model.part.owns_lm_head
         self.runner = StageRunner(
             self._model,
             MicroBatchEngine(self._forward, self._begin_backward, self._backward),
@@ -134,7 +134,7 @@ class PipelineStage:
             return
         with self._whole_lm_head():
             for weight in self._lm_head():
-                owner = self._topology.readout_owner
+                owner = self._topology.lm_head_owner
                 dist.broadcast(weight.data, owner, group=self._topology.head_group)
 
     def check(self) -> None:
@@ -158,7 +158,7 @@ class PipelineStage:
             )
 
     def _lm_head(self) -> list[Tensor]:
-        return [self._model.heads.readout.norm_weight, self._model.heads.readout.weight]
+        return [self._model.heads.lm_head.norm_weight, self._model.heads.lm_head.weight]
 
     def _whole_lm_head(self) -> Any:
         """A context in which this stage's LM head is whole; a collective."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.backward import joint_backward, sequential_backward
+from model.backward import joint_loss, sequential_backward
 from model.language_model import MultiTokenModel
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.evaluation import evaluate_heads
@@ -44,7 +44,7 @@ class SingleStage:
         if self._config.train.head_backward == "joint":
 
             def joint(trunk_output: Tensor) -> tuple[Tensor, Tensor]:
-                return joint_backward(
+                return joint_loss(
                     self._model,
                     trunk_output,
                     batch.labels,

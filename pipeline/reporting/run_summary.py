@@ -148,5 +148,5 @@ def part_parameters(part: ModelPart, model: ModelConfig) -> int:
         layers
         + heads
         + part.has_embedding * count.embedding
-        + part.owns_readout * (count.unembedding + count.final_norm)
+        + part.owns_lm_head * (count.unembedding + count.final_norm)
     )

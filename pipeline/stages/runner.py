@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.backward import ReadoutGradients, deliver, heads_backward
-from model.heads import ReadoutWeights
+from model.backward import LMHeadGradients, deliver, heads_backward
+from model.heads import LMHeadWeights
 from model.language_model import MultiTokenModel
 from pipeline.distributed.topology import Topology
 from pipeline.stages.links import StageLinks
@@ -112,7 +112,7 @@ class StageRunner:
         """This stage's part of `run`: the losses of its own heads."""
         self._expect(batches)
         sums = torch.zeros_like(scales)
-        gradients: ReadoutGradients | None = None
+        gradients: LMHeadGradients | None = None
         in_flight: dict[int, _InFlight] = {}
         for is_forward, micro in self._order(len(batches)):
             if is_forward:
@@ -157,8 +157,8 @@ class StageRunner:
         micro: int,
         scales: Tensor,
         sums: Tensor,
-        gradients: ReadoutGradients | None,
-    ) -> ReadoutGradients | None:
+        gradients: LMHeadGradients | None,
+    ) -> LMHeadGradients | None:
         """Heads, then what comes from below, then this stage's trunk layers.
 
         Returns:
@@ -167,10 +167,10 @@ class StageRunner:
         is_last = micro == len(batches) - 1
         self._engine.begin_backward(flight.token, is_last)
         wanted: Tensor | None = None
-        shared: ReadoutWeights | None = None
+        shared: LMHeadWeights | None = None
         if self._model.heads.numbers:
-            shared = self._model.heads.readout()
-            gradients = ReadoutGradients.zeros(shared) if gradients is None else gradients
+            shared = self._model.heads.lm_head()
+            gradients = LMHeadGradients.zeros(shared) if gradients is None else gradients
             result = heads_backward(
                 self._model,
                 flight.output,
@@ -202,12 +202,12 @@ class StageRunner:
         return gradients
 
     def _readout_pairs(
-        self, shared: ReadoutWeights, gradients: ReadoutGradients, micro: int, is_last: bool
+        self, shared: LMHeadWeights, gradients: LMHeadGradients, micro: int, is_last: bool
     ) -> list[tuple[Tensor, Tensor | None]]:
         """The readout's gradients when they are due: once a step, summed over the head stages."""
         if is_last:
             self._sum_over_head_stages(gradients)
-        if not self._model.part.owns_readout:
+        if not self._model.part.owns_lm_head:
             return []
         if is_last:
             return gradients.pairs(shared)
@@ -215,7 +215,7 @@ class StageRunner:
             return [(weight, None) for weight in shared]
         return []
 
-    def _sum_over_head_stages(self, gradients: ReadoutGradients) -> None:
+    def _sum_over_head_stages(self, gradients: LMHeadGradients) -> None:
         """Into the stage that trains the readout."""
         group = self._topology.head_group
         if group is None:
