@@ -108,7 +108,7 @@ class Topology:
         return stage * column_size + self.info.rank % column_size
 
     @property
-    def readout_owner(self) -> int:
+    def lm_head_owner(self) -> int:
         """The rank of this chain whose stage trains the final norm and the unembedding."""
         return self.rank_of_stage(next(s for s, part in enumerate(self.plan) if part.owns_lm_head))
 
