@@ -9,7 +9,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(
-        include=["data_prep", "data_prep.*", "model", "model.*", "pipeline", "pipeline.*"]
+        include=[
+            f"{name}{below}"
+            for name in ("data_prep", "foundation", "model", "pipeline")
+            for below in ("", ".*")
+        ]
     ),
     install_requires=[
         "backports.zstd>=1.0; python_version<'3.14'",
