@@ -44,7 +44,8 @@ def test_the_wheel_holds_exactly_the_four_packages(wheel: Path) -> None:
     expected = {
         str(path.relative_to(ROOT))
         for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
+        for pattern in ("*.py", "*.j2")
+        for path in (ROOT / package).rglob(pattern)
     }
     assert modules == expected
 
