@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from data_prep.loading.loader import Batch
+from foundation.durable_files import BLOCK_BYTES
 from pipeline.checkpoint.file_names import FOLDER, WEIGHTS, step_folder
-from pipeline.checkpoint.files import BLOCK_BYTES, checkpoint_path
+from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import CheckpointFolder, verify_together
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import Layout, TrainState

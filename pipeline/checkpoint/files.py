@@ -7,10 +7,11 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
+from foundation.durable_files import FileEntry, entry_of, read_entry
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import (
     FOLDER,
@@ -22,21 +23,7 @@ from pipeline.checkpoint.file_names import (
     step_of,
 )
 
-BLOCK_BYTES = 1 << 22
 _VERSION = 2
-
-
-class FileEntry(NamedTuple):
-    """What the manifest says of a file.
-
-    Attributes:
-        size: in bytes.
-        xxh3: 128-bit checksum of the contents, in hexadecimal.
-    """
-
-    size: int
-    xxh3: str
-
 
 Entries = dict[str, FileEntry]
 
@@ -68,31 +55,7 @@ def write_synced(
         file.write(content[middle:])
         file.flush()
         os.fsync(file.fileno())
-    return FileEntry(len(content), xxhash.xxh3_128_hexdigest(content))
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_entry(path: Path) -> FileEntry:
-    """Size and checksum of a file as the disk has it, not as this machine remembers it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return FileEntry(size, digest.hexdigest())
+    return entry_of(content)
 
 
 def write_manifest(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from foundation.durable_files import sync_folder
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import (
     FOLDER,
@@ -26,7 +27,6 @@ from pipeline.checkpoint.files import (
     newest_checkpoint,
     read_manifest,
     size_problems,
-    sync_folder,
     verify,
     write_manifest,
     write_synced,

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from foundation.durable_files import sync_folder
 from model.errors import CheckpointError
 from model.freezing import is_trained
 from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
-from pipeline.checkpoint.files import Entries, sync_folder, write_synced
+from pipeline.checkpoint.files import Entries, write_synced
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.host_copy import HostCopy
 from pipeline.checkpoint.sharded_tensors import Snapshot, missing_state

@@ -27,12 +27,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from foundation.durable_files import FileEntry
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.parameter_shapes import checked_parameters, parameter_shapes
 from model.sharding import Placement, merge_slices, placement_of
 from pipeline.checkpoint.coverage import Extent, coverage_problems
-from pipeline.checkpoint.files import FileEntry, nothing
+from pipeline.checkpoint.files import nothing
 from pipeline.checkpoint.tensor_file import write_tensors
 
 _PATTERN = "rank_*.safetensors"

@@ -5,7 +5,6 @@ instead of what was meant; here both are compared. Memory beside the tensors: on
 tensors on a GPU a copy of one of them.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from io import BufferedWriter
@@ -15,10 +14,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pipeline.checkpoint.files import BLOCK_BYTES, FileEntry, nothing, read_entry
-
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_ALIGNMENT = 8
+from foundation.durable_files import BLOCK_BYTES, FileEntry, read_entry
+from foundation.safetensors_header import TensorSpec, safetensors_header
+from pipeline.checkpoint.files import nothing
 
 
 def write_tensors(
@@ -38,8 +36,8 @@ def write_tensors(
     Raises:
         OSError: it cannot be written, or reads back as something else.
     """
-    header = _header(tensors, metadata)
-    total = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    header, _, total = safetensors_header(specs, metadata)
     digest, written = xxhash.xxh3_128(header), len(header)
     with path.open("wb") as file:
         file.write(header)
@@ -66,22 +64,6 @@ def _sync(file: BufferedWriter) -> None:
     """Bring a file to the disk, and forget what this machine remembers of it."""
     os.fsync(file.fileno())
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON: type, shape and place of each tensor, padded to whole words."""
-    fields: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, tensor in tensors.items():
-        fields[name] = {
-            "dtype": _TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:

@@ -14,13 +14,14 @@ import pipeline.export
 import pipeline.exporting.writing
 from data_prep.loading.loader import Batch
 from data_prep.tokenization.tokenizer import bytes_tokenizer
+from foundation.durable_files import read_entry
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.hugging_face.folder import ExportDescription
 from model.hugging_face.loading import load_export
 from model.sharding import merge_slices, placement_of
 from pipeline.checkpoint.file_names import WEIGHTS
-from pipeline.checkpoint.files import read_entry, write_manifest
+from pipeline.checkpoint.files import write_manifest
 from pipeline.checkpoint.folder import CheckpointFolder, read_config
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.sharded_tensors import read_weights

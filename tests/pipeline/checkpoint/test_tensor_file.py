@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.files import BLOCK_BYTES, read_entry
+from foundation.durable_files import BLOCK_BYTES, read_entry
 from pipeline.checkpoint.tensor_file import write_tensors
 
 
