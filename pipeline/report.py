@@ -5,7 +5,6 @@ Command line: python -m pipeline.report RUN_DIR
 
 import argparse
 import re
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from foundation.pages import Figures, Listing, Section, Table, render_page
 from foundation.plots import shades, svg_plot
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
+from pipeline.reporting.final_figures import final_figures, values_of
 from pipeline.reporting.metrics import Scalars, read_metrics
-from pipeline.reporting.progress import clock
 
 REPORT_NAME = "report.html"
 
@@ -77,41 +76,6 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def final_figures(records: Sequence[Scalars], num_heads: int) -> list[tuple[str, str]]:
-    """The table of a report: name and value of each figure that the records hold."""
-    last = records[-1]
-    rows = [("Steps", f"{last['step']:,}")]
-    if last.get("tokens") is not None:
-        rows.append(("Tokens trained on", f"{last['tokens']:,}"))
-    for name, key in (("Training loss", "loss_head_"), ("Held-out loss", "eval_loss_head_")):
-        for head in range(1, num_heads + 1):
-            values = _values(records, f"{key}{head}")
-            if values:
-                rows.append((f"{name}, head {head}", f"{values[-1]:.4f} (first {values[0]:.4f})"))
-    for name, key, form in (
-        ("Held-out tokens per forward", "eval_tokens_per_forward", ".2f"),
-        ("Final learning rate", "learning_rate", ".3g"),
-    ):
-        values = _values(records, key)
-        if values:
-            rows.append((name, f"{values[-1]:{form}}"))
-    for name, key, form in (
-        ("Tokens per second, median", "tokens_per_s", ",.0f"),
-        ("Model FLOPS utilisation, median", "mfu", ".1%"),
-    ):
-        values = _values(records, key)
-        if values:
-            rows.append((name, f"{statistics.median(values):{form}}"))
-    if memory := _values(records, "memory_peak_gib"):
-        rows.append(("Peak memory", f"{max(memory):.2f} GiB"))
-    if times := _values(records, "step_time_s"):
-        rows.append(("Time per step, median", f"{statistics.median(times):.3f} s"))
-        rows.append(("Time in reported steps", clock(sum(times))))
-    if skipped := sum(1 for record in records if record.get("skipped")):
-        rows.append(("Skipped steps", str(skipped)))
-    return rows
-
-
 def _num_heads(records: Sequence[Scalars]) -> int:
     keys = {key for record in records for key in record}
     numbers = [int(m[1]) for key in keys if (m := re.fullmatch(r"loss_head_(\d+)", key))]
@@ -157,7 +121,7 @@ def _plots(num_heads: int, sources: Sequence[str]) -> list[Plot]:
 
 def _figure(plot: Plot, records: Sequence[Scalars]) -> Markup | None:
     """One plot as an svg element; None when no record has a value for it."""
-    drawn = [curve for curve in plot.curves if _values(records, curve.key)]
+    drawn = [curve for curve in plot.curves if values_of(records, curve.key)]
     if not drawn:
         return None
 
@@ -187,10 +151,6 @@ def _draw(axes: Any, curve: Curve, records: Sequence[Scalars]) -> None:
         marker="o" if few else "",
         markersize=3,
     )
-
-
-def _values(records: Sequence[Scalars], key: str) -> list[float]:
-    return [float(value) for record in records if (value := record.get(key)) is not None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
