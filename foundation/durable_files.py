@@ -75,6 +75,21 @@ def sync_folder(folder: Path) -> None:
     sync_file(folder)  # to the system a folder is a file of names
 
 
+def write_synced(path: Path, content: bytes) -> FileEntry:
+    """Write a small file through to the disk, under its final name.
+
+    For files in a folder that does not count before it is renamed; others take `write_whole`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return entry_of(content)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success sync it and rename it to `path`.

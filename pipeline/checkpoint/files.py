@@ -4,15 +4,15 @@ Nothing here needs torch or other ranks, so a checkpoint can be looked at anywhe
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from foundation.durable_files import FileEntry, entry_of, read_entry
+from foundation.durable_files import FileEntry, read_entry, write_synced
 from model.errors import CheckpointError
+from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import (
     FOLDER,
     LATEST,
@@ -28,40 +28,8 @@ _VERSION = 2
 Entries = dict[str, FileEntry]
 
 
-def nothing(_point: str) -> None:
-    """What happens at the points of writing a file that tests can crash at: nothing."""
-
-
-def write_synced(
-    path: Path, content: bytes, point: str = "", reached: Callable[[str], None] = nothing
-) -> FileEntry:
-    """Write a small file through to the disk.
-
-    Args:
-        path: the file.
-        content: all of it.
-        point: what being half-way is called.
-        reached: told of that point.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    middle = len(content) // 2
-    with path.open("wb") as file:
-        file.write(content[:middle])
-        file.flush()
-        if point:
-            reached(point)
-        file.write(content[middle:])
-        file.flush()
-        os.fsync(file.fileno())
-    return entry_of(content)
-
-
-def write_manifest(
-    checkpoint: Path, entries: Entries, reached: Callable[[str], None] = nothing
-) -> None:
-    """List all files of a checkpoint; `reached` is told of `manifest-half-written`.
+def write_manifest(checkpoint: Path, entries: Entries) -> None:
+    """List all files of a checkpoint.
 
     Raises:
         OSError: it cannot be written.
@@ -69,7 +37,8 @@ def write_manifest(
     files = {name: {"bytes": e.size, "xxh3": e.xxh3} for name, e in sorted(entries.items())}
     content = {"version": _VERSION, "xxh3": _digest(files), "files": files}
     text = json.dumps(content, indent=1) + "\n"
-    write_synced(checkpoint / MANIFEST, text.encode(), "manifest-half-written", reached)
+    write_synced(checkpoint / MANIFEST, text.encode())
+    crash_point("manifest-half-written", halve=checkpoint / MANIFEST)
 
 
 def read_manifest(checkpoint: Path) -> Entries:

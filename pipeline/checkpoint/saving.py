@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from foundation.durable_files import sync_folder
+from foundation.durable_files import sync_folder, write_synced
 from model.errors import CheckpointError
 from model.freezing import is_trained
-from pipeline.checkpoint.crash_points import crash_point
+from pipeline.checkpoint.crash_points import crash_point, saving, thread_of_save
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
-from pipeline.checkpoint.files import Entries, write_synced
+from pipeline.checkpoint.files import Entries
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.host_copy import HostCopy
 from pipeline.checkpoint.sharded_tensors import Snapshot, missing_state
@@ -68,7 +68,7 @@ class _Flight:
                 logger.debug("saving step %d failed", self.step, exc_info=True)
                 self.problem = reason(error)
 
-        self._thread = threading.Thread(target=run, daemon=True, name=f"save of step {self.step}")
+        self._thread = thread_of_save(run, f"save of step {self.step}")
         self._thread.start()
 
     @property
@@ -138,7 +138,21 @@ class Saver:
         """
         self.finish(f"step {state.step} is due to be saved")
         flight = _Flight(state.step, last, time.monotonic())
-        crash_point("before-snapshot", flight.step)
+        with saving(flight.step):
+            self._begin(flight, state, take, asynchronous, beside)
+        self._flight = flight
+        flight.stall_s = time.monotonic() - flight.begun_s
+
+    def _begin(
+        self,
+        flight: _Flight,
+        state: TrainState,
+        take: Callable[[], Snapshot],
+        asynchronous: bool,
+        beside: Callable[[], None],
+    ) -> None:
+        """Make the folder, take the tensors, and let a thread write them."""
+        crash_point("before-snapshot")
         try:
             partial = from_main(lambda: self.checkpoints.prepare(flight.step), OSError)
             snapshot = self._host_copy(take()) if asynchronous else take()
@@ -149,12 +163,10 @@ class Saver:
 
             def write() -> None:
                 beside()
-                flight.entries = _write(partial, snapshot, flight.step, texts, self._tokenizer)
+                flight.entries = _write(partial, snapshot, texts, self._tokenizer)
 
             flight.start(write)
-        crash_point("after-snapshot", flight.step)
-        self._flight = flight
-        flight.stall_s = time.monotonic() - flight.begun_s
+        crash_point("after-snapshot")
 
     @property
     def is_done(self) -> bool:
@@ -221,35 +233,33 @@ class Saver:
     def _go_on(self, flight: _Flight) -> None:
         """Take the next step of a save; all ranks are done with the last."""
         started_s = time.monotonic()
-        self._end(flight) if flight.agreed else self._agree(flight)
+        with saving(flight.step):
+            self._end(flight) if flight.agreed else self._agree(flight)
         flight.stall_s += time.monotonic() - started_s
         if self._flight is None:
             self._report(flight)
 
     def _agree(self, flight: _Flight) -> None:
         """All have written: rank 0 begins to commit, unless one has failed."""
-        crash_point("before-agreement", flight.step)
+        crash_point("before-agreement")
         flight.problem = first_problem(flight.problem)
         parts = from_all(flight.entries)
-        crash_point("after-agreement", flight.step)
+        crash_point("after-agreement")
         flight.agreed = True
         if flight.problem is not None:
             self._end(flight)
         elif is_main():
             entries = {name: entry for part in parts for name, entry in part.items()}
-            reached = functools.partial(_reached, flight.step)
 
             def commit() -> None:
-                flight.folder = self.checkpoints.commit(
-                    flight.step, entries, reached, self._missing
-                )
+                flight.folder = self.checkpoints.commit(flight.step, entries, self._missing)
 
             flight.start(commit)
 
     def _end(self, flight: _Flight) -> None:
         """Rank 0 has committed, or could not."""
         flight.folder, flight.problem = from_main(lambda: (flight.folder, flight.problem), OSError)
-        crash_point("after-commit", flight.step)
+        crash_point("after-commit")
         self._flight = None
 
     def _report(self, flight: _Flight) -> None:
@@ -297,13 +307,7 @@ def reason(error: Exception) -> str:
     return line if isinstance(error, OSError) else f"{type(error).__name__}: {line}"
 
 
-def _reached(step: int, point: str) -> None:
-    crash_point(point, step)
-
-
-def _write(
-    partial: Path, snapshot: Snapshot, step: int, texts: dict[str, str], tokenizer: Path
-) -> Entries:
+def _write(partial: Path, snapshot: Snapshot, texts: dict[str, str], tokenizer: Path) -> Entries:
     """Write this rank's files through to the disk; rank 0 writes the texts, too.
 
     Returns:
@@ -312,15 +316,15 @@ def _write(
     Raises:
         OSError: one cannot be written.
     """
-    reached = functools.partial(_reached, step)
     if texts:
-        reached("after-folder")
+        crash_point("after-folder")
     path = partial / WEIGHTS / snapshot.file_name
-    entries = {f"{WEIGHTS}/{path.name}": snapshot.write(path.parent, reached)}
+    entries = {f"{WEIGHTS}/{path.name}": snapshot.write(path.parent)}
     sync_folder(path.parent)
-    reached("weights-checked")
+    crash_point("weights-checked")
     for name, text in texts.items():
-        entries[name] = write_synced(partial / name, text.encode(), "state-half-written", reached)
+        entries[name] = write_synced(partial / name, text.encode())
+        crash_point("state-half-written", halve=partial / name)
     if texts:
         entries[TOKENIZER] = write_synced(partial / TOKENIZER, tokenizer.read_bytes())
     return entries

@@ -33,7 +33,6 @@ from model.errors import CheckpointError
 from model.parameter_shapes import checked_parameters, parameter_shapes
 from model.sharding import Placement, merge_slices, placement_of
 from pipeline.checkpoint.coverage import Extent, coverage_problems
-from pipeline.checkpoint.files import nothing
 from pipeline.checkpoint.tensor_file import write_tensors
 
 _PATTERN = "rank_*.safetensors"
@@ -70,12 +69,11 @@ class Snapshot(NamedTuple):
             extents.append(Extent(kind, name, self.tensor_rank, start, start + run.numel()))
         return extents
 
-    def write(self, directory: Path, reached: Callable[[str], None] = nothing) -> FileEntry:
+    def write(self, directory: Path) -> FileEntry:
         """Write the rank's file through to the disk.
 
         Args:
             directory: of the checkpoint's tensors.
-            reached: told of each point that a test may crash at.
 
         Returns:
             What the file is.
@@ -90,7 +88,7 @@ class Snapshot(NamedTuple):
             "adam_step": str(self.adam_step),
         }
         runs = {key: run.detach().contiguous() for key, run in self.runs.items()}
-        return write_tensors(directory / self.file_name, runs, metadata, reached)
+        return write_tensors(directory / self.file_name, runs, metadata)
 
 
 def run_key(kind: str, name: str, start: int) -> str:

@@ -6,7 +6,7 @@ tensors on a GPU a copy of one of them.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from io import BufferedWriter
 from pathlib import Path
 
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from foundation.durable_files import BLOCK_BYTES, FileEntry, read_entry
 from foundation.safetensors_header import TensorSpec, safetensors_header
-from pipeline.checkpoint.files import nothing
+from pipeline.checkpoint.crash_points import crash_point
 
 
 def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    reached: Callable[[str], None] = nothing,
 ) -> FileEntry:
     """Write tensors through to the disk and see that the disk has them.
 
@@ -31,30 +30,24 @@ def write_tensors(
         path: the file; its folder exists.
         tensors: contiguous, by name.
         metadata: text beside them.
-        reached: told of `weights-half-written`, `weights-before-sync` and `weights-before-check`.
 
     Raises:
         OSError: it cannot be written, or reads back as something else.
     """
     specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     header, _, total = safetensors_header(specs, metadata)
-    digest, written = xxhash.xxh3_128(header), len(header)
+    digest = xxhash.xxh3_128(header)
     with path.open("wb") as file:
         file.write(header)
-        half = False
         for block in _blocks(tensors):
             file.write(block)
             digest.update(block)
-            written += len(block)
-            if not half and 2 * written >= total:
-                half = True
-                file.flush()
-                reached("weights-half-written")
         file.flush()
-        reached("weights-before-sync")
+        crash_point("weights-half-written", halve=path)
+        crash_point("weights-before-sync")
         _sync(file)
     entry = FileEntry(total, digest.hexdigest())
-    reached("weights-before-check")
+    crash_point("weights-before-check")
     if read_entry(path) != entry:
         raise OSError(f"{path.name} reads back from the disk as something else than was written")
     return entry
