@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.loading.data_summary import summarize
-from data_prep.loading.loader import ShardSet
+from data_prep.shards.shard_set import ShardSet
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, WEIGHTS
 from pipeline.checkpoint.folder import CheckpointFolder, read_config
