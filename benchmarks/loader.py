@@ -30,9 +30,11 @@ from numpy.typing import NDArray
 
 from benchmarks.memory_vs_heads import hardware
 from benchmarks.synthetic_set import make_set
-from data_prep.loading.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
 from data_prep.loading.packing import pack
+from data_prep.loading.sequences import SequenceFormat
 from data_prep.shards.arrow_file import read_shard
+from data_prep.shards.shard_set import ShardSet
 
 S, N, B = 4096, 4, 8
 WINDOW = S + N
@@ -185,15 +187,7 @@ def _warm(shards: ShardSet, flat: Path, sizes: Sizes) -> list[Row]:
 
 def _loader(shards: ShardSet, *, documents: bool = False) -> TokenLoader:
     return TokenLoader(
-        shards,
-        sequence_length=S,
-        future_tokens=N,
-        seed=0,
-        micro_batch_size=B,
-        accumulation=1,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        documents=documents,
+        shards, SequenceFormat(S, N, documents=documents), BatchLayout(micro_size=B), seed=0
     )
 
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from data_prep.errors import DataError
 from data_prep.loading.data_summary import summarize
-from data_prep.loading.loader import ShardSet, TokenLoader
+from data_prep.loading.loader import TokenLoader
+from data_prep.shards.shard_set import ShardSet
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.checkpoint.folder import CheckpointFolder

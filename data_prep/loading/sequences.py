@@ -5,6 +5,7 @@ that only serve as targets.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, Protocol
 
@@ -16,6 +17,31 @@ from data_prep.shards.shard_set import ShardSet
 from data_prep.tokenization.tokenizer import TokenArray
 
 PackingName = Literal["concat", "best_fit"]
+
+
+@dataclass(frozen=True)
+class SequenceFormat:
+    """How streams of tokens become training sequences.
+
+    Attributes:
+        sequence_length: S, input tokens of a sequence.
+        future_tokens: n, targets per position.
+        packing: How streams are cut into sequences.
+        documents: Number each token's document, and give no target across documents.
+    """
+
+    sequence_length: int
+    future_tokens: int
+    packing: PackingName = "concat"
+    documents: bool = False
+
+    def __post_init__(self) -> None:
+        assert min(self.sequence_length, self.future_tokens) > 0, self
+
+    @property
+    def stored_tokens(self) -> int:
+        """S + n, the tokens of a sequence with the ones after it that are only targets."""
+        return self.sequence_length + self.future_tokens
 
 
 class TrainingSequences(Protocol):
@@ -52,12 +78,11 @@ class TrainingSequences(Protocol):
         """
 
 
-def cut_sequences(
-    shards: ShardSet, packing: PackingName, *, sequence_length: int, future_tokens: int
-) -> TrainingSequences:
+def cut_sequences(shards: ShardSet, sequence_format: SequenceFormat) -> TrainingSequences:
     """The sequences of a stream."""
-    kind = ConcatenatedSequences if packing == "concat" else PackedSequences
-    return kind(shards, sequence_length=sequence_length, future_tokens=future_tokens)
+    packed = sequence_format.packing == "best_fit"
+    kind = PackedSequences if packed else ConcatenatedSequences
+    return kind(shards, sequence_format)
 
 
 class ConcatenatedSequences:
@@ -69,10 +94,10 @@ class ConcatenatedSequences:
 
     padding_share = 0.0
 
-    def __init__(self, shards: ShardSet, *, sequence_length: int, future_tokens: int) -> None:
+    def __init__(self, shards: ShardSet, sequence_format: SequenceFormat) -> None:
         self._shards = shards
-        self._length = sequence_length
-        self.count = max(0, (shards.num_tokens - future_tokens) // sequence_length)
+        self._length = sequence_format.sequence_length
+        self.count = max(0, (shards.num_tokens - sequence_format.future_tokens) // self._length)
 
     def fill(
         self,
@@ -99,15 +124,15 @@ class PackedSequences:
     In memory: 12 bytes per document and 8 per sequence.
     """
 
-    def __init__(self, shards: ShardSet, *, sequence_length: int, future_tokens: int) -> None:
+    def __init__(self, shards: ShardSet, sequence_format: SequenceFormat) -> None:
         self._shards = shards
         lengths = shards.document_lengths()
-        packing = pack(lengths, sequence_length)
+        packing = pack(lengths, sequence_format.sequence_length)
         self.count = packing.num_sequences
         self.padding_share = packing.padding_share
         self._first_piece = packing.first_piece
         self._starts, self._lengths = packing.starts, packing.lengths
-        self._extend_full(np.cumsum(lengths), sequence_length, future_tokens)
+        self._extend_full(np.cumsum(lengths), sequence_format)
 
     def fill(
         self,
@@ -135,10 +160,10 @@ class PackedSequences:
             documents[ends[-1] :] = len(lengths)
         return ends[-1]
 
-    def _extend_full(self, ends: NDArray[np.int64], length: int, targets: int) -> None:
+    def _extend_full(self, ends: NDArray[np.int64], sequence_format: SequenceFormat) -> None:
         """Extend pieces that fill a sequence into its target positions, as far as they can."""
-        whole = np.flatnonzero(self._lengths == length)
+        whole = np.flatnonzero(self._lengths == sequence_format.sequence_length)
         starts = self._starts[whole]
         document_ends = ends[np.searchsorted(ends, starts, side="right")]
-        room = np.minimum(document_ends - starts, length + targets)
+        room = np.minimum(document_ends - starts, sequence_format.stored_tokens)
         self._lengths[whole] = room.astype(np.int32)

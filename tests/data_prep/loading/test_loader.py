@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from data_prep.errors import DataError
-from data_prep.loading.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
 from data_prep.loading.mixture import Mixture, MixtureSegment, block_counts
-from data_prep.loading.sequences import PackingName
+from data_prep.loading.sequences import PackingName, SequenceFormat
 from data_prep.shards.manifest import Manifest
+from data_prep.shards.shard_set import ShardSet
 
 S, N = 16, 4
 
@@ -48,16 +49,10 @@ def make_loader(
     """A loader of short sequences."""
     return TokenLoader(
         shards,
-        sequence_length=S,
-        future_tokens=heads,
+        SequenceFormat(S, heads, packing, documents),
+        BatchLayout(micro, accumulation, data_rank=rank, data_size=ranks),
         seed=seed,
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        data_parallel_rank=rank,
-        data_parallel_size=ranks,
         shuffle=shuffle,
-        packing=packing,
-        documents=documents,
         weights=weights,
     )
 

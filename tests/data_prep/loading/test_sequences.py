@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.loading.loader import Batch, ShardSet, TokenLoader
-from data_prep.loading.sequences import PackingName, cut_sequences
+from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
+from data_prep.loading.sequences import PackingName, SequenceFormat, cut_sequences
 from data_prep.shards.manifest import Manifest
+from data_prep.shards.shard_set import ShardSet
 
 S = 16
 
@@ -31,20 +32,9 @@ def all_sequences(
     shards: ShardSet, packing: PackingName, heads: int, *, documents: bool = True
 ) -> Batch:
     """Every sequence of an epoch in stream order, as one batch."""
-    count = cut_sequences(shards, packing, sequence_length=S, future_tokens=heads).count
-    loader = TokenLoader(
-        shards,
-        sequence_length=S,
-        future_tokens=heads,
-        seed=0,
-        micro_batch_size=count,
-        accumulation=1,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        shuffle=False,
-        packing=packing,
-        documents=documents,
-    )
+    sequence_format = SequenceFormat(S, heads, packing, documents)
+    layout = BatchLayout(micro_size=cut_sequences(shards, sequence_format).count)
+    loader = TokenLoader(shards, sequence_format, layout, seed=0, shuffle=False)
     return loader.step_batches(0)[0]
 
 
@@ -97,7 +87,7 @@ def test_packed_sequences_hold_whole_documents(shards: ShardSet, heads: int) -> 
     ]
     whole = sorted(text for text in texts if len(text) <= S)
     pieces = [text[at : at + S] for text in texts if len(text) > S for at in range(0, len(text), S)]
-    sequences = cut_sequences(shards, "best_fit", sequence_length=S, future_tokens=heads)
+    sequences = cut_sequences(shards, SequenceFormat(S, heads, "best_fit"))
     assert sequences.count == len(batch.tokens)
     found = []
     for number in range(sequences.count):
