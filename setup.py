@@ -9,13 +9,20 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(
-        include=["data_prep", "data_prep.*", "model", "model.*", "pipeline", "pipeline.*"]
+        include=[
+            f"{name}{below}"
+            for name in ("data_prep", "foundation", "model", "pipeline")
+            for below in ("", ".*")
+        ]
     ),
+    package_data={"foundation": ["templates/*.j2"]},
     install_requires=[
         "backports.zstd>=1.0; python_version<'3.14'",
         "datasets>=3.0",
         "deepspeed>=0.18",
         "gigatoken>=0.10",
+        "jinja2>=3.1",
+        "markupsafe>=2.1",
         "matplotlib>=3.8",
         "megatron-core>=0.15",
         "mpi4py>=4.0",

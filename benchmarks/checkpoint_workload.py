@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 
 from data_prep.loading.loader import Batch
+from foundation.durable_files import BLOCK_BYTES
 from pipeline.checkpoint.file_names import FOLDER, WEIGHTS, step_folder
-from pipeline.checkpoint.files import BLOCK_BYTES, checkpoint_path
+from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import CheckpointFolder, verify_together
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import Layout, TrainState
 from pipeline.config.run_config import RunConfig
+from pipeline.distributed.agreement import RankFlags, agree
 from pipeline.distributed.rendezvous import RankInfo
 from pipeline.distributed.topology import Topology
-from pipeline.engine.engine import Engine
+from pipeline.engine.build import build_engine
 
 RANKS = 2
 SEQUENCE = 64
@@ -66,7 +68,7 @@ class Bench:
         topology = Topology(RankInfo(rank, rank, RANKS), tensor, device)
         self.parameters = config.model.parameter_count().total
         self.checkpoints = CheckpointFolder(config.run.dir, config.checkpoint)
-        self.engine = Engine(config, topology, "fp32")
+        self.engine = build_engine(config, topology, "fp32")
         self.state = TrainState(
             data_fingerprint="",
             data_seed=0,
@@ -110,18 +112,19 @@ class Bench:
         steps = []
         while self.saver.saved_step == before:
             steps.append(self.step())
-            self.saver.advance()
+            flags = RankFlags(save_done=self.saver.is_done)
+            self.saver.advance(all_done=agree(torch.tensor(True), flags).save_done)
         figures = self.saver.figures()
         self.saver.close()
         return {
-            "wait_s": float(figures["save_stall_s"]),  # type: ignore[arg-type]
-            "total_s": float(figures["save_total_s"]),  # type: ignore[arg-type]
+            "wait_s": float(figures["save_stall_s"]),
+            "total_s": float(figures["save_total_s"]),
             "step_s": sum(steps) / len(steps),
         }
 
 
 def _figure(saver: Saver, name: str) -> float:
-    return float(saver.figures()[name])  # type: ignore[arg-type]
+    return float(saver.figures()[name])
 
 
 def measure_saves(rank: int, folder: Path, quick: bool, repetitions: int) -> dict[str, Figures]:

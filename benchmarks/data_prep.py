@@ -4,7 +4,7 @@ Every peer runs in turn, in a process of its own, imports included, with the cor
 cache: first all once, then all again, and the medians count. The ids of all that keep the order
 of the documents are compared.
 
-    python benchmarks/data_prep.py                    # about 41 MB of Python's own sources
+    python benchmarks/data_prep.py                    # about 41 MB of Python's own code
     python benchmarks/data_prep.py --megabytes 400
     python benchmarks/data_prep.py --quick            # 3 MB; prints, writes nothing
 """

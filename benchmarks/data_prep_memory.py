@@ -96,7 +96,7 @@ def _measure_units(folder: Path, counts: Sequence[int]) -> Iterator[tuple[int, f
         with corpus.open("wb") as file:
             file.truncate(count * LINE_BYTES)
         options = BuildOptions(output, "bytes", inputs=(corpus,), unit_bytes=LINE_BYTES)
-        build(options, _Silence(), _Forger(output))
+        build(options, _Silence(), _FakeWorkers(output))
         (output / "manifest.json").unlink()
         command = [
             *(sys.executable, str(SCRIPT), "--input", str(corpus), "--output", str(output)),
@@ -120,8 +120,8 @@ class _Silence:
         pass
 
 
-class _Forger:
-    """A crew that writes what finished units leave: journal entries, and empty files as shards."""
+class _FakeWorkers:
+    """Workers that write what finished units leave: journal entries, and empty files as shards."""
 
     shares_output = False
 
@@ -155,8 +155,8 @@ class _Forger:
             entry.write_text(record.model_dump_json())
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """There are no other crews."""
+    def claim(self, name: str) -> Iterator[None]:
+        """Nobody else works on this output."""
         del name
         yield
 
@@ -165,16 +165,16 @@ class _Forger:
 
 
 def _make_words() -> list[str]:
-    source = random.Random(3)
+    rng = random.Random(3)
     letters = "etaoinshrdlcumwfgypbvk"
-    return ["".join(source.choices(letters, k=source.randint(2, 11))) for _ in range(WORDS)]
+    return ["".join(rng.choices(letters, k=rng.randint(2, 11))) for _ in range(WORDS)]
 
 
 def _make_texts(words: Sequence[str], megabytes: int) -> Iterator[str]:
     """Documents of 20 to 3,000 words, all different, about `megabytes` in all."""
-    source, left = random.Random(5), megabytes * 1_000_000
+    rng, left = random.Random(5), megabytes * 1_000_000
     while left > 0:
-        text = " ".join(source.choices(words, k=source.randint(20, 3000)))
+        text = " ".join(rng.choices(words, k=rng.randint(20, 3000)))
         left -= len(text) + 12
         yield text
 

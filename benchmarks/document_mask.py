@@ -1,8 +1,8 @@
-"""Attention over rows of several documents: time and size of the mask, as a bias and as blocks.
+"""Attention over sequences of several documents: time and size of the mask, as bias and as blocks.
 
 `python benchmarks/document_mask.py [--quick] [--device auto|cpu|cuda]` takes the three forms of
-core attention in turn on the same rows: the plain causal one, and documents apart with either form
-of the mask. It compares what the two give, prints the table, and writes it to README.md beside
+core attention in turn on the same sequences: the plain causal one, and documents apart with either
+form of the mask. It compares what the two give, prints the table, and writes it to README.md beside
 this file. On a GPU it measures forward and backward; on a CPU torch's flex attention has no
 backward, and training takes the bias.
 
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; give its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, prog="document_mask.py")
-    parser.add_argument("--quick", action="store_true", help="short rows; writes no files")
+    parser.add_argument("--quick", action="store_true", help="short sequences; writes no files")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
     device = options.device
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(length: int, device: torch.device, *, repeats: int) -> Row:
-    """One row of `length` tokens, the three forms in turn, `repeats` times after a first call."""
+    """One sequence of `length` tokens, all forms in turn, `repeats` times after a first call."""
     generator = torch.Generator().manual_seed(length)
     starts = torch.rand(1, length, generator=generator) < 1 / MEAN_DOCUMENT
     documents = starts.cumsum(1, dtype=torch.int32).to(device)
@@ -144,7 +144,7 @@ def _block_bytes(mask: BlockMask) -> int:
 def _section(rows: Sequence[Row], device: str) -> str:
     """The Markdown between a device's markers."""
     lines = [
-        f"{hardware(device)}; torch {torch.__version__}; {date.today().isoformat()}. One row, "
+        f"{hardware(device)}; torch {torch.__version__}; {date.today().isoformat()}. One sequence, "
         f"{ATTENTION_HEADS} attention and {KV_HEADS} key-value heads of {HEAD_DIM}, documents of "
         f"{MEAN_DOCUMENT} tokens on average, "
         f"{'bf16, forward and backward' if device == 'cuda' else 'fp32, forward alone'}.",

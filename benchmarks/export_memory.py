@@ -28,10 +28,10 @@ import torch
 import pipeline.export
 from benchmarks.memory_vs_heads import hardware
 from data_prep.tokenization.tokenizer import bytes_tokenizer
+from foundation.durable_files import write_synced
 from model.config import ModelConfig
 from model.parameter_shapes import layer_shapes, parameter_shapes
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
-from pipeline.checkpoint.files import nothing, write_synced
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.sharded_tensors import Snapshot, run_key
 from pipeline.checkpoint.train_state import Layout, TrainState
@@ -125,7 +125,7 @@ def write_checkpoint(config: RunConfig) -> None:
         (TOKENIZER, bytes_tokenizer()),
     ):
         entries[name] = write_synced(partial / name, content)
-    folder.commit(1, entries, nothing)
+    folder.commit(1, entries)
 
 
 def measure(config: RunConfig, target: Path) -> Row:

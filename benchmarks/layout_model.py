@@ -3,7 +3,7 @@
 Per stage and micro-batch of T tokens, with tensor-parallel size t and data-parallel size d:
 
     layer forward      (2 m T + 2 S H T) / (t F)       m matrix elements of a layer; attention
-    readout            6 V H T / (t F')                logits, gradient of z, gradient of weights
+    LM head            6 V H T / (t F')                logits, gradient of z, gradient of weights
     backward           2 x forward, 3 x with recomputation; a head is forward and backward in one
     tensor parallel    2 all-reduces of T H e bytes a layer and direction: 2 (t-1)/t bytes / w
     ZeRO-3             gathers the stage's weights for forward and again for backward, scatters
@@ -13,12 +13,12 @@ Per stage and micro-batch of T tokens, with tensor-parallel size t and data-para
     transfer           T H e / w to the next stage
 
 `pipeline.stages.costs.step_time` plays the 1F1B schedule through with these times. Then, once a
-step: ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the readout's
+step: ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the LM head's
 gradient and share its values, and the optimizer moves the rank's share.
 
 Memory of a rank: weights, gradients and optimizer states as ZeRO divides them (bf16: 2 + 2 + 12 / d
 bytes per parameter for ZeRO-1, (2 + 4 + 12) / d for ZeRO-3, whose gradients are fp32, and what it
-holds gathered), buckets, one chunk's logits, the readout's gradient, and per layer, token and
+holds gathered), buckets, one chunk's logits, the LM head's gradient, and per layer, token and
 micro-batch in flight (r + (a + 5 f / H) / t) H e bytes kept for backward, or H e with
 recomputation. In the first stage of a chain of D depths D micro-batches are in flight, in the next
 D - 1, and so on; heads keep z alone, and one head's layer at a time.
@@ -54,7 +54,7 @@ class Machine:
         name: for tables.
         ranks_per_node: ranks that share a node.
         flops: FLOP/s of a rank in transformer layers.
-        readout_flops: FLOP/s of a rank in the chunked loss.
+        lm_head_flops: FLOP/s of a rank in the chunked loss.
         intra_bandwidth: bytes/s of a rank in a collective within a node.
         inter_bandwidth: bytes/s between nodes, a rank's share of its node's network.
         latency_s: of a message; a ring of n ranks passes n - 1 on.
@@ -67,7 +67,7 @@ class Machine:
     name: str
     ranks_per_node: int
     flops: float
-    readout_flops: float
+    lm_head_flops: float
     intra_bandwidth: float
     inter_bandwidth: float
     latency_s: float
@@ -156,17 +156,17 @@ def micro_batch_cost(work: Work, layout: Layout, machine: Machine, part: ModelPa
     layer_s = layer_flops / (layout.tensor * machine.flops)
     reduced = tokens * model.hidden_size * machine.element_bytes
     layer_s += 2 * all_reduce_s(reduced, layout.tensor, machine.intra_bandwidth, machine.latency_s)
-    readout_flops = 6 * tokens * model.vocab_size * model.hidden_size
-    readout_s = readout_flops / (layout.tensor * machine.readout_flops)
+    lm_head_flops = 6 * tokens * model.vocab_size * model.hidden_size
+    lm_head_s = lm_head_flops / (layout.tensor * machine.lm_head_flops)
     backward = 3 if layout.recompute else 2
     trunk, heads = len(part.trunk_layers), len(part.heads)
-    gather_s, scatter_s, readout_gather_s = 0.0, 0.0, 0.0
+    gather_s, scatter_s, lm_head_gather_s = 0.0, 0.0, 0.0
     if layout.zero == 3:
         per_layer = layer_matrices(model) / layout.tensor * machine.element_bytes
         gather_s = ring_s(per_layer, layout, machine)
         scatter_s = gather_s
         shared = model.vocab_size * model.hidden_size / layout.tensor * machine.element_bytes
-        readout_gather_s = ring_s(shared, layout, machine) if part.owns_readout else 0.0
+        lm_head_gather_s = ring_s(shared, layout, machine) if part.owns_lm_head else 0.0
 
     def both(computing: float, traffic: float) -> float:
         return max(computing, traffic) if machine.overlaps else computing + traffic
@@ -174,8 +174,8 @@ def micro_batch_cost(work: Work, layout: Layout, machine: Machine, part: ModelPa
     return StageCost(
         trunk * both(layer_s, gather_s),
         both(
-            heads * ((1 + backward) * layer_s + readout_s),
-            heads * (2 * gather_s + scatter_s) + readout_gather_s,
+            heads * ((1 + backward) * layer_s + lm_head_s),
+            heads * (2 * gather_s + scatter_s) + lm_head_gather_s,
         ),
         trunk * both(backward * layer_s, gather_s + scatter_s),
     )
@@ -193,10 +193,10 @@ def _once_a_step(work: Work, layout: Layout, machine: Machine) -> float:
                 parameters / layout.tensor * machine.element_bytes, layout, machine
             )
         seconds.append(parameters / share * machine.optimizer_s + traffic)
-    readout = model.vocab_size * model.hidden_size / layout.tensor
+    unembedding = model.vocab_size * model.hidden_size / layout.tensor
     if sum(1 for part in layout.plan if part.heads) > 1:
         bandwidth = _stage_bandwidth(layout, machine)
-        return max(seconds) + readout * (4 + machine.element_bytes) / bandwidth
+        return max(seconds) + unembedding * (4 + machine.element_bytes) / bandwidth
     return max(seconds)
 
 

@@ -4,7 +4,7 @@
 --quick: a few MB) in a temporary folder, takes this project's reader and np.memmap in turn in the
 same process, prints the tables, and writes them to README.md beside this file.
 
-Legend: B rows of a batch, S sequence length, n future tokens.
+Legend: B sequences of a batch, S sequence length, n future tokens.
 """
 
 import argparse
@@ -30,9 +30,11 @@ from numpy.typing import NDArray
 
 from benchmarks.memory_vs_heads import hardware
 from benchmarks.synthetic_set import make_set
-from data_prep.loading.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
 from data_prep.loading.packing import pack
+from data_prep.loading.sequences import SequenceFormat
 from data_prep.shards.arrow_file import read_shard
+from data_prep.shards.shard_set import ShardSet
 
 S, N, B = 4096, 4, 8
 WINDOW = S + N
@@ -45,7 +47,7 @@ class Sizes(NamedTuple):
     shards: int
     shard_tokens: int
     many_shards: int
-    cold_rows: int
+    cold_sequences: int
     rounds: int
     batches: int
     packed_documents: int
@@ -90,13 +92,13 @@ def _section(sizes: Sizes, folder: Path) -> str:
         f"{hardware('cpu')} (1 used); Python {sys.version.split()[0]}, numpy {np.__version__}, "
         f"torch {torch.__version__}, pyarrow {version('pyarrow')}; {date.today().isoformat()}. "
         f"{shards.num_tokens * 2 / 1e6:,.0f} MB of uint16 tokens in {sizes.shards} shards; "
-        f"batches of {B} rows, S = {S}, n = {N}."
+        f"batches of {B} sequences, S = {S}, n = {N}."
     )
     parts = [
         head,
         "Warm, CPU time; medians of rounds in turn:",
         _table(("", "million tokens/s", "ratio"), _warm(shards, flat, sizes)),
-        f"Cold, {sizes.cold_rows} random rows, page cache dropped before each:",
+        f"Cold, {sizes.cold_sequences} random sequences, page cache dropped before each:",
         _table(
             ("", "s", "read from disk, MB", "over the needed bytes"), _cold(shards, flat, sizes)
         ),
@@ -115,45 +117,45 @@ def _starts(count: int, tokens: int, seed: int) -> list[int]:
 
 def _mapped_batch(mapped: NDArray[Any], starts: Sequence[int]) -> torch.Tensor:
     """The usual reader: slices of a mapping into one int64 tensor."""
-    rows = np.empty((len(starts), WINDOW), np.int64)
-    for row, start in zip(rows, starts, strict=True):
-        row[:] = mapped[start : start + WINDOW]
-    return torch.from_numpy(rows)
+    windows = np.empty((len(starts), WINDOW), np.int64)
+    for window, start in zip(windows, starts, strict=True):
+        window[:] = mapped[start : start + WINDOW]
+    return torch.from_numpy(windows)
 
 
 class _Reader:
-    """The loader's way: `preadv` into one buffer of the stored type, used again, then one cast."""
+    """As the loader reads: `preadv` into one reused buffer of the stored type, then one cast."""
 
     def __init__(self, shards: ShardSet) -> None:
         self._shards = shards
         self._tokens = np.empty((B, WINDOW), shards.dtype)
-        self._rows = list(self._tokens)
+        self._parts = list(self._tokens)
 
     def __call__(self, starts: Sequence[int]) -> torch.Tensor:
-        self._shards.read_rows(starts, self._rows)
+        self._shards.read_many(starts, self._parts)
         return torch.from_numpy(self._tokens.astype(np.int64))
 
 
-def _labelled(rows: torch.Tensor) -> Batch:
-    shifted = [rows[:, head : head + S] for head in range(1, N + 1)]
-    return Batch(rows[:, :S].contiguous(), torch.stack(shifted))
+def _labelled(windows: torch.Tensor) -> Batch:
+    shifted = [windows[:, head : head + S] for head in range(1, N + 1)]
+    return Batch(windows[:, :S].contiguous(), torch.stack(shifted))
 
 
 def _warm(shards: ShardSet, flat: Path, sizes: Sizes) -> list[Row]:
-    """Tokens per second of CPU time, rounds in turn, rows of all from the page cache."""
+    """Tokens per second of CPU time, rounds in turn, every reader from the page cache."""
     mapped = np.memmap(flat, np.uint16, mode="r")
     plain, numbered = _loader(shards), _loader(shards, documents=True)
     reader = _Reader(shards)
 
     def copied(starts: Sequence[int]) -> torch.Tensor:
-        rows = [torch.from_numpy(mapped[s : s + WINDOW].astype(np.int64)) for s in starts]
-        return torch.stack(rows)
+        windows = [torch.from_numpy(mapped[s : s + WINDOW].astype(np.int64)) for s in starts]
+        return torch.stack(windows)
 
-    # The loaders take their own, permuted rows; the others get random starts.
+    # The loaders take their own, permuted sequences; the others get random starts.
     readers: dict[str, Callable[[list[int], int], object]] = {
-        "rows: np.memmap into one tensor": lambda starts, _: _mapped_batch(mapped, starts),
-        "rows: np.memmap, one tensor each, stacked": lambda starts, _: copied(starts),
-        "rows: this reader": lambda starts, _: reader(starts),
+        "sequences: np.memmap into one tensor": lambda starts, _: _mapped_batch(mapped, starts),
+        "sequences: np.memmap, one tensor each, stacked": lambda starts, _: copied(starts),
+        "sequences: this reader": lambda starts, _: reader(starts),
         "batches with labels: np.memmap": lambda starts, _: _labelled(
             _mapped_batch(mapped, starts)
         ),
@@ -175,8 +177,8 @@ def _warm(shards: ShardSet, flat: Path, sizes: Sizes) -> list[Row]:
             speeds[name].append(sizes.batches * B * S / seconds / 1e6)
     rows: list[Row] = []
     for name, speed in speeds.items():
-        base = "rows: np.memmap into one tensor"
-        if not name.startswith("rows"):
+        base = "sequences: np.memmap into one tensor"
+        if not name.startswith("sequences"):
             base = "batches with labels: np.memmap"
         ratio = statistics.median(a / b for a, b in zip(speed, speeds[base], strict=True))
         rows.append((name, f"{statistics.median(speed):.0f}", f"{ratio:.2f}"))
@@ -185,21 +187,13 @@ def _warm(shards: ShardSet, flat: Path, sizes: Sizes) -> list[Row]:
 
 def _loader(shards: ShardSet, *, documents: bool = False) -> TokenLoader:
     return TokenLoader(
-        shards,
-        sequence_length=S,
-        future_tokens=N,
-        seed=0,
-        micro_batch_size=B,
-        accumulation=1,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        documents=documents,
+        shards, SequenceFormat(S, N, documents=documents), BatchLayout(micro_size=B), seed=0
     )
 
 
 def _cold(shards: ShardSet, flat: Path, sizes: Sizes) -> list[Row]:
-    """Time and disk reads of random rows that are in no cache."""
-    starts = _starts(sizes.cold_rows, shards.num_tokens, 5)
+    """Time and disk reads of random sequences that are in no cache."""
+    starts = _starts(sizes.cold_sequences, shards.num_tokens, 5)
     batches = [starts[first : first + B] for first in range(0, len(starts), B)]
     reader = _Reader(shards)
     files = [shards.directory / shard.path for shard in shards.shards]
@@ -218,7 +212,7 @@ def _cold(shards: ShardSet, flat: Path, sizes: Sizes) -> list[Row]:
         for start in starts:
             shards.document_starts(start, WINDOW)
 
-    needed = sizes.cold_rows * WINDOW * 2
+    needed = sizes.cold_sequences * WINDOW * 2
     rows: list[Row] = []
     for name, read, paths in (
         ("np.memmap", mapped, [flat]),
@@ -279,7 +273,7 @@ def _packing(sizes: Sizes) -> list[Row]:
     command = [sys.executable, __file__, "--pack", str(sizes.packed_documents)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, peak, resident, padding = map(float, done.stdout.split())
-    what = f"best-fit packing of {sizes.packed_documents:,} documents into rows of {S}"
+    what = f"best-fit packing of {sizes.packed_documents:,} documents into sequences of {S}"
     return [
         (f"{what}, CPU s", f"{seconds:.1f}"),
         ("its peak memory, bytes per document", f"{peak / sizes.packed_documents:.0f}"),

@@ -38,8 +38,8 @@ def run_ranks(
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = []
         for rank, (_, sender) in enumerate(pipes):
-            place = (rank, world_size, Path(folder) / "rendezvous")
-            process = context.Process(target=_child, args=(sender, place, function, arguments))
+            position = (rank, world_size, Path(folder) / "rendezvous")
+            process = context.Process(target=_child, args=(sender, position, function, arguments))
             process.start()
             sender.close()
             processes.append(process)
@@ -59,7 +59,7 @@ def run_ranks(
 
 def _child(
     sender: Connection,
-    place: tuple[int, int, Path],
+    position: tuple[int, int, Path],
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -67,7 +67,7 @@ def _child(
     import torch
     import torch.distributed as dist
 
-    rank, world_size, rendezvous = place
+    rank, world_size, rendezvous = position
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A corpus for benchmarks from what lies on the machine: sources of Python and its packages.
+"""A corpus for benchmarks from what lies on the machine: source code of Python and its packages.
 
 The same files, in the same order, for the same installation: each text once, ordered by its hash,
 until the size is reached. Nothing is downloaded.

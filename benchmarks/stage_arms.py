@@ -32,8 +32,8 @@ from model.part import ModelPart
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
+from pipeline.engine.build import build_engine
 from pipeline.engine.deepspeed_config import deepspeed_config
-from pipeline.engine.staged_engine import build_engine
 
 SEED, LEARNING_RATE = 7, 1e-3
 
@@ -105,14 +105,14 @@ class Rates(NamedTuple):
 
     Attributes:
         layer_flops: FLOP/s of layers, forward and backward.
-        readout_flops: FLOP/s of the chunked loss.
+        lm_head_flops: FLOP/s of the chunked loss.
         bandwidth: bytes/s that a rank receives in a gather from all others.
         latency_s: of a small message in such a gather.
         optimizer_s: per parameter.
     """
 
     layer_flops: float
-    readout_flops: float
+    lm_head_flops: float
     bandwidth: float
     latency_s: float
     optimizer_s: float
@@ -176,7 +176,7 @@ def _headway(workload: Workload, config: RunConfig) -> Steps:
         batches = local_batches(workload, number, topology.data_rank, topology.data_size)
         return float(engine.train_step(batches, LEARNING_RATE).head_losses.sum())
 
-    return step, engine.stage_idle_fractions
+    return step, engine.execution.idle_fractions
 
 
 def local_batches(workload: Workload, step: int, data_rank: int, data_size: int) -> list[Batch]:
@@ -215,11 +215,11 @@ class _JointHeads(nn.Module):
 
     def forward(self, trunk_output: Tensor) -> Tensor:
         heads = self.model.heads
-        norm, unembedding = heads.readout()
+        norm, unembedding = heads.lm_head()
         context = self.model.context(trunk_output.shape[0], trunk_output.device)
         return torch.stack(
             [
-                heads.readout.normalize(heads.hidden(k, trunk_output, context), norm).flatten(0, 1)
+                heads.lm_head.normalize(heads.hidden(k, trunk_output, context), norm).flatten(0, 1)
                 @ unembedding.t()
                 for k in heads.numbers
             ]
@@ -294,7 +294,7 @@ def measure_rates(workload: Workload, repeats: int) -> Rates:
     layer_s = _median_s(lambda: layer(hidden).sum().backward(), repeats)
     unembedding = torch.randn(workload.vocab_size, workload.hidden_size)
     gradient, labels = torch.zeros_like(unembedding), torch.zeros(tokens, dtype=torch.int64)
-    readout_s = _median_s(
+    lm_head_s = _median_s(
         lambda: loss_and_gradients(
             hidden.detach().flatten(0, 1),
             unembedding,
@@ -311,7 +311,7 @@ def measure_rates(workload: Workload, repeats: int) -> Rates:
     per_token = 6 * (matrices + workload.sequence_length * workload.hidden_size)
     return Rates(
         per_token * tokens / layer_s,
-        6 * tokens * unembedding.numel() / readout_s,
+        6 * tokens * unembedding.numel() / lm_head_s,
         *_gather_rates(matrices, repeats),
         optimizer_s / sum(p.numel() for p in layer.parameters()),
     )

@@ -190,7 +190,7 @@ def _predictions(workload: Workload, rows: dict[Arm, Row], rates: Rates) -> list
     """What was predicted for the arms with a core for each rank, beside what was measured."""
     lines = [
         f"Rates measured with 2 ranks at work: {rates.layer_flops / 1e9:.1f} GFLOP/s in layers, "
-        f"{rates.readout_flops / 1e9:.1f} in the chunked loss, {rates.bandwidth / 1e9:.2f} GB/s in "
+        f"{rates.lm_head_flops / 1e9:.1f} in the chunked loss, {rates.bandwidth / 1e9:.2f} GB/s in "
         "gathers.",
         "",
         "| 2 ranks | idle by stage: measured | by layer-equivalents | by the formulas "
@@ -229,7 +229,7 @@ def formula_prediction(workload: Workload, arm: Arm, rates: Rates) -> Prediction
         name="this one",
         ranks_per_node=arm.world,
         flops=rates.layer_flops,
-        readout_flops=rates.readout_flops,
+        lm_head_flops=rates.lm_head_flops,
         intra_bandwidth=rates.bandwidth,
         inter_bandwidth=rates.bandwidth,
         latency_s=rates.latency_s,

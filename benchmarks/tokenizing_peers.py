@@ -53,13 +53,13 @@ def gigatoken_bare(corpus: Path, tokenizer: Path, out: Path, workers: int) -> No
     encoded = backend.encode_files(gigatoken.JsonlFileSource([str(corpus)]), parallel=workers > 1)
     ids = np.asarray(encoded.layout.content.data)
     ends = np.asarray(encoded.layout.offsets.data)[1:]
-    places = ends + np.arange(len(ends))
+    positions = ends + np.arange(len(ends))
     is_text = np.ones(len(ids) + len(ends), dtype=bool)
-    is_text[places] = False
+    is_text[positions] = False
     flat = np.empty(len(is_text), dtype=np.uint16)
     flat[is_text] = ids
-    flat[places] = eos
-    offsets = np.concatenate([[0], places + 1])
+    flat[positions] = eos
+    offsets = np.concatenate([[0], positions + 1])
     column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat))
     schema = pa.schema([("tokens", pa.large_list(pa.uint16()))])
     with pa.ipc.new_file(str(out / "all.arrow"), schema) as writer:

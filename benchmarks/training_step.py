@@ -84,18 +84,18 @@ def _step(
     result = sequential_backward(
         model, model(tokens), labels, scales, chunk_tokens=workload.chunk_tokens
     )
-    result.remainder.backward()
+    result.surrogate_loss.backward()
 
 
 def _joint_loss(model: MultiTokenModel, tokens: Tensor, labels: Tensor) -> Tensor:
     """The textbook's loss: whole logits of every head, torch's cross-entropy, one sum."""
-    norm, unembedding = model.heads.readout()
+    norm, unembedding = model.heads.lm_head()
     trunk_output = model(tokens)
     context = model.context(tokens.shape[1], tokens.device)
 
     def head_loss(head: int) -> Tensor:
         hidden = model.heads.hidden(head, trunk_output, context)
-        logits = model.heads.readout.normalize(hidden, norm).flatten(0, 1) @ unembedding.t()
+        logits = model.heads.lm_head.normalize(hidden, norm).flatten(0, 1) @ unembedding.t()
         return F.cross_entropy(logits.float(), labels[head - 1].t().flatten())
 
     return torch.stack([head_loss(head) for head in model.heads.numbers]).sum()

@@ -1,4 +1,4 @@
-"""The error for input data and shard sets; each message names the value, the rule, the way out."""
+"""The error for input data and shard sets; a message names the value, the rule and what to do."""
 
 
 class DataError(Exception):

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(shards: ShardSet, prefix: str) -> None:
     """Write `prefix`.bin and then `prefix`.idx, each whole or not at all.
 
-    The memory does not depend on the size of the set: tokens go through in parts, and the index is
+    The memory does not depend on the size of the set: tokens are copied in parts, and the index is
     written in three passes over the lengths of the documents of one shard at a time.
 
     Raises:

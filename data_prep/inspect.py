@@ -18,9 +18,9 @@ class Document(NamedTuple):
     """One document of a stream.
 
     Attributes:
-        number: Its place in the stream, from 0.
+        number: Its position in the stream, from 0.
         source: Name of its source.
-        origin: Input file and the record's byte offset or number in it, as `FILE:ROW`.
+        origin: Input file and the record's byte offset or row number in it, as `FILE:OFFSET`.
         num_tokens: Tokens, the end-of-document token included.
         text: Its text.
     """
@@ -96,17 +96,18 @@ def search(shards: ShardSet, text: str) -> Iterator[Document]:
         first += shard.rows
 
 
-def _documents(shards: ShardSet, index: int, first: int, row: int) -> Iterator[Document]:
-    """Documents of a shard from a row on; `first` is the number of its first document."""
+def _documents(shards: ShardSet, index: int, first: int, skipped: int) -> Iterator[Document]:
+    """Documents of a shard, without the first `skipped`; `first` is the number of its first."""
     shard = shards.shards[index]
     tokenizer, inputs = shards.open_tokenizer(), shards.manifest.inputs
     rows = _read(shards.directory / shard.path)
-    for place in range(row, shard.rows):
-        start, end = int(rows.offsets[place]), int(rows.offsets[place + 1])
+    for index_in_shard in range(skipped, shard.rows):
+        start, end = (int(offset) for offset in rows.offsets[index_in_shard : index_in_shard + 2])
+        file, offset = int(rows.src[index_in_shard]), int(rows.row[index_in_shard])
         yield Document(
-            number=first + place,
+            number=first + index_in_shard,
             source=shard.source,
-            origin=f"{inputs[int(rows.src[place])].path}:{int(rows.row[place])}",
+            origin=f"{inputs[file].path}:{offset}",
             num_tokens=end - start,
             text=tokenizer.decode(rows.tokens[start : end - 1]),
         )
@@ -135,8 +136,9 @@ def _print_matches(shards: ShardSet, text: str, limit: int) -> int:
         raise DataError("--search needs a text that is not empty, and --limit at least 1")
     found = 0
     for document in search(shards, text):
-        place = document.text.index(text)
-        start, end = max(0, place - CONTEXT_CHARACTERS), place + len(text) + CONTEXT_CHARACTERS
+        found_at = document.text.index(text)
+        start = max(0, found_at - CONTEXT_CHARACTERS)
+        end = found_at + len(text) + CONTEXT_CHARACTERS
         excerpt = document.text[start:end].replace("\n", " ").replace("\r", " ")
         print(f"{document.number}\t{document.source}\t{document.origin}\t{excerpt}")
         found += 1

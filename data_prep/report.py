@@ -5,36 +5,25 @@ rows of a length make of them, and what was rejected, why and where.
 """
 
 import argparse
-import html
-import io
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.loading.length_figures import histogram, percentiles, row_figures
+from data_prep.loading.length_figures import histogram, percentiles, sequence_figures
 from data_prep.shards.atomic import write_whole
 from data_prep.shards.manifest import TRAIN, VALIDATION, InputEntry, Ledger, Manifest
 from data_prep.shards.shard_set import ShardSet
+from foundation.pages import Block, Figures, Paragraph, Section, Table, render_page
+from foundation.plots import svg_plot
 
 LISTED_FILES = 10
 Cells = Sequence[object]
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff;
-       max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.lead { color: #566; margin-top: .2rem; overflow-wrap: anywhere; }
-figure { margin: 0; max-width: 720px; } svg { width: 100%; height: auto; }
-table { border-collapse: collapse; }
-td, th { padding: .25rem .9rem .25rem 0; text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child { text-align: left; font-weight: 600; overflow-wrap: anywhere; }
-tr { border-bottom: 1px solid #dde; }
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,30 +59,15 @@ def make_page(directory: Path) -> str:
     }
     lengths = np.concatenate(list(parts.values()))
     sections = [
-        ("Totals", _table(("", ""), _totals(manifest, lengths))),
-        ("Splits", _splits(manifest)),
-        ("Sources", _sources(manifest)),
-        ("Lengths of documents", _lengths(parts)),
-        ("Rows of a length", _rows(parts[TRAIN])),
-        ("Rejected records", _rejects(manifest)),
+        Section("Totals", [Table(_totals(manifest, lengths))]),
+        Section("Splits", [_splits(manifest)]),
+        Section("Sources", [_sources(manifest)]),
+        Section("Lengths of documents", _lengths(parts)),
+        Section("Rows of a length", [_rows(parts[TRAIN])]),
+        Section("Rejected records", _rejects(manifest)),
     ]
-    body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections)
-    name = html.escape(directory.resolve().name)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}: shard set</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{name}</h1>
-<p class="lead">fingerprint {manifest.fingerprint}</p>
-{body}
-</body>
-</html>
-"""
+    lead = f"fingerprint {manifest.fingerprint}"
+    return render_page("shard set", directory.resolve().name, lead, sections)
 
 
 def _totals(manifest: Manifest, lengths: NDArray[np.int64]) -> list[Cells]:
@@ -113,17 +87,15 @@ def _totals(manifest: Manifest, lengths: NDArray[np.int64]) -> list[Cells]:
     ]
 
 
-def _splits(manifest: Manifest) -> str:
-    return _table(
-        ("Split", "Documents", "Tokens", "Shards"),
-        [
-            (name, f"{split.rows:,}", f"{split.tokens:,}", f"{split.shards:,}")
-            for name, split in manifest.splits.items()
-        ],
-    )
+def _splits(manifest: Manifest) -> Table:
+    rows = [
+        (name, f"{split.rows:,}", f"{split.tokens:,}", f"{split.shards:,}")
+        for name, split in manifest.splits.items()
+    ]
+    return Table(rows, ("Split", "Documents", "Tokens", "Shards"))
 
 
-def _sources(manifest: Manifest) -> str:
+def _sources(manifest: Manifest) -> Table:
     """Documents and tokens of each source, its ledger, and its weight in a mixture."""
     all_tokens = sum(shard.tokens for shard in manifest.shards)
     rows = []
@@ -148,10 +120,10 @@ def _sources(manifest: Manifest) -> str:
             )
         )
     heads = ("Source", "Documents", "Tokens", "Share", "Weight", "Bytes per token", "Duplicates")
-    return _table((*heads, "Rejected"), rows)
+    return Table(rows, (*heads, "Rejected"))
 
 
-def _lengths(parts: Mapping[str, NDArray[np.int64]]) -> str:
+def _lengths(parts: Mapping[str, NDArray[np.int64]]) -> list[Block]:
     drawn = {name: lengths for name, lengths in parts.items() if len(lengths)}
     heads = ["Tokens per document", *(name for name, _ in percentiles(next(iter(drawn.values()))))]
     rows = [
@@ -159,88 +131,62 @@ def _lengths(parts: Mapping[str, NDArray[np.int64]]) -> str:
         for name, lengths in drawn.items()
     ]
     figure = _histogram(np.concatenate(list(drawn.values())))
-    return f"<figure>{figure}</figure>\n{_table(heads, rows)}"
+    return [Figures([figure]), Table(rows, heads)]
 
 
-def _histogram(lengths: NDArray[np.int64]) -> str:
+def _histogram(lengths: NDArray[np.int64]) -> Markup:
     """Shares of documents and of tokens by length, as an svg element."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     documents, tokens = histogram(lengths)
     places = np.arange(len(documents))
-    # The salt keeps the ids of the elements equal from run to run.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lengths", "font.size": 10}):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes: Any = figure.add_subplot()
+
+    def draw(axes: Any) -> None:
         axes.bar(places - 0.2, documents / documents.sum(), 0.4, label="documents", color="#1f6feb")
         axes.bar(places + 0.2, tokens / tokens.sum(), 0.4, label="tokens", color="#d29922")
         axes.set_xticks(places, [f"{1 << place:,}" for place in places], rotation=45)
         axes.set_xlabel("tokens per document, from this number to the next")
         axes.set_ylabel("share")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": "lengths"})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+
+    return svg_plot("lengths", draw, size_inches=(7.2, 3.6))
 
 
-def _rows(lengths: NDArray[np.int64]) -> str:
+def _rows(lengths: NDArray[np.int64]) -> Block:
     if not len(lengths):
-        return "<p>The training split is empty.</p>"
-    return _table(
-        (
-            "Row of tokens",
-            "Documents that fit",
-            "Of those, cut by concatenation",
-            "Padding in best-fit packing",
-        ),
-        [
-            (f"{f.row_length:,}", f"{f.fitting:.2%}", f"{f.cut:.2%}", f"{f.padding:.2%}")
-            for f in row_figures(lengths)
-        ],
+        return Paragraph("The training split is empty.")
+    rows = [
+        (f"{f.sequence_length:,}", f"{f.fitting:.2%}", f"{f.cut:.2%}", f"{f.padding:.2%}")
+        for f in sequence_figures(lengths)
+    ]
+    heads = (
+        "Sequence of tokens",
+        "Documents that fit",
+        "Of those, cut by concatenation",
+        "Padding in best-fit packing",
     )
+    return Table(rows, heads)
 
 
-def _rejects(manifest: Manifest) -> str:
+def _rejects(manifest: Manifest) -> list[Block]:
     """Reasons over all files, and the files with the most rejected records."""
     reasons = manifest.totals.rejects_by_reason
     if not reasons:
-        return "<p>None.</p>"
+        return [Paragraph("None.")]
     by_count = sorted(reasons.items(), key=lambda item: -item[1])
 
     def rejects(entry: InputEntry) -> int:
         return entry.ledger.rejects
 
     files = sorted(manifest.inputs, key=rejects, reverse=True)[:LISTED_FILES]
-    return "\n".join(
-        [
-            _table(("Reason", "Records"), [(why, f"{count:,}") for why, count in by_count]),
-            "<p>Each is listed with its file and place in rejects.jsonl. Most are in:</p>",
-            _table(
-                ("File", "Rejected", "Of records"),
-                [
-                    (entry.path, f"{rejects(entry):,}", f"{entry.ledger.records:,}")
-                    for entry in files
-                    if rejects(entry)
-                ],
-            ),
-        ]
-    )
-
-
-def _table(heads: Sequence[str], rows: Iterable[Cells]) -> str:
-    lines = ["<table>"]
-    if any(heads):
-        cells = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-        lines.append(f"<tr>{cells}</tr>")
-    for row in rows:
-        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return "\n".join([*lines, "</table>"])
+    listed = [
+        (entry.path, f"{rejects(entry):,}", f"{entry.ledger.records:,}")
+        for entry in files
+        if rejects(entry)
+    ]
+    return [
+        Table([(why, f"{count:,}") for why, count in by_count], ("Reason", "Records")),
+        Paragraph("Each is listed with its file and place in rejects.jsonl. Most are in:"),
+        Table(listed, ("File", "Rejected", "Of records")),
+    ]
 
 
 if __name__ == "__main__":

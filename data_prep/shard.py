@@ -20,10 +20,10 @@ from data_prep.building.options import BuildOptions
 from data_prep.errors import BadRecordsError, DataError
 from data_prep.inputs.file_names import IGNORED_DIRECTORIES
 from data_prep.shards.manifest import VALIDATION, Manifest
-from data_prep.workers.array_tasks import ArrayCrew, find_array_task
-from data_prep.workers.mpi import MpiCrew, World, join_world
-from data_prep.workers.phase import Crew
-from data_prep.workers.pool import LocalCrew
+from data_prep.workers.array_tasks import ArrayWorkers, find_array_task
+from data_prep.workers.mpi import MpiWorkers, World, join_world
+from data_prep.workers.phase import Workers
+from data_prep.workers.pool import LocalWorkers
 from data_prep.workers.progress import ProgressLine
 
 EXIT_DATA_ERROR = 1
@@ -44,19 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None, world: World | None) -> int:
-    """Build the set; under MPI on rank 0, which leads the others."""
+    """Build the set; under MPI on rank 0, which coordinates the others."""
     progress = ProgressLine(Console(stderr=True))
     try:
         try:
             options, task = parse_options(arguments)
-            manifest = build(options, progress, _choose_crew(options, task, world))
+            manifest = build(options, progress, _choose_workers(options, task, world))
         finally:
             progress.close()
     except DataError as error:
         _print_error(error)
         return EXIT_BAD_RECORDS if isinstance(error, BadRecordsError) else EXIT_DATA_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(summarize(manifest, options.output))
     return 0
@@ -67,18 +67,18 @@ def _print_error(error: DataError) -> None:
         print(f"error: {line}", file=sys.stderr)
 
 
-def _choose_crew(options: BuildOptions, task: str | None, world: World | None) -> Crew:
+def _choose_workers(options: BuildOptions, task: str | None, world: World | None) -> Workers:
     if world is not None:
         if options.workers is not None or task is not None:
             raise DataError(
-                f"--workers and --array-task have no meaning for {world.size} MPI ranks: each is "
+                f"--workers and --array-task have no effect with {world.size} MPI ranks: each is "
                 "one worker; leave them out and start one rank per core"
             )
-        return MpiCrew(world)
+        return MpiWorkers(world)
     array_task = find_array_task(task, os.environ)
     if array_task is not None:
-        return ArrayCrew(array_task, options.output, options.workers)
-    return LocalCrew(options.workers)
+        return ArrayWorkers(array_task, options.output, options.workers)
+    return LocalWorkers(options.workers)
 
 
 def parse_options(arguments: Sequence[str] | None) -> tuple[BuildOptions, str | None]:
@@ -139,7 +139,7 @@ def _make_parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="PATTERN",
-        help="files to take from directories (default: names that look like text or source)",
+        help="files to take from directories (default: names that look like text or source code)",
     )
     add(
         "--exclude",
@@ -208,7 +208,7 @@ def summarize(manifest: Manifest, output: Path) -> str:
         )
         if not split.rows and name == VALIDATION and manifest.validation_fraction:
             lines.append(
-                f"note: no document fell into the held-out {manifest.validation_fraction:g}; "
+                f"note: no document was chosen for the held-out {manifest.validation_fraction:g}; "
                 "raise --validation-fraction to evaluate on this corpus"
             )
     if len(manifest.sources) > 1:

@@ -1,8 +1,8 @@
-"""Core attention on torch's scaled_dot_product_attention, in the place of megatron's.
+"""Core attention on torch's scaled_dot_product_attention, instead of megatron's.
 
 Megatron's `DotProductAttention` needs CUDA and materialises the scores. This one runs torch's flash
-kernels on GPU and CPU, torch's flex attention for rows of several documents on a GPU, and reads a
-KV cache when decoding.
+kernels on GPU and CPU, torch's flex attention for sequences of several documents on a GPU, and
+reads a KV cache when decoding.
 
 Legend: S sequence, B batch, A attention heads, G key-value heads, D head dimension; A and G are
 this tensor-parallel rank's share.

@@ -1,4 +1,4 @@
-"""Losses of all heads and their gradients: head by head, or jointly as the reference.
+"""Losses of all heads and their gradients: head by head, or jointly for comparison.
 
 Sequential-head backward (Gloeckle et al. 2024, section 2, figure 2): each head runs forward and
 backward on a detached copy of the trunk's output before the next head begins, so the activations
@@ -16,24 +16,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.heads import ReadoutWeights
+from model.heads import LMHeadWeights
 from model.language_model import MultiTokenModel
 from model.loss import linear_cross_entropy, loss_and_gradients, loss_and_predictions
 
 
 class MicroBatchResult(NamedTuple):
-    """One micro-batch's losses, and the scalar whose backward completes its gradients.
+    """One micro-batch's losses, and a surrogate loss whose backward completes its gradients.
 
     Attributes:
         loss_sums: `[n]` float32, sum of each head's token losses on this rank, unscaled.
-        remainder: scalar with a graph; call backward on it once.
+        surrogate_loss: scalar with a graph; call backward on it once. Its value means nothing, its
+            gradients are those of the scaled losses that no parameter has received yet.
     """
 
     loss_sums: Tensor
-    remainder: Tensor
+    surrogate_loss: Tensor
 
 
-class ReadoutGradients(NamedTuple):
+class LMHeadGradients(NamedTuple):
     """Where heads add up the gradients of the weights they share, over heads and micro-batches.
 
     Attributes:
@@ -45,12 +46,12 @@ class ReadoutGradients(NamedTuple):
     unembedding: Tensor
 
     @classmethod
-    def zeros(cls, shared: ReadoutWeights) -> "ReadoutGradients":
+    def zeros(cls, shared: LMHeadWeights) -> "LMHeadGradients":
         """Nothing yet."""
         dtype = torch.promote_types(shared.unembedding.dtype, torch.float32)
         return cls(*(torch.zeros_like(weight, dtype=dtype) for weight in shared))
 
-    def pairs(self, shared: ReadoutWeights) -> list[tuple[Tensor, Tensor | None]]:
+    def pairs(self, shared: LMHeadWeights) -> list[tuple[Tensor, Tensor | None]]:
         """Each shared weight with its gradient in its own precision, for `deliver`."""
         return [(w, g.to(w.dtype)) for w, g in zip(shared, self, strict=True)]
 
@@ -60,7 +61,7 @@ class HeadsResult(NamedTuple):
 
     Attributes:
         loss_sums: `[heads here]` float32, sum of each head's token losses on this rank, unscaled.
-        trunk_gradient: `[S, B, H]`, of the scaled losses with respect to z; None when z wants none.
+        trunk_gradient: `[S, B, H]`, of the scaled losses with respect to z; None when z needs none.
     """
 
     loss_sums: Tensor
@@ -79,7 +80,7 @@ def sequential_backward(
     """Forward and backward of every head in turn.
 
     The gradients of head layers are final when this returns; those of the trunk, the final norm
-    and the unembedding arrive with `remainder.backward()`.
+    and the unembedding arrive with `surrogate_loss.backward()`.
 
     Args:
         model: the model; under ZeRO its engine's module.
@@ -92,9 +93,9 @@ def sequential_backward(
     Returns:
         Loss sums, and the scalar that delivers the shared gradients.
     """
-    shared = model.heads.readout()
+    shared = model.heads.lm_head()
     trained = shared.unembedding.requires_grad
-    gradients = ReadoutGradients.zeros(shared) if trained else None
+    gradients = LMHeadGradients.zeros(shared) if trained else None
     result = heads_backward(
         model,
         trunk_output,
@@ -117,14 +118,14 @@ def heads_backward(
     labels: Tensor,
     scales: Tensor,
     *,
-    shared: ReadoutWeights,
-    gradients: ReadoutGradients | None,
+    shared: LMHeadWeights,
+    gradients: LMHeadGradients | None,
     chunk_tokens: int,
     documents: Tensor | None = None,
 ) -> HeadsResult:
     """Forward and backward, in turn, of the heads that this part of the model holds.
 
-    Only head layers receive their gradients here. Those of the readout are added to `gradients`,
+    Only head layers receive their gradients here. Those of the LM head are added to `gradients`,
     and that of z is returned, for the caller to `deliver` once.
 
     Args:
@@ -132,19 +133,19 @@ def heads_backward(
         trunk_output: z `[S, B, H]`.
         labels: `[n, B, S]` of all heads of the model, -100 where ignored.
         scales: `[n]` of all heads of the model, factor on each head's loss sum.
-        shared: what `model.heads.readout()` gave.
-        gradients: of the readout, added to in place; None when it is frozen.
+        shared: what `model.heads.lm_head()` gave.
+        gradients: of the LM head, added to in place; None when it is frozen.
         chunk_tokens: tokens whose logits exist at once.
         documents: `[B, S]`, the ones with which the trunk ran.
     """
-    readout = model.heads.readout
+    lm_head = model.heads.lm_head
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
     leaf = trunk_output.detach().requires_grad_(trunk_output.requires_grad)
     norm = shared.norm.detach().requires_grad_(gradients is not None)
     unembedding = shared.unembedding.detach()
     sums = []
     for head in model.heads.numbers:
-        normed = readout.normalize(model.heads.hidden(head, leaf, context), norm)
+        normed = lm_head.normalize(model.heads.hidden(head, leaf, context), norm)
         hidden, targets = normed.detach().flatten(0, 1), _sequence_first(labels[head - 1])
         if not normed.requires_grad and gradients is None:  # nothing of it is trained
             loss, _ = loss_and_predictions(
@@ -169,7 +170,7 @@ def heads_backward(
     return HeadsResult(torch.stack(sums), leaf.grad)
 
 
-def joint_backward(
+def joint_loss(
     model: MultiTokenModel,
     trunk_output: Tensor,
     labels: Tensor,
@@ -178,16 +179,17 @@ def joint_backward(
     chunk_tokens: int,
     documents: Tensor | None = None,
 ) -> MicroBatchResult:
-    """All heads forward in one graph, whose one backward is still to come; the reference.
+    """All heads forward in one graph, whose backward is still to come; for comparison.
 
-    Arguments and result as in `sequential_backward`; every gradient arrives with `remainder`.
+    Arguments and result as in `sequential_backward`; every gradient arrives with
+    `surrogate_loss`, which here is the weighted sum of the losses itself.
     """
-    norm, unembedding = model.heads.readout()
+    norm, unembedding = model.heads.lm_head()
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
     losses = []
     for index, head in enumerate(model.heads.numbers):
         hidden = model.heads.hidden(head, trunk_output, context)
-        normed = model.heads.readout.normalize(hidden, norm)
+        normed = model.heads.lm_head.normalize(hidden, norm)
         losses.append(
             linear_cross_entropy(
                 normed.flatten(0, 1),
@@ -207,7 +209,7 @@ def _sequence_first(labels: Tensor) -> Tensor:
 
 
 class _Deliver(torch.autograd.Function):
-    """A zero whose backward hands each tensor the gradient that was collected for it."""
+    """A zero whose backward gives each tensor the gradient that was collected for it."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
@@ -224,8 +226,8 @@ def deliver(pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     """The scalar whose backward gives every tensor of a pair its gradient."""
     wanted = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
     if not wanted:  # only the head layers are trained, and they have their gradients
-        # A zero with a graph, as DeepSpeed asks of a loss; its leaf is nobody's parameter.
+        # A zero with a graph, which DeepSpeed expects of a loss; its leaf is not a parameter.
         return pairs[0][0].new_zeros((), dtype=torch.float32, requires_grad=True) * 1.0
     gradients = [torch.zeros_like(tensor) if grad is None else grad for tensor, grad in wanted]
-    remainder: Tensor = _Deliver.apply(gradients, *(tensor for tensor, _ in wanted))
-    return remainder
+    surrogate_loss: Tensor = _Deliver.apply(gradients, *(tensor for tensor, _ in wanted))
+    return surrogate_loss

@@ -98,7 +98,7 @@ class ModelConfig(BaseModel):
             return (1.0,) * self.future_tokens
         return self.head_weights
 
-    # A rule stands with the later of its keys; it waits while the earlier one is itself at fault.
+    # A rule belongs to the later of its keys; it is skipped while the earlier one is invalid.
     @field_validator("future_tokens")
     @classmethod
     def _leaves_a_trunk(cls, future_tokens: int, info: ValidationInfo) -> int:
@@ -207,22 +207,23 @@ class ModelConfig(BaseModel):
         on average half of the sequence. The embedding is a look-up. Recomputation under
         activation checkpointing is not counted: utilisation from this figure is of useful work.
 
-        With all but heads 2 .. n frozen, only their layers cost a whole backward, their readouts
-        the half of one that leads to the hidden states, and everything else its forward.
+        With all but heads 2 .. n frozen, only their layers cost a whole backward. Their products
+        with the unembedding cost half of one (the gradient of the hidden states), and everything
+        else only its forward.
 
         Args:
             sequence_length: S, tokens of one sample.
             frozen: only heads 2 .. n are trained.
         """
         matrices = self.layers * self._matrix_parameters_per_layer()
-        readouts = self.future_tokens * self.vocab_size * self.hidden_size
+        unembeddings = self.future_tokens * self.vocab_size * self.hidden_size
         attention = 12 * self.layers * self.hidden_size * sequence_length / 2
         if frozen:
             heads = self.future_tokens - 1
             trained = heads / self.layers
-            backward = 4 * matrices * trained + 2 * readouts * heads / self.future_tokens
-            return 2 * (matrices + readouts) + backward + attention * (1 + 2 * trained) / 3
-        return 6 * (matrices + readouts) + attention
+            backward = 4 * matrices * trained + 2 * unembeddings * heads / self.future_tokens
+            return 2 * (matrices + unembeddings) + backward + attention * (1 + 2 * trained) / 3
+        return 6 * (matrices + unembeddings) + attention
 
     def check_tensor_parallel(self, size: int) -> list[str]:
         """What keeps this model from being split over `size` tensor-parallel ranks.
@@ -248,9 +249,9 @@ class ModelConfig(BaseModel):
         for key, works in candidates.items():
             value: int = getattr(self, key)
             if value % size:
-                way_out = _nearest(value, (m for m in multiples if works(m)))
+                advice = _nearest(value, (m for m in multiples if works(m)))
                 problems.append(
-                    f"{key}={value} is not divisible by the tensor-parallel size {size}; {way_out}"
+                    f"{key}={value} is not divisible by the tensor-parallel size {size}; {advice}"
                 )
         return problems
 

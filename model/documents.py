@@ -1,4 +1,4 @@
-"""Several documents in one row: positions that start again, and attention that stays inside.
+"""Several documents in one sequence: positions that start again, attention that stays inside.
 
 Positions alone do not keep documents apart: rotary embeddings only turn queries and keys, and a
 query still sees every key before it. It is the mask that does.
@@ -7,7 +7,7 @@ The mask has two forms. On the CPU it is a bias for each query and key: 0, or mi
 GPU it lists blocks of 128 x 128 queries and keys for torch's flex attention, which visits only the
 blocks in which some query sees some key and keeps no scores, so memory stays linear in S.
 
-Legend: B batch, S sequence, N blocks in a row.
+Legend: B batch, S sequence, N blocks in a sequence.
 """
 
 import torch
@@ -21,25 +21,25 @@ SMALLEST_HEAD = 16  # head dimension from which torch's flex attention has GPU k
 
 
 def positions_within(documents: Tensor) -> Tensor:
-    """Each token's distance from the start of its document, or of the row if that comes later.
+    """Each token's distance from the start of its document, or of the sequence if that is later.
 
     Args:
-        documents: `[B, S]` integers, rising along each row: 0, 0, 0, 1, 1, 2.
+        documents: `[B, S]` integers, rising along each sequence: 0, 0, 0, 1, 1, 2.
 
     Returns:
-        `[B, S]` int64; for the row above [0, 1, 2, 0, 1, 0].
+        `[B, S]` int64; for the sequence above [0, 1, 2, 0, 1, 0].
     """
-    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    starts = torch.zeros_like(places)
-    starts[:, 1:] = places[:, 1:] * (documents[:, 1:] != documents[:, :-1])
-    return places - starts.cummax(dim=1).values
+    positions = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.zeros_like(positions)
+    starts[:, 1:] = positions[:, 1:] * (documents[:, 1:] != documents[:, :-1])
+    return positions - starts.cummax(dim=1).values
 
 
 def attention_mask(documents: Tensor, head_dim: int, dtype: torch.dtype) -> AttentionMask:
-    """Which keys each query sees, those of its own document up to itself, as the device wants it.
+    """Which keys each query sees (its own document's up to itself), in the form for the device.
 
     Args:
-        documents: `[B, S]` integers, rising along each row.
+        documents: `[B, S]` integers, rising along each sequence.
         head_dim: of queries and keys.
         dtype: theirs.
 
@@ -52,7 +52,7 @@ def attention_mask(documents: Tensor, head_dim: int, dtype: torch.dtype) -> Atte
 
 
 def takes_blocks(device_type: str, head_dim: int) -> bool:
-    """Whether the mask has the form of blocks there."""
+    """Whether the mask is in blocks on this device."""
     return device_type == "cuda" and head_dim >= SMALLEST_HEAD
 
 
@@ -75,13 +75,13 @@ def bias_within(documents: Tensor, dtype: torch.dtype) -> Tensor:
 def blocks_within(documents: Tensor) -> BlockMask:
     """The mask as blocks, from the documents at the blocks' borders alone.
 
-    Documents rise along a row. So a block of queries sees something of an earlier block of keys
-    when that one's last document is the queries' first one, and all of it when the keys' first
+    Document numbers rise along a sequence. So a block of queries sees some of an earlier block of
+    keys when that one's last document is the queries' first one, and all of it when the keys' first
     document is the queries' last one. Asking the mask about every pair of positions, as torch's
     `create_block_mask` does, gives the same lists and takes S x S memory.
 
     Args:
-        documents: `[B, S]` integers, rising along each row.
+        documents: `[B, S]` integers, rising along each sequence.
     """
     length = documents.shape[1]
     blocks = -(-length // BLOCK)
@@ -94,8 +94,8 @@ def blocks_within(documents: Tensor) -> BlockMask:
     whole[:, length // BLOCK :] = False  # the last queries, when they do not fill their block
     partial = (seen & ~whole) | torch.eye(blocks, dtype=torch.bool, device=documents.device)
 
-    def visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents[row, query] == documents[row, key])
+    def visible(index: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[index, query] == documents[index, key])
 
     return BlockMask.from_kv_blocks(
         *_listed(partial),

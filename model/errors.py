@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend; each message names the value, the rule and the way out."""
+"""Errors that the user can fix; each message names the value, the rule and what to do."""
 
 
 class ConfigError(Exception):
@@ -10,4 +10,4 @@ class CheckpointError(Exception):
 
 
 class TrainingError(Exception):
-    """Training that cannot go on: the loss is not finite step after step."""
+    """Training that cannot continue: the loss is not finite step after step."""

@@ -98,7 +98,7 @@ def _generate(options: argparse.Namespace) -> int:
     device = _device(options.device)
     loaded = load_export(options.directory, DTYPES[options.dtype] if options.dtype else None)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded)
-    _place(loaded, device)
+    _move(loaded, device)
     counts = [1, heads] if options.compare else [heads]
     # The first run on a machine pays for what is set up once; the faster of two is reported.
     rounds = [
@@ -127,7 +127,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
     if options.compare and options.temperature > 0:
         raise ConfigError(
             f"--compare needs --temperature 0, not {options.temperature:g}: sampled outputs agree "
-            "in law, not token by token; leave one of the two out"
+            "in distribution, not token by token; leave one of the two out"
         )
 
 
@@ -177,7 +177,7 @@ def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport") -
     return prompts
 
 
-def _place(loaded: "LoadedExport", device: "torch.device") -> None:
+def _move(loaded: "LoadedExport", device: "torch.device") -> None:
     import torch
 
     loaded.model.to(device)
@@ -231,20 +231,20 @@ def _print_texts(
 def _print_comparison(plain: Run, speculative: Run) -> int:
     """Say whether both runs gave the same tokens; give the exit status."""
     differences = [
-        (row, place)
-        for row, (a, b) in enumerate(
+        (prompt, position)
+        for prompt, (a, b) in enumerate(
             zip(plain.generation.tokens, speculative.generation.tokens, strict=True), 1
         )
-        if (place := _first_difference(a, b)) is not None
+        if (position := _first_difference(a, b)) is not None
     ]
     speed_up = speculative.tokens_per_s / plain.tokens_per_s
     if not differences:
         print(f"outputs are equal, speed-up {speed_up:.2f}")
         return 0
-    row, place = differences[0]
+    prompt, position = differences[0]
     print(
-        f"outputs DIFFER, first at new token {place + 1} of prompt {row}; in bf16 two tokens may "
-        "be equally likely up to rounding, --dtype fp32 tells"
+        f"outputs DIFFER, first at new token {position + 1} of prompt {prompt}; in bf16 two tokens "
+        "may be equally likely up to rounding, so try --dtype fp32"
     )
     return EXIT_DIFFERENT
 

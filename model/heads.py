@@ -1,4 +1,4 @@
-"""The heads: one transformer layer each on the trunk's output, and the readout they share.
+"""The heads: one transformer layer each on the trunk's output, and the LM head they share.
 
 Head k at position t predicts token t+k; heads count from 1 (Gloeckle et al. 2024, section 2).
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from model.layers import Checkpointing, Layer, LayerContext
 
 
-class ReadoutWeights(NamedTuple):
-    """The two parameters that all heads share.
+class LMHeadWeights(NamedTuple):
+    """The two parameters of the LM head, which all heads share.
 
     Attributes:
         norm: `[H]`, final RMSNorm.
@@ -29,8 +29,8 @@ class ReadoutWeights(NamedTuple):
     unembedding: Tensor
 
 
-class Readout(ColumnParallelLinear):
-    """Final norm and unembedding, shared by all heads.
+class LMHead(ColumnParallelLinear):
+    """Final norm and unembedding, shared by all heads (Hugging Face calls the latter `lm_head`).
 
     Both are parameters of this one module, and calling it hands them out, so that under ZeRO-3
     they are gathered once for all heads and their gradients leave once.
@@ -48,9 +48,9 @@ class Readout(ColumnParallelLinear):
         self.norm_weight = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
         self.eps = config.layernorm_epsilon
 
-    def forward(self) -> ReadoutWeights:
+    def forward(self) -> LMHeadWeights:
         """The shared weights as graph tensors, usable after ZeRO-3 has released the parameters."""
-        return ReadoutWeights(
+        return LMHeadWeights(
             self.norm_weight.view_as(self.norm_weight), self.weight.view_as(self.weight)
         )
 
@@ -59,10 +59,10 @@ class Readout(ColumnParallelLinear):
         return F.rms_norm(hidden, (hidden.shape[-1],), norm, self.eps)
 
 
-class ReadoutCopy(nn.Module):
-    """The readout of a stage whose heads use one that is trained in another stage.
+class LMHeadCopy(nn.Module):
+    """The LM head of a stage whose heads use one that is trained in another stage.
 
-    Holds values, not parameters: whoever trains the readout sends them
+    Holds values, not parameters: whoever trains the LM head sends them
     (`pipeline.engine.staged_engine`).
     """
 
@@ -80,9 +80,9 @@ class ReadoutCopy(nn.Module):
             self.register_buffer(name, empty, persistent=False)
         self.eps = config.layernorm_epsilon
 
-    def forward(self) -> ReadoutWeights:
-        """The values, as `Readout` gives its parameters."""
-        return ReadoutWeights(self.norm_weight, self.weight)
+    def forward(self) -> LMHeadWeights:
+        """The values, as `LMHead` gives its parameters."""
+        return LMHeadWeights(self.norm_weight, self.weight)
 
     def normalize(self, hidden: Tensor, norm: Tensor) -> Tensor:
         """RMSNorm of `[..., H]` with the shared weight."""
@@ -90,18 +90,18 @@ class ReadoutCopy(nn.Module):
 
 
 class Heads(nn.Module):
-    """The head layers and their readout, or some of them.
+    """The head layers and their LM head, or some of them.
 
     Args:
         config: megatron's configuration.
         vocab_size: V.
-        numbers: which heads to hold, from 1; the readout is trained with head 1, the others have
+        numbers: which heads to hold, from 1; the LM head is trained with head 1, the others have
             a copy of it, and without heads there is none.
         first_layer: layer number of head 1 (the trunk's layers come before it).
         checkpointing: which activations are recomputed in backward.
     """
 
-    readout: Readout | ReadoutCopy
+    readout: LMHead | LMHeadCopy
 
     def __init__(
         self,
@@ -121,8 +121,15 @@ class Heads(nn.Module):
             }
         )
         if self.numbers:
-            kind = Readout if 1 in numbers else ReadoutCopy
+            kind = LMHead if 1 in numbers else LMHeadCopy
+            # The attribute names the parameters `heads.readout.*`. Checkpoints store these names
+            # and initial weights are drawn from them, so the attribute keeps its old name.
             self.readout = kind(config, vocab_size)
+
+    @property
+    def lm_head(self) -> LMHead | LMHeadCopy:
+        """Final norm and unembedding; a part of the model without heads has none."""
+        return self.readout
 
     def hidden(self, head: int, trunk_output: Tensor, context: LayerContext) -> Tensor:
         """Head layer `head` on the trunk's output, before the norm: `[S, B, H]` to `[S, B, H]`."""

@@ -36,7 +36,7 @@ def initial_weight(
         seed: the run's seed.
         std: standard deviation of matrices.
         num_layers: L, trunk and head layers together.
-        tensor_rank: this rank's place among `tensor_size` tensor-parallel ranks.
+        tensor_rank: this rank's position among `tensor_size` tensor-parallel ranks.
         tensor_size: tensor-parallel size.
 
     Returns:

@@ -88,9 +88,9 @@ class MultiTokenModel(nn.Module):
         Args:
             length: S.
             device: where the layers run.
-            documents: `[B, S]` integers, rising along each row: which of the row's documents a
-                token belongs to. Positions then count from the start of each document, and none
-                sees another document. None: each row is one text.
+            documents: `[B, S]` integers, rising along each sequence: which of its documents a token
+                belongs to. Positions then count from the start of each document, and none sees
+                another document. None: each sequence is one text.
         """
         if documents is None:
             return LayerContext(self.rotary.sequence(length, device))
@@ -113,9 +113,9 @@ class MultiTokenModel(nn.Module):
         Args:
             inputs: `[B, S]` int64 ids; for a part that has no embedding, what the part before
                 gave, `[S, B, H]`.
-            then: computes from z what the caller wants of it.
-            documents: `[B, S]` which document of its row a token belongs to, see `context`; the
-                heads need the same ones.
+            then: computes what the caller needs from z.
+            documents: `[B, S]` which document of its sequence a token belongs to, see `context`;
+                the heads need the same ones.
 
         Returns:
             z `[S, B, H]` (in a part of the trunk, what its last layer gives), or what `then(z)`
@@ -140,7 +140,7 @@ class MultiTokenModel(nn.Module):
 
         Args:
             tokens: `[B, S]` tokens that follow the cached ones.
-            cache: holds each row's earlier positions; the caller commits new lengths.
+            cache: holds each sequence's earlier positions; the caller commits new lengths.
             heads: numbers of the heads to run, from 1.
             positions: `[B, P]` which of the S positions are wanted; None = all of them.
 
@@ -156,15 +156,15 @@ class MultiTokenModel(nn.Module):
             self.use_cache(None)
         outputs = [output.transpose(0, 1) for output in outputs]
         if positions is not None:
-            rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
-            outputs = [output[rows, positions] for output in outputs]
+            batch = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+            outputs = [output[batch, positions] for output in outputs]
         return torch.stack(outputs)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V']` of head outputs `[..., H]`, in the weights' dtype."""
-        norm, unembedding = self.heads.readout()
-        normed: Tensor = self.heads.readout.normalize(hidden, norm)
+        norm, unembedding = self.heads.lm_head()
+        normed: Tensor = self.heads.lm_head.normalize(hidden, norm)
         return normed @ unembedding.t()
 
     def use_cache(self, cache: KVCache | None) -> None:

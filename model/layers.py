@@ -1,4 +1,4 @@
-"""Transformer layers: megatron-core's, by layer spec, with our core attention.
+"""Transformer layers: megatron-core's, by layer spec, with the core attention of `model.attention`.
 
 Legend: S sequence, B batch, H hidden, D head dimension.
 """
@@ -118,7 +118,7 @@ class Layer(nn.Module):
 
         Args:
             hidden: `[S, B, H]`.
-            context: positions and mask of the rows.
+            context: positions and mask of the sequences.
 
         Returns:
             `[S, B, H]`.
@@ -127,7 +127,7 @@ class Layer(nn.Module):
         if self.recompute and self.training and trained and torch.is_grad_enabled():
             # Reentrant: under ZeRO-3 the weights kept for backward are freed in between, and
             # only a whole second forward, with its fetches, brings them back. It runs only if
-            # an input wants a gradient, and a frozen trunk's output does not: a head asks itself.
+            # an input requires a gradient. A frozen trunk's output does not, so a head asks for it.
             if not hidden.requires_grad:
                 hidden = hidden.detach().requires_grad_()
             # Without dropout there is no random state to keep.

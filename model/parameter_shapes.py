@@ -17,7 +17,7 @@ _HEAD = re.compile(r"heads\.layers\.(\d+)\.")
 
 
 def head_of(name: str) -> int:
-    """Number of the head that a parameter is a layer of; 0 for trunk, embedding and readout."""
+    """Number of the head that a parameter is a layer of; 0 for trunk and LM head."""
     match = _HEAD.match(name)
     return int(match[1]) if match else 0
 
@@ -66,7 +66,7 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def checked_parameters(
     weights: Iterable[tuple[str, Tensor]], config: ModelConfig, origin: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """Hand on whole parameters, seeing to it that the model's come, each once, and no others.
+    """Pass whole parameters through, checking that all of the model's come, each exactly once.
 
     Args:
         weights: names and whole tensors, in any order.

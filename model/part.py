@@ -30,7 +30,7 @@ class ModelPart(NamedTuple):
         return 0 in self.trunk_layers
 
     @property
-    def owns_readout(self) -> bool:
+    def owns_lm_head(self) -> bool:
         """Whether the final norm and the unembedding are trained here."""
         return 1 in self.heads
 

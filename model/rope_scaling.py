@@ -1,7 +1,7 @@
 """Slower rotary frequencies, for sequences longer than those a model was first trained on.
 
 The kinds, their parameters' names and their formulas are those of Hugging Face's Llama, so that a
-`config.json` can be taken over as it is.
+`config.json` can be used unchanged.
 """
 
 import math
@@ -19,7 +19,7 @@ class RopeScaling(BaseModel):
 
     Attributes:
         rope_type: `linear` divides every frequency by `factor` (position interpolation, Chen et
-            al. 2023); `llama3` only the slow ones, and those in between by degrees.
+            al. 2023); `llama3` only the slow ones, with a smooth transition in between.
         factor: what frequencies are divided by.
         low_freq_factor: llama3: frequencies with fewer turns than this within the original
             length are divided by `factor`.

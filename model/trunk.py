@@ -50,7 +50,7 @@ class Trunk(nn.Module):
         Args:
             inputs: `[B, S]` int64 ids; without the embedding what the layers before gave,
                 `[S, B, H]`.
-            context: positions and mask of the rows.
+            context: positions and mask of the sequences.
 
         Returns:
             z `[S, B, H]`, the same on all tensor-parallel ranks.

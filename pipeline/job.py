@@ -1,26 +1,23 @@
-"""One rank's part of a training job: join the others, build everything, restore, train."""
+"""One rank's part of a training job: join, open data, restore, wire, train."""
 
 import logging
 import os
 import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from data_prep.errors import DataError
 from data_prep.loading.data_summary import summarize
-from data_prep.loading.loader import ShardSet
-from model.errors import CheckpointError
-from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, WEIGHTS
-from pipeline.checkpoint.folder import CheckpointFolder, read_config
+from data_prep.loading.loader import TokenLoader
+from data_prep.shards.shard_set import ShardSet
+from model.errors import ConfigError
+from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
+from pipeline.checkpoint.folder import CheckpointFolder
+from pipeline.checkpoint.resume_point import ResumePoint, find_resume_point
 from pipeline.checkpoint.saving import Saver
-from pipeline.checkpoint.train_state import (
-    Layout,
-    TrainState,
-    layout_changes,
-    read_state,
-    resume_problems,
-)
+from pipeline.checkpoint.train_state import Layout, TrainState
 from pipeline.config.run_config import Device, Precision, RunConfig, to_yaml
 from pipeline.data.mixture_plan import follow_plan
 from pipeline.data.samples import (
@@ -30,6 +27,8 @@ from pipeline.data.samples import (
     validation_samples,
     weight_stages,
 )
+from pipeline.data.validation import ValidationSamples
+from pipeline.distributed.agreement import on_all_ranks
 from pipeline.distributed.rendezvous import (
     RankInfo,
     device_index,
@@ -39,17 +38,31 @@ from pipeline.distributed.rendezvous import (
 from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.topology import Topology
 from pipeline.distributed.watchdog import Watchdog
+from pipeline.engine.build import build_engine
 from pipeline.engine.engine import Engine
 from pipeline.engine.init_from import imported_weights
-from pipeline.engine.staged_engine import build_engine
 from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
-from pipeline.reporting.run_summary import describe
+from pipeline.reporting.run_summary import summarize_run
 from pipeline.reporting.throughput import Throughput
 from pipeline.stages.plan import plan_text
 from pipeline.trainer import Collaborators, Trainer
 
 logger = logging.getLogger(__name__)
+
+
+class Data(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        shards: the training split.
+        training: this rank's training samples.
+        validation: this rank's validation samples; None when the run does not validate.
+    """
+
+    shards: ShardSet
+    training: TokenLoader
+    validation: ValidationSamples | None
 
 
 class Job:
@@ -58,7 +71,7 @@ class Job:
     Args:
         config: the run.
         resume: `auto`, `none`, or the path of a checkpoint or run.
-        info: this rank's place.
+        info: this rank's position.
         device: kind of device.
         precision: arithmetic.
     """
@@ -76,10 +89,12 @@ class Job:
         self.info = info
         self.kind: Device = device
         self.precision: Precision = precision
-        self.device = torch.device("cpu")
-        self.place = f"rank {info.rank}/{info.world_size}"
+        self.position = f"rank {info.rank}/{info.world_size}"
+        self._checkpoints = CheckpointFolder(config.run.dir, config.checkpoint)
+        self._stop = StopRequest()
         self._watchdog: Watchdog | None = None
         self._engine: Engine | None = None
+        self._state: TrainState | None = None
 
     def run(self) -> str | None:
         """Train to the last step or to a signal; the signal's name, or None.
@@ -90,60 +105,108 @@ class Job:
             CheckpointError: the checkpoint to resume from cannot be used, or saving failed.
             TrainingError: the loss does not become finite again.
         """
+        topology = self._join()
+        data = self._open_data(topology)
+        engine, state = self._restore(topology, data)
+        trainer = self._wire(topology, data, engine, state)
+        try:
+            stopped_by = trainer.fit()
+        finally:
+            trainer.parts.metrics.close()
+        self._leave(state, stopped_by)
+        return stopped_by
+
+    def _join(self) -> Topology:
+        """Meet the other ranks; from here on a rank that is gone is noticed."""
         config = self.config
         start_run_log(config.run.dir, self.info.rank)
-        shards = open_shards(config)
+        self._stop.listen()
+        device = torch.device("cpu")
         if self.kind == "cuda":
             index = device_index(self.info, torch.cuda.device_count(), os.environ)
-            self.device = torch.device("cuda", index)
-            torch.cuda.set_device(self.device)
-        start_process_group(self.info, self.device, config.train.timeout_s)
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+        start_process_group(self.info, device, config.train.timeout_s)
         topology = Topology(
             self.info,
             config.parallel.tensor,
-            self.device,
+            device,
             plan=config.stage_plan,
             timeout_s=config.train.timeout_s,
         )
-        self.place = topology.describe()
-        stop = StopRequest(self.device)
-        state = self._new_state(shards, topology)
-        loader = training_samples(config, shards, topology)
-        validation = validation_samples(config, shards, topology)
+        self.position = topology.describe()
         self._watchdog = Watchdog(
             topology,
             timeout_s=config.train.heartbeat_timeout_s,
-            step=lambda: state.step,
-            waiting_for=lambda: self._engine.waiting_for if self._engine else None,
+            step=lambda: self._state.step if self._state else None,
+            waiting_for=self._waiting_for,
             abort=self._abort,
         )
-        checkpoints = CheckpointFolder(config.run.dir, config.checkpoint)
-        source = self._find_checkpoint(checkpoints, state)
-        imported = imported_weights(config, shards, topology, resumed=source is not None)
+        return topology
+
+    def _open_data(self, topology: Topology) -> Data:
+        """The shards, and this rank's samples of them."""
+        config = self.config
+
+        def open_data() -> Data:
+            shards = open_shards(config)
+            training = training_samples(config, shards, topology)
+            return Data(shards, training, validation_samples(config, shards, topology))
+
+        return on_all_ranks(open_data, ConfigError, DataError)
+
+    def _restore(self, topology: Topology, data: Data) -> tuple[Engine, TrainState]:
+        """The engine and the progress of this run: a checkpoint's, or those of a new run."""
+        config = self.config
+        fresh = self._new_state(data.shards, topology)
+        point = find_resume_point(self._checkpoints, self.resume, config, fresh)
+        imported = imported_weights(config, data.shards, topology, resumed=point is not None)
         engine = self._engine = build_engine(config, topology, self.precision, imported)
-        state = self._restore(engine, source, state)
-        if source is not None:
-            checkpoints.set_aside_after(state.step)
-        follow_plan(loader, weight_stages(config, loader), state)
-        self._announce(topology, state, source, describe_samples(config, loader, state))
-        metrics = open_metrics_log(config, rank=self.info.rank, resumed_step=state.step)
-        try:
-            throughput = Throughput(config, topology)
-            saver = Saver(checkpoints, config, self.device, shards.tokenizer_path, state.step)
-            parts = Collaborators(engine, loader, validation, saver, metrics, throughput, stop)
-            stopped_by = Trainer(config, state, parts).fit()
-        finally:
-            metrics.close()
+        state = fresh
+        if point is not None:
+            engine.load(point.weights)
+            state = point.state_now(fresh)
+            self._checkpoints.set_aside_after(state.step)
+        self._state = state
+        follow_plan(data.training, weight_stages(config, data.training), state)
+        if topology.is_main:
+            self._announce(state, point, describe_samples(config, data.training, state))
+        return engine, state
+
+    def _wire(self, topology: Topology, data: Data, engine: Engine, state: TrainState) -> Trainer:
+        """The loop, with everything that it drives."""
+        config = self.config
+        return Trainer(
+            config,
+            state,
+            Collaborators(
+                engine=engine,
+                loader=data.training,
+                validation=data.validation,
+                saver=Saver(
+                    self._checkpoints,
+                    config,
+                    topology.device,
+                    data.shards.tokenizer_path,
+                    state.step,
+                ),
+                metrics=open_metrics_log(config, rank=self.info.rank, resumed_step=state.step),
+                throughput=Throughput(config, topology),
+                stop=self._stop,
+            ),
+        )
+
+    def _leave(self, state: TrainState, stopped_by: str | None) -> None:
         logger.info(
             "%s at step %d of %d, %s tokens",
             f"stopped by {stopped_by}" if stopped_by else "done",
             state.step,
-            config.train.steps,
+            self.config.train.steps,
             f"{state.tokens:,}",
         )
-        self._watchdog.close()
+        if self._watchdog is not None:
+            self._watchdog.close()
         dist.barrier()
-        return stopped_by
 
     def explain(self, error: Exception) -> str:
         """An unforeseen error in one line; after a broken collective, who broke it."""
@@ -161,14 +224,17 @@ class Job:
 
     def _abort(self, verdict: str) -> None:
         """End a process whose main thread hangs in a collective."""
-        line = f"error: {self.place}: stopping, because {verdict}{self._waited()}"
+        line = f"error: {self.position}: stopping, because {verdict}{self._waited()}"
         print(line, file=sys.stderr, flush=True)
         os._exit(1)
 
+    def _waiting_for(self) -> str | None:
+        return self._engine.execution.waiting_for if self._engine else None
+
     def _waited(self) -> str:
         """What this rank waits for, to end an error with."""
-        transfer = self._engine.waiting_for if self._engine else None
-        return f"; this rank was waiting for {transfer or 'the other ranks, between transfers'}"
+        transfer = self._waiting_for() or "the other ranks, between transfers"
+        return f"; this rank was waiting for {transfer}"
 
     def _new_state(self, shards: ShardSet, topology: Topology) -> TrainState:
         return TrainState(
@@ -188,97 +254,26 @@ class Job:
             ),
         )
 
-    def _find_checkpoint(self, checkpoints: CheckpointFolder, state: TrainState) -> Path | None:
-        """The checkpoint to start from, checked against this run; None for a new run."""
-        if self.resume == "none":
-            moved = checkpoints.set_aside(self.config.run.dir)
-            if moved is not None:
-                logger.info("earlier files of %s moved to %s", self.config.run.dir, moved)
-            return None
-        source = checkpoints.find(self.resume, report=logger.warning)
-        if source is not None:
-            saved, saved_config = read_state(source), read_config(source)
-            problems = resume_problems(saved, state)
-            problems += model_problems(saved_config, self.config)
-            if problems:
-                raise CheckpointError(
-                    f"{source} does not fit this run ({'; '.join(problems)}); start with the "
-                    "saved values, or with --resume none to begin anew"
-                )
-            before = saved_config.global_batch_size(saved.layout.data)
-            now = self.config.global_batch_size(state.layout.data)
-            if before != now:
-                logger.warning(
-                    "a step was %d samples and is %d from now on: the data goes on where it was, "
-                    "but schedule, skipped batches and weight changes count steps",
-                    before,
-                    now,
-                )
-        return source
-
-    def _restore(self, engine: Engine, source: Path | None, state: TrainState) -> TrainState:
-        if source is None:
-            return state
-        saved = read_state(source)
-        if changes := layout_changes(saved.layout, state.layout):
-            logger.info("resuming in another layout than saved: %s", ", ".join(changes))
-        engine.load(source / WEIGHTS)
-        # A checkpoint of an earlier version has no summary yet; the fingerprints agree.
-        return saved.model_copy(update={"data": state.data, "layout": state.layout})
-
-    def _announce(
-        self, topology: Topology, state: TrainState, source: Path | None, samples: list[str]
-    ) -> None:
+    def _announce(self, state: TrainState, point: ResumePoint | None, samples: list[str]) -> None:
         """Say what is about to run, and where from; keep the resolved configuration."""
-        if not topology.is_main:
-            return
-        summary = describe(
+        summary = summarize_run(
             self.config,
             world_size=self.info.world_size,
             device=self.kind,
             precision=self.precision,
         )
-        head, _, rest = summary.partition("\nDeepSpeed ")
-        for line in head.splitlines() + samples:
+        for line in summary.lines + samples:
             logger.info("%s", line)
-        logger.debug("DeepSpeed %s", rest)
+        logger.debug("DeepSpeed's effective values:\n%s", summary.deepspeed)
         path = self.config.run.dir / RESOLVED_CONFIG_NAME
         path.write_text(to_yaml(self.config), encoding="utf-8")
-        if source is None:
+        if point is None:
             logger.info("new run: step 0, tokens 0, next sample 0")
         else:
             logger.info(
                 "resumed from %s: step %d, tokens %d, next sample %d",
-                source,
+                point.path,
                 state.step,
                 state.tokens,
                 state.next_sample,
             )
-            before, now = read_config(source).data.document_mask, self.config.data.document_mask
-            if before != now:
-                logger.warning(
-                    "data.document_mask was %s up to here and is %s from here on",
-                    str(before).lower(),
-                    str(now).lower(),
-                )
-
-
-def model_problems(saved: RunConfig, current: RunConfig) -> list[str]:
-    """Sizes in which a saved model differs from this run's, one line each."""
-    before, now = saved.model.model_dump(), current.model.model_dump()
-    fixed = [key for key in before if key not in ("head_weights", "init_std", "embedding_init_std")]
-    return [
-        f"model.{key}: saved with {before[key]}, this run has {now[key]}"
-        for key in fixed
-        if before[key] != now[key]
-    ] + _freeze_problems(saved, current)
-
-
-def _freeze_problems(saved: RunConfig, current: RunConfig) -> list[str]:
-    before, now = saved.train.freeze, current.train.freeze
-    if before == now:
-        return []
-    return [
-        f"train.freeze: saved with {before}, this run has {now}, and the optimizer's states would "
-        "not fit; export the checkpoint and begin a run with train.init_from"
-    ]

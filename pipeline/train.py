@@ -25,11 +25,12 @@ from pipeline.config.run_config import (
     resolve_device,
     resolve_precision,
 )
+from pipeline.distributed.agreement import AgreedByAllRanks
 from pipeline.distributed.rendezvous import RankInfo, rank_info
 from pipeline.distributed.signals import EXIT_STOPPED
 from pipeline.engine.init_from import planned_import
 from pipeline.reporting.run_log import quieten_libraries
-from pipeline.reporting.run_summary import describe
+from pipeline.reporting.run_summary import summarize_run
 
 if TYPE_CHECKING:
     from pipeline.job import Job
@@ -66,18 +67,16 @@ def _run(job: "Job", info: RankInfo) -> int:
     try:
         stopped_by = job.run()
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-        _say(f"error: {_prefix(info, job)}{error}")
+        if info.rank == 0:
+            _say(f"error: {error}")
+        elif not isinstance(error.__cause__, AgreedByAllRanks):
+            _say(f"error: {job.position}: {error}")
         return EXIT_USER_FAULT
     except Exception as error:
         job.log_traceback()
-        _say(f"error: {job.place}: {job.explain(error)}")
+        _say(f"error: {job.position}: {job.explain(error)}")
         return EXIT_FAILED
     return 0 if stopped_by is None else EXIT_STOPPED
-
-
-def _prefix(info: RankInfo, job: "Job") -> str:
-    """Rank 0 speaks for all; another rank says who it is."""
-    return "" if info.rank == 0 else f"{job.place}: "
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,7 +118,7 @@ def _print_dry_run(config: RunConfig, world_size: int) -> None:
     # One process cannot hold a model of many parts; the smallest world that can is assumed.
     world_size = max(world_size, config.parallel.tensor * len(config.stage_plan))
     imported = planned_import(config)
-    print(describe(config, world_size=world_size, device=device, precision=precision))
+    print(summarize_run(config, world_size=world_size, device=device, precision=precision))
     for line in imported:
         print(line)
 

@@ -1,18 +1,25 @@
 """The training loop: when things happen. What happens is the collaborators' business."""
 
+import functools
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import NamedTuple
 
-from data_prep.loading.loader import Batch, TokenLoader
+from data_prep.loading.loader import TokenLoader
 from model.errors import TrainingError
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
-from pipeline.data.batch_order import BatchPlace, batch_places
+from pipeline.data.batch_order import (
+    BatchPosition,
+    StepBatches,
+    batch_positions,
+    read_steps,
+)
 from pipeline.data.validation import ValidationSamples
+from pipeline.distributed.agreement import RankFlags
 from pipeline.distributed.signals import StopRequest
 from pipeline.engine.engine import Engine, StepResult
 from pipeline.engine.schedule import learning_rate
@@ -70,52 +77,55 @@ class Trainer:
             CheckpointError: the last save failed, or any with `checkpoint.on_error: stop`.
         """
         stopped_by = None
-        places = self._places()
         try:
-            with closing(self._batches()) as batches:
+            with closing(self._read_steps()) as steps:
                 while self.state.step < self.config.last_step and stopped_by is None:
-                    result = self._step(next(batches), next(places))
-                    self._record(result)
-                    self._save_if_due()
-                    stopped_by = self.parts.stop.agreed()
+                    result = self._step(next(steps))
+                    evaluation = self._evaluate_if_due()
+                    self._record(result, evaluation)
+                    self._save_if_due(result)
+                    stopped_by = result.agreed.signal
         except TrainingError:
             self.parts.saver.finish("the run ends")  # what was begun before still counts
             raise
         self._save_last()
         return stopped_by if self.state.step < self.config.last_step else None
 
-    def _places(self) -> Iterator[BatchPlace]:
-        """Where the batches of this step and all that follow lie in the data order."""
-        return batch_places(
+    def _read_steps(self) -> Generator[StepBatches, None, None]:
+        """The batches of this step and all that follow."""
+        positions = functools.partial(
+            batch_positions,
             batches_behind=self.state.batches,
             next_sample=self.state.next_sample,
             batch_samples=self.parts.loader.global_batch_size,
             skip=self.config.data.skip_batches,
         )
+        return read_steps(self.parts.loader, positions, self.config.data.prefetch_steps)
 
-    def _batches(self) -> Generator[list[Batch], None, None]:
-        first_samples = (place.first_sample for place in self._places())
-        return self.parts.loader.prefetch(first_samples, self.config.data.prefetch_steps)
-
-    def _step(self, batches: list[Batch], place: BatchPlace) -> StepResult:
+    def _step(self, batches: StepBatches) -> StepResult:
         """One optimizer step, and the progress it makes."""
-        if place.skipped:
+        position = batches.position
+        if position.skipped:
             logger.info(
                 "batches %d to %d skipped, as data.skip_batches says",
-                place.batch - place.skipped,
-                place.batch - 1,
+                position.batch - position.skipped,
+                position.batch - 1,
             )
         rate = self._learning_rate(self.state.step + 1)
         self.parts.throughput.start()
-        result = self.parts.engine.train_step(batches, rate)
+        result = self.parts.engine.train_step(batches.micro_batches, rate, self._flags)
         self.parts.throughput.stop()
         self.state.advance(
             samples=self.parts.loader.global_batch_size,
             applied=result.applied,
-            skipped_batches=place.skipped,
+            skipped_batches=position.skipped,
         )
-        self._check_skips(result, place)
+        self._check_skips(result, position)
         return result
+
+    def _flags(self) -> RankFlags:
+        """What this rank tells the others with a step."""
+        return RankFlags(self.parts.stop.received, self.parts.saver.is_done)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(
@@ -125,7 +135,7 @@ class Trainer:
             total_steps=self.config.train.steps,
         )
 
-    def _check_skips(self, result: StepResult, place: BatchPlace) -> None:
+    def _check_skips(self, result: StepResult, position: BatchPosition) -> None:
         """Say which step was left out, and give up when it does not stop."""
         if result.applied:
             self._skipped_in_a_row = 0
@@ -136,8 +146,8 @@ class Trainer:
             "step %d skipped: loss or gradients are not finite (batch %d, samples %d to %d); "
             "weights and optimizer are unchanged",
             self.state.step,
-            place.batch,
-            place.first_sample,
+            position.batch,
+            position.first_sample,
             self.state.next_sample - 1,
         )
         if self._skipped_in_a_row > limit:
@@ -147,16 +157,11 @@ class Trainer:
                 "from an earlier checkpoint"
             )
 
-    def _record(self, result: StepResult) -> None:
-        """Write this step's figures when they are due, those of the validation with them."""
+    def _record(self, result: StepResult, evaluation: Record) -> None:
+        """Write this step's figures when they are due, with those of an evaluation if any."""
         step, options = self.state.step, self.config
-        # Not stop_at_step: a run stopped and resumed writes what an uninterrupted one writes.
-        last = step == options.train.steps
-        due = step % options.log.interval == 0 or last
-        evaluate = self.parts.validation is not None and (
-            step % options.eval.every_steps == 0 or last
-        )
-        if not (due or evaluate or not result.applied):
+        due = step % options.log.interval == 0 or self._is_last_planned
+        if not (due or evaluation or not result.applied):
             return
         losses = result.head_losses.tolist()
         weights = options.model.loss_weights
@@ -171,13 +176,19 @@ class Trainer:
             **self._source_figures(),
             **self.parts.saver.figures(),
         }
-        if idle := self.parts.engine.stage_idle_fractions():
+        if idle := self.parts.engine.execution.idle_fractions():
             record["stage_idle_fraction"] = idle
         if not result.applied:
             record["skipped"] = 1
-        if evaluate:
-            record |= self._evaluate()
-        self.parts.metrics.write(record)
+        self.parts.metrics.write(record | evaluation)
+
+    @property
+    def _is_last_planned(self) -> bool:
+        """Whether this is the last step of the whole plan.
+
+        Not stop_at_step: a run stopped and resumed writes what an uninterrupted one writes.
+        """
+        return self.state.step == self.config.train.steps
 
     def _source_figures(self) -> Record:
         """Samples and epochs of each source so far; empty with one source."""
@@ -187,11 +198,14 @@ class Trainer:
         figures: Record = {}
         for name, samples in loader.mixture.counts(self.state.next_sample).items():
             figures[f"samples_{name}"] = samples
-            figures[f"epochs_{name}"] = samples / max(loader.rows_by_source[name], 1)
+            figures[f"epochs_{name}"] = samples / max(loader.sequences_by_source[name], 1)
         return figures
 
-    def _evaluate(self) -> Record:
-        assert self.parts.validation is not None
+    def _evaluate_if_due(self) -> Record:
+        """Validate when it is due; the figures, empty when it is not."""
+        due = self.state.step % (self.config.eval.every_steps or 1) == 0 or self._is_last_planned
+        if self.parts.validation is None or not due:
+            return {}
         result = self.parts.engine.evaluate(self.parts.validation)
         weights = self.config.model.loss_weights
         losses = result.head_losses
@@ -203,9 +217,9 @@ class Trainer:
             "eval_tokens_per_forward": result.tokens_per_forward,
         }
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self, result: StepResult) -> None:
         """Commit what has been written meanwhile, and begin the next save when it is due."""
-        self.parts.saver.advance()
+        self.parts.saver.advance(all_done=result.agreed.save_done)
         every = self.config.checkpoint.every_steps
         if every and self.state.step % every == 0:
             self._begin_save(asynchronous=self.config.checkpoint.asynchronous)

@@ -8,7 +8,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("data_prep", "model", "pipeline")
+PACKAGES = ("foundation", "data_prep", "model", "pipeline")
+# The rooms of each package, lowest first: a room imports from itself and from those before it.
+ROOMS = {
+    "data_prep": ("tokenization", "inputs", "shards", "workers", "building", "loading"),
+    "model": ("decoding", "hugging_face"),
+    "pipeline": (
+        "distributed",
+        "stages",
+        "config",
+        "checkpoint",
+        "data",
+        "engine",
+        "reporting",
+        "exporting",
+    ),
+}
 ABSENT_ON_A_CPU = ("triton", "flash_attn", "transformer_engine", "liger_kernel", "apex", "wandb")
 
 
@@ -62,20 +77,36 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
+def _room(module: str) -> str | None:
+    """The room that a module of ours is in; None at a package's top, or elsewhere."""
+    parts = module.split(".")
+    return parts[1] if parts[0] in ROOMS and len(parts) > 2 else None
+
+
+# What runs as `python -m`: every file at the top of data_prep and pipeline, and generate.
+COMMANDS = {
+    name
+    for name in MODULES
+    if name.count(".") == 1
+    and _package(name) in ("data_prep", "pipeline")
+    and not name.endswith(".errors")
+} | {"model.generate"}
+
+
 def test_there_are_modules_to_look_at() -> None:
-    """The checks below see all three packages; a wrong path would make them pass on nothing."""
+    """The checks below see every package; a wrong path would make them pass on nothing."""
     assert {_package(name) for name in MODULES} == set(PACKAGES)
     assert any(found.imported.startswith("data_prep.") for found in IMPORTS)
 
 
 def test_model_and_data_prep_import_nothing_of_ours_outside_themselves() -> None:
-    """The two lower packages can be used without the rest; only the pipeline knows both."""
+    """They stand on the foundation alone, which stands on nothing; only the pipeline knows both."""
     crossing = [
         found
         for found in IMPORTS
-        if _package(found.importer) in ("model", "data_prep")
+        if _package(found.importer) != "pipeline"
         and _package(found.imported) in (*PACKAGES, "benchmarks")
-        and _package(found.imported) != _package(found.importer)
+        and _package(found.imported) not in ("foundation", _package(found.importer))
     ]
     assert crossing == []
 
@@ -85,11 +116,88 @@ def test_nothing_imports_the_tests() -> None:
     assert [found for found in IMPORTS if _package(found.imported) == "tests"] == []
 
 
-def test_deepspeed_has_one_importer_in_the_pipeline() -> None:
-    """Another engine would have to be written in one file."""
-    assert {found.importer for found in IMPORTS if _package(found.imported) == "deepspeed"} == {
-        "pipeline.engine.engine"
+def test_arrows_between_rooms_go_down() -> None:
+    """A room imports its own files and those of the rooms before it in the list, never back up.
+
+    Files at a package's top are its commands and hot path, which may use every room.
+    """
+    wrong = []
+    for found in IMPORTS:
+        below, above = _room(found.imported), _room(found.importer)
+        if None in (below, above) or below == above or found.type_checking:
+            continue
+        order = ROOMS[_package(found.importer)]
+        if _package(found.imported) == _package(found.importer) and order.index(
+            str(below)
+        ) > order.index(str(above)):
+            wrong.append(found)
+    assert wrong == []
+
+
+def test_rooms_do_not_import_commands() -> None:
+    """What stands at a package's top uses the rooms; only errors are shared from there."""
+    wrong = [
+        found
+        for found in IMPORTS
+        if _room(found.importer) is not None
+        and found.imported in MODULES
+        and found.imported in COMMANDS
+    ]
+    assert wrong == []
+
+
+def test_every_room_is_listed_and_has_at_most_a_dozen_files() -> None:
+    """A new folder gets its place in the order; a room that grows past a dozen is divided."""
+    for package, order in ROOMS.items():
+        folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+        assert folders == set(order)
+        for room in order:
+            files = [path.name for path in (ROOT / package / room).glob("*.py")]
+            assert len(files) - 1 <= 12, (package, room, files)
+
+
+def test_deepspeed_is_imported_in_one_room() -> None:
+    """Another engine would have to be written in one room."""
+    importers = {found.importer for found in IMPORTS if _package(found.imported) == "deepspeed"}
+    assert importers == {
+        "pipeline.engine.build",
+        "pipeline.engine.deepspeed_internals",
+        "pipeline.engine.engine",
+        "pipeline.engine.pipeline_stage",
     }
+
+
+def _private_names() -> set[str]:
+    """Every private attribute that the fence names: what it gives to `_private`, and `_TO_COME`."""
+    names = set()
+    path = MODULES["pipeline.engine.deepspeed_internals"]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "_private":
+            _, name = node.args
+            if isinstance(name, ast.Constant):  # else a loop over names that are given elsewhere
+                names.add(str(name.value))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_TO_COME":
+            names.add(ast.literal_eval(node.value))
+    return names - {"optimizer", "partition", "all_gather"}  # too common to be told by name
+
+
+def test_private_parts_of_deepspeed_are_read_in_one_file() -> None:
+    """By the attribute's name, however the object came there; and none beside the known ones."""
+    names = _private_names()
+    assert {"_hp_mapping", "ds_tensor", "averaged_gradients", "ds_grads_remaining"} <= names
+    found = []
+    for module, path in MODULES.items():
+        if module == "pipeline.engine.deepspeed_internals":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = None
+            if isinstance(node, ast.Attribute):
+                name = node.attr
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                name = node.value
+            if name is not None and (name in names or name.startswith(("ds_", "_z3"))):
+                found.append(f"{path}:{getattr(node, 'lineno', 0)} {name}")
+    assert found == []
 
 
 def test_pyarrow_has_two_importers_in_data_prep() -> None:

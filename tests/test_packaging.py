@@ -1,4 +1,4 @@
-"""What an installation holds: exactly the three packages, and all that they import."""
+"""What an installation holds: exactly the four packages, and all that they import."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("data_prep", "model", "pipeline")
+PACKAGES = ("foundation", "data_prep", "model", "pipeline")
 OPTIONAL = {"wandb", "liger_kernel", "transformer_engine"}  # used when they are there
 
 
@@ -37,14 +37,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_exactly_the_three_packages(wheel: Path) -> None:
-    """Tests, configurations and scripts stay in the checkout; no module is forgotten."""
+def test_the_wheel_holds_exactly_the_four_packages(wheel: Path) -> None:
+    """Tests, configurations and scripts stay outside; no module or template is forgotten."""
     with zipfile.ZipFile(wheel) as content:
         modules = {name for name in content.namelist() if ".dist-info/" not in name}
     expected = {
         str(path.relative_to(ROOT))
         for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
+        for pattern in ("*.py", "*.j2")
+        for path in (ROOT / package).rglob(pattern)
     }
     assert modules == expected
 

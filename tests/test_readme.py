@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Made by the commands, or named by the reader.
 _MADE = ("runs", "data", ".venv", "raw")
 _TOP = "|".join(
-    ("benchmarks", "configs", "data_prep", "model", "pipeline", "slurm", "tests", r"\.ci", "docs")
+    (
+        *("benchmarks", "configs", "data_prep", "foundation", "model", "pipeline", "slurm"),
+        *("tests", r"\.ci", "docs"),
+    )
 )
 _PATH = re.compile(rf"(?<![\w./-])((?:{_TOP})/[\w./-]*\w|[\w-]+\.(?:py|md|txt|toml|yaml|sh))\b")
 _MODULE = re.compile(r"-m ((?:data_prep|model|pipeline)\.\w+)")

@@ -1,1 +1,1 @@
-"""A build: what it is told, its plan, its units, its commit."""
+"""A build: its options, its plan, its units, its commit."""

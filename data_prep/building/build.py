@@ -1,4 +1,4 @@
-"""Build a shard set: plan the units, let a crew do them, commit the manifest last."""
+"""Build a shard set: plan the units, let workers do them, commit the manifest last."""
 
 from functools import partial
 
@@ -14,13 +14,13 @@ from data_prep.building.unit import UnitJob, UnitSource, encode_unit
 from data_prep.shards.atomic import remove_leftovers
 from data_prep.shards.manifest import Manifest
 from data_prep.tokenization.encoder import EncoderName, choose_encoder
-from data_prep.workers.phase import Crew, Observer, Phase
-from data_prep.workers.pool import LocalCrew
+from data_prep.workers.phase import Observer, Phase, Workers
+from data_prep.workers.pool import LocalWorkers
 
 __all__ = ["REJECTS", "build"]
 
 
-def build(options: BuildOptions, observer: Observer, crew: Crew | None = None) -> Manifest:
+def build(options: BuildOptions, observer: Observer, workers: Workers | None = None) -> Manifest:
     """Make the shard set that `options` ask for, or finish or keep the one that is there.
 
     The bytes of the output depend on the inputs and options alone: not on the number or kind of
@@ -28,8 +28,8 @@ def build(options: BuildOptions, observer: Observer, crew: Crew | None = None) -
 
     Args:
         options: Inputs, output and settings.
-        observer: Told of the progress.
-        crew: Does the work; None = processes of this machine.
+        observer: Notified of the progress.
+        workers: Do the work; None = processes of this machine.
 
     Returns:
         The manifest, which is on disk when this returns.
@@ -37,32 +37,32 @@ def build(options: BuildOptions, observer: Observer, crew: Crew | None = None) -
     Raises:
         DataError: Inputs, options or output cannot be used; or more records are bad than allowed.
     """
-    crew = crew or LocalCrew(options.workers)
+    workers = workers or LocalWorkers(options.workers)
     try:
-        return _build(options, observer, crew)
+        return _build(options, observer, workers)
     finally:
-        crew.close()
+        workers.close()
 
 
-def _build(options: BuildOptions, observer: Observer, crew: Crew) -> Manifest:
+def _build(options: BuildOptions, observer: Observer, workers: Workers) -> Manifest:
     options.check()
     plan = make_plan(options)
     observer.say(f"{len(plan.files):,} input files, {plan.total_bytes / 1e6:,.1f} MB")
     intent = intend(options, plan)
     claim_output(options.output, intent.description)
-    with writing(options.output, crew.shares_output, observer):
-        if not crew.shares_output:
+    with writing(options.output, workers.shares_output, observer):
+        if not workers.shares_output:
             remove_leftovers(options.output)
-        with crew.turn("prepare"):
+        with workers.claim("prepare"):
             job = prepare(intent, observer)
         del plan, intent
-        _encode(job, crew, observer)
-        with crew.turn("commit"):
-            committed = find_committed(job) if crew.shares_output else None
+        _encode(job, workers, observer)
+        with workers.claim("commit"):
+            committed = find_committed(job) if workers.shares_output else None
             return committed or commit(job, observer)
 
 
-def _encode(job: PreparedJob, crew: Crew, observer: Observer) -> None:
+def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
     """Bring every unit to disk, after a pass for duplicates when that was asked for."""
     options, output = job.options, job.options.output.absolute()
     unit_job = UnitJob(
@@ -93,9 +93,9 @@ def _encode(job: PreparedJob, crew: Crew, observer: Observer) -> None:
             max_document_bytes=options.max_document_bytes,
             num_units=len(job.sizes),
         )
-        mark_duplicates(dedup, job.sizes, crew, observer)
+        mark_duplicates(dedup, job.sizes, workers, observer)
     work = partial(encode_unit, unit_job)
-    crew.run(Phase("encode", "encoding", work, is_finished, job.sizes), observer)
+    workers.run(Phase("encode", "encoding", work, is_finished, job.sizes), observer)
 
 
 def _choose_encoder(job: PreparedJob, observer: Observer) -> EncoderName:

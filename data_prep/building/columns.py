@@ -33,7 +33,7 @@ class Columns:
         self._src: list[int] = []
         self._row: list[int] = []
 
-    def add(self, file: int, texts: Sequence[bytes], rows: Sequence[int]) -> Iterator[ShardRows]:
+    def add(self, file: int, texts: Sequence[bytes], offsets: Sequence[int]) -> Iterator[ShardRows]:
         """Append documents of one file; give the shards that are full by now.
 
         A shard that is given is a view: it is to be written before the next one is asked for.
@@ -42,7 +42,7 @@ class Columns:
             part = texts[first:last]
             self._texts += part
             self._src += [file] * len(part)
-            self._row += rows[first:last]
+            self._row += offsets[first:last]
             self._text_bytes += sum(map(len, part))
             if self._text_bytes >= BATCH_BYTES:
                 self._encode()
@@ -53,7 +53,7 @@ class Columns:
         """The shards of all documents that are left."""
         self._encode()
         if self._src:
-            yield from cut_rows(self._join(), self._limit)
+            yield from cut_shards(self._join(), self._limit)
 
     def _encode(self) -> None:
         if self._texts:
@@ -75,7 +75,7 @@ class Columns:
 
     def _give_full(self) -> Iterator[ShardRows]:
         """All but the last piece of what is there: later documents may still fit into that one."""
-        pieces = list(cut_rows(self._join(), self._limit))
+        pieces = list(cut_shards(self._join(), self._limit))
         last = pieces.pop()
         yield from pieces
         self._tokens[: len(last.tokens)] = last.tokens.copy()
@@ -96,16 +96,16 @@ class Columns:
         )
 
 
-def cut_rows(rows: ShardRows, limit_tokens: int) -> Iterator[ShardRows]:
-    """Cut columns between documents into pieces of at most `limit_tokens`, one document at least.
+def cut_shards(rows: ShardRows, limit_tokens: int) -> Iterator[ShardRows]:
+    """Cut columns between documents into shards of at most `limit_tokens`, one document at least.
 
-    Example: lengths 3, 3, 9, 1 with a limit of 6 give rows [0:2], [2:3], [3:4].
+    Example: lengths 3, 3, 9, 1 with a limit of 6 give documents [0:2], [2:3], [3:4].
     """
-    first, num_rows = 0, len(rows.src)
-    while first < num_rows:
+    first, num_documents = 0, len(rows.src)
+    while first < num_documents:
         base = rows.offsets[first]
         last = int(np.searchsorted(rows.offsets, base + limit_tokens, side="right")) - 1
-        last = min(max(last, first + 1), num_rows)
+        last = min(max(last, first + 1), num_documents)
         yield ShardRows(
             tokens=rows.tokens[base : rows.offsets[last]],
             offsets=rows.offsets[first : last + 1] - base,

@@ -37,7 +37,7 @@ def commit(job: PreparedJob, observer: Observer) -> Manifest:
 
     Args:
         job: Its options also give the limit of bad records and the weights of sources.
-        observer: Told when nothing was left to do.
+        observer: Notified when nothing was left to do.
 
     Raises:
         BadRecordsError: More records are bad than the options allow.
@@ -79,7 +79,7 @@ def find_committed(job: PreparedJob) -> Manifest | None:
 
 
 def _note(job: PreparedJob) -> bytes:
-    """What was committed, and under which of the options that no shard depends on."""
+    """What was committed, and with which of the options that no shard depends on."""
     content = (job.options.output / MANIFEST).read_bytes()
     facts = {
         "job_id": job.job_id,
@@ -106,8 +106,8 @@ def _gather(job: PreparedJob) -> tuple[list[ShardEntry], list[InputEntry]]:
             record = find_finished(output, job.job_id, unit)
             if record is None:
                 raise DataError(
-                    f"unit {unit} of {output} is gone since it was finished; run the same command "
-                    "again to make it anew"
+                    f"unit {unit} of {output} was finished but its files are gone; run the same "
+                    "command again to rebuild it"
                 )
             for shard in record.shards:
                 shards[shard.split].append(shard)
@@ -165,7 +165,7 @@ def _describe(
 
 
 def _check_rejects(options: BuildOptions, inputs: Sequence[InputEntry]) -> None:
-    """Hold the bad records against the policy.
+    """Apply the policy for bad records.
 
     Files that are one document each do not count against the limit: in a directory some binary
     ones are normal, so they are counted and listed but do not fail the job.
@@ -174,7 +174,7 @@ def _check_rejects(options: BuildOptions, inputs: Sequence[InputEntry]) -> None:
     everything = Ledger.total(entry.ledger for entry in inputs)
     if options.on_bad == "fail" and everything.rejects:
         raise DataError(
-            f"{everything.rejects:,} records are bad (listed in {listed}); mend them, or use "
+            f"{everything.rejects:,} records are bad (listed in {listed}); fix them, or use "
             "--on-bad skip"
         )
     lines = Ledger.total(entry.ledger for entry in inputs if entry.kind != "text")
@@ -182,6 +182,6 @@ def _check_rejects(options: BuildOptions, inputs: Sequence[InputEntry]) -> None:
         reasons = ", ".join(f"{count:,} {why}" for why, count in lines.rejects_by_reason.items())
         raise BadRecordsError(
             f"{lines.rejects:,} of {lines.records:,} records are bad ({reasons}), more than "
-            f"--max-bad-fraction {options.max_bad_fraction:g}; see {listed}, mend them or raise "
+            f"--max-bad-fraction {options.max_bad_fraction:g}; see {listed}, fix them or raise "
             "the limit and run again (finished units are kept)"
         )

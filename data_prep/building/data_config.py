@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from data_prep.building.options import BuildOptions, Source
 from data_prep.errors import DataError
+from foundation.yaml_text import YamlError, read_yaml
 
 _YAML_NAMES = {"inputs": "input", "globs": "glob"}
 _FIELD_NAMES = {name: field for field, name in _YAML_NAMES.items()}
@@ -40,12 +40,11 @@ def read_config(path: Path) -> dict[str, Any]:
         DataError: The file cannot be read, or naming all that is wrong with it, one line each.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        place = " ".join(str(error).split())
-        raise DataError(f"--config {path} is not YAML: {place}") from error
+        content = read_yaml(path)
+    except OSError as error:
+        raise DataError(f"--config {path} cannot be read: {error.strerror}") from error
+    except YamlError as error:
+        raise DataError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"--config {path} holds no keys; write for example output: data/corpus")
     problems: list[str] = []

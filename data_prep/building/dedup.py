@@ -30,7 +30,7 @@ from data_prep.building.plan import unit_list
 from data_prep.inputs.reading import read_unit
 from data_prep.inputs.records import Reading
 from data_prep.shards.atomic import whole_file
-from data_prep.workers.phase import Crew, Done, Observer, Phase
+from data_prep.workers.phase import Done, Observer, Phase, Workers
 
 FOLDER = "dedup"
 PARTITION_TEXTS = 1 << 21
@@ -66,17 +66,17 @@ class _UnitHashes(NamedTuple):
 
 
 def mark_duplicates(
-    job: DedupJob, sizes: NDArray[np.int64], crew: Crew, observer: Observer
+    job: DedupJob, sizes: NDArray[np.int64], workers: Workers, observer: Observer
 ) -> None:
     """Do the first two phases; then `find_duplicates` knows the answer for every unit.
 
     Args:
         job: Without the number of partitions, which follows from the first phase.
         sizes: Input bytes of each unit, `[num_units]`.
-        crew: Does the work.
-        observer: Told of the progress.
+        workers: Do the work.
+        observer: Notified of the progress.
     """
-    crew.run(
+    workers.run(
         Phase("hash", "hashing", partial(_hash_unit, job), partial(_is_hashed, job), sizes),
         observer,
     )
@@ -90,7 +90,7 @@ def mark_duplicates(
         raise
     job = replace(job, partitions=max(1, -(-texts // PARTITION_TEXTS)))
     share = np.full(job.partitions, texts * _TEXT_BYTES // job.partitions, dtype=np.int64)
-    crew.run(
+    workers.run(
         Phase(
             "merge", "comparing hashes", partial(_merge_partition, job),
             partial(_is_merged, job), share,
@@ -128,14 +128,14 @@ def _hash_unit(job: DedupJob, number: int) -> Done:
             records.append(index)
     pairs = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
     high, low = pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
-    places = np.frombuffer(records, dtype=np.uint32)
+    record = np.frombuffer(records, dtype=np.uint32)
     # The sort is stable: among equal hashes the earliest record comes first.
     order = np.lexsort((low, high))
-    high, low, places = high[order], low[order], places[order]
+    high, low, record = high[order], low[order], record[order]
     first = _starts_group(high, low)
     _write_hashes(
         _hashes_path(job.output, number),
-        _UnitHashes(high[first], low[first], places[first], np.sort(places[~first])),
+        _UnitHashes(high[first], low[first], record[first], np.sort(record[~first])),
     )
     return Done()
 
@@ -156,7 +156,7 @@ def _merge_partition(job: DedupJob, number: int) -> Done:
         keys.append(record | np.uint64(unit << _RECORD_BITS))
     high, low, key = np.concatenate(highs), np.concatenate(lows), np.concatenate(keys)
     del highs, lows, keys
-    # Slices stand in unit order, so the stable sort leaves the earliest of equal texts first.
+    # Slices are in unit order, so the stable sort leaves the earliest of equal texts first.
     order = np.lexsort((low, high))
     duplicates = np.sort(key[order][~_starts_group(high[order], low[order])])
     with whole_file(_merged_path(job, number)) as temporary:

@@ -1,4 +1,4 @@
-"""The journal of a job: one entry per finished unit, from which a build goes on and commits."""
+"""The journal of a job: one entry per finished unit, from which a build resumes and commits."""
 
 from pathlib import Path
 

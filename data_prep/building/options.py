@@ -52,11 +52,11 @@ class BuildOptions:
         sources: Several sources instead.
         workers: Processes; None = the cores this process may use. Never changes the result.
         validation_fraction: Share of the documents that is held out, chosen by a hash of the text.
-        globs: Patterns of the files to take from directories; none = text and source files.
+        globs: Patterns of the files to take from directories; none = text and source code.
         exclude: Patterns of files and folders to leave out of directories.
         text_key: The key or column of the text; one with dots is nested.
         dedup: "exact" keeps the first of documents with the same text, over all sources.
-        on_bad: "skip" counts bad records and goes on; "fail" ends the job at the first.
+        on_bad: "skip" counts bad records and continues; "fail" ends the job at the first.
         max_bad_fraction: Largest share of bad records in files of records that is still committed.
         shard_tokens: Most tokens in one shard (a single longer document still gets one).
         unit_bytes: Input bytes in one unit of work; None = by the size of the input.
@@ -91,12 +91,12 @@ class BuildOptions:
 
     @property
     def all_sources(self) -> tuple[Source, ...]:
-        """The sources with everything that they take over from the job filled in."""
+        """The sources, with what they inherit from the job filled in."""
         given = self.sources or (Source(self.source, self.inputs),)
         return tuple(
             replace(
                 source,
-                inputs=tuple(_place(path) for path in source.inputs),
+                inputs=tuple(_resolve(path) for path in source.inputs),
                 globs=self.globs if source.globs is None else source.globs,
                 exclude=self.exclude if source.exclude is None else source.exclude,
                 text_key=source.text_key or self.text_key,
@@ -158,7 +158,7 @@ def _source_problems(sources: tuple[Source, ...]) -> Iterator[str]:
         )
 
 
-def _place(path: Path) -> Path:
+def _resolve(path: Path) -> Path:
     """A path as given, or below the interpreter's standard library after "python:stdlib"."""
     text = os.fspath(path)
     if text != STDLIB_PREFIX and not text.startswith(f"{STDLIB_PREFIX}/"):

@@ -19,15 +19,15 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 @contextmanager
 def writing(output: Path, shared: bool, observer: Observer) -> Iterator[None]:
-    """Hold the output against other builds; the system lets go when this process ends.
+    """Lock the output against other builds; the system unlocks it when this process ends.
 
-    The lock is a courtesy: two builds of the same job write the same bytes, each file whole. On a
-    file system without locks the build goes on and says so.
+    The lock only saves work: two builds of the same job write the same bytes, each file whole. On a
+    file system without locks the build continues with a note.
 
     Args:
         output: Folder of the shard set, with its journal.
-        shared: True for a task of an array, which works beside others of its kind.
-        observer: Told when there are no locks.
+        shared: True for a task of an array, which works alongside the others.
+        observer: Notified when there are no locks.
 
     Raises:
         DataError: Another build holds it.

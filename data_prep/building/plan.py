@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from data_prep.building.journal import JOURNAL
 from data_prep.building.options import BuildOptions, Source
 from data_prep.errors import DataError
-from data_prep.inputs.sources import InputFile, Unit, choose_unit_bytes, find_inputs, plan_units
+from data_prep.inputs.input_files import InputFile, find_inputs
+from data_prep.inputs.units import Unit, choose_unit_bytes, plan_units
 from data_prep.shards.atomic import whole_file
 
 UNITS = "units.jsonl"
@@ -118,10 +119,10 @@ class UnitList:
         try:
             with self._path.open("rb") as lines:
                 while block := lines.read(_READ_BYTES):
-                    place = block.find(b"\n")
-                    while place >= 0:
-                        self._starts.append(position + place + 1)
-                        place = block.find(b"\n", place + 1)
+                    line_end = block.find(b"\n")
+                    while line_end >= 0:
+                        self._starts.append(position + line_end + 1)
+                        line_end = block.find(b"\n", line_end + 1)
                     position += len(block)
         except OSError as error:
             raise DataError(

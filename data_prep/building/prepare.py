@@ -1,4 +1,4 @@
-"""The start of a build: the output claimed, the tokenizer and the unit list in place."""
+"""The start of a build: claim the output, store the tokenizer and the unit list in it."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -85,7 +85,7 @@ def prepare(intent: Intent, observer: Observer) -> PreparedJob:
     """
     options, plan = intent.options, intent.plan
     claim_output(options.output, intent.description)
-    tokenizer = _place_tokenizer(options, intent.given, plan, observer)
+    tokenizer = _store_tokenizer(options, intent.given, plan, observer)
     if not (options.output / JOURNAL / UNITS).is_file():
         write_units(options.output, plan.units)
     sizes = np.array([planned.unit.bytes for planned in plan.units], dtype=np.int64)
@@ -112,7 +112,7 @@ def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
     return None
 
 
-def _place_tokenizer(
+def _store_tokenizer(
     options: BuildOptions, given: Tokenizer | None, plan: Plan, observer: Observer
 ) -> Tokenizer:
     """Put tokenizer.json into the output; one that an earlier run trained there is kept."""

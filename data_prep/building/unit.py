@@ -16,9 +16,10 @@ from data_prep.building.journal import UnitRecord, find_finished, record_finishe
 from data_prep.building.options import BadRecordPolicy, Dedup
 from data_prep.building.plan import unit_list
 from data_prep.errors import DataError
+from data_prep.inputs.input_files import InputFile
 from data_prep.inputs.reading import read_unit
 from data_prep.inputs.records import SAMPLE_CHARACTERS, Reading, RecordBatch, Reject
-from data_prep.inputs.sources import InputFile, Unit
+from data_prep.inputs.units import Unit
 from data_prep.shards.arrow_file import ShardRows, write_shard
 from data_prep.shards.atomic import whole_file
 from data_prep.shards.manifest import (
@@ -90,7 +91,7 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
         for split in (TRAIN, VALIDATION)
     }
     counts = {segment.file: _Counts() for segment in unit.segments}
-    sources = {segment.file: segment.source for segment in unit.segments}
+    inputs = {segment.file: segment.input for segment in unit.segments}
     rejects: list[tuple[str, Reject]] = []
     duplicates = find_duplicates(job.output, unit.number) if job.dedup == "exact" else frozenset()
     first_text = 0
@@ -102,11 +103,11 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
         if job.special_tokens == "reject":
             _refuse_special(batch, tokenizer)
         counts[batch.file].add(batch)
-        rejects += [(sources[batch.file].path, reject) for reject in batch.rejects]
+        rejects += [(inputs[batch.file].path, reject) for reject in batch.rejects]
         if batch.rejects and job.on_bad == "fail":
-            raise rejection(sources[batch.file], batch.rejects[0])
-        for split, texts, rows in _divide(batch, job.validation_fraction):
-            writers[split].add(batch.file, texts, rows)
+            raise rejection(inputs[batch.file], batch.rejects[0])
+        for split, texts, offsets in _divide(batch, job.validation_fraction):
+            writers[split].add(batch.file, texts, offsets)
     shards = [entry for writer in writers.values() for entry in writer.finish()]
     _write_rejects(job.output, unit.number, rejects)
     done = UnitRecord(
@@ -119,33 +120,33 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     return done
 
 
-def rejection(source: InputFile, reject: Reject) -> DataError:
+def rejection(file: InputFile, reject: Reject) -> DataError:
     """The error for a bad record when bad records end the job."""
-    place = "row" if source.kind in ("parquet", "arrow") else "byte"
+    unit = "row" if file.kind in ("parquet", "arrow") else "byte"
     return DataError(
-        f"{source.path}: record at {place} {reject.offset} is bad: {reject.reason}; mend it, or "
-        "use --on-bad skip to count it and go on"
+        f"{file.path}: record at {unit} {reject.offset} is bad: {reject.reason}; fix it, or "
+        "use --on-bad skip to count it and continue"
     )
 
 
 def is_held_out(content: bytes, fraction: float) -> bool:
-    """True when a document belongs to the held-out split: decided by its text, not its place."""
+    """True when a document belongs to the held-out split: decided by its text, not its position."""
     return xxhash.xxh3_64_intdigest(content) < int(fraction * HASH_VALUES)
 
 
 def _divide(batch: RecordBatch, fraction: float) -> Iterator[tuple[str, list[bytes], list[int]]]:
     """The documents of each split: texts and offsets."""
-    texts, rows = batch.texts, batch.offsets
+    texts, offsets = batch.texts, batch.offsets
     if b"" in texts:
-        rows = [row for row, text in zip(rows, texts, strict=True) if text]
+        offsets = [offset for offset, text in zip(offsets, texts, strict=True) if text]
         texts = [text for text in texts if text]
     held_out = [is_held_out(text, fraction) for text in texts] if fraction else []
     if True not in held_out:
-        yield TRAIN, texts, rows
+        yield TRAIN, texts, offsets
         return
     for split, is_here in ((TRAIN, False), (VALIDATION, True)):
         chosen = [number for number, held in enumerate(held_out) if held is is_here]
-        yield split, [texts[number] for number in chosen], [rows[number] for number in chosen]
+        yield split, [texts[number] for number in chosen], [offsets[number] for number in chosen]
 
 
 def _drop_duplicates(batch: RecordBatch, first_text: int, duplicates: frozenset[int]) -> int:
@@ -248,9 +249,9 @@ class _SplitWriter:
             "split": split,
         }
 
-    def add(self, file: int, texts: Sequence[bytes], rows: Sequence[int]) -> None:
+    def add(self, file: int, texts: Sequence[bytes], offsets: Sequence[int]) -> None:
         """Append documents; full shards are written at once, so that memory is bounded."""
-        for shard in self._columns.add(file, texts, rows):
+        for shard in self._columns.add(file, texts, offsets):
             self._write(shard)
 
     def finish(self) -> list[ShardEntry]:

@@ -49,8 +49,8 @@ def read_parquet(
     Raises:
         DataError: The file has no such column of strings, or its footer is damaged.
     """
-    with pa.OSFile(path) as source, _explained(path):
-        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
+    with pa.OSFile(path) as opened, _explained(path):
+        parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
         column = _find_column(parquet.schema_arrow, path, reading)
         row = 0
         for number in range(parquet.num_row_groups):
@@ -66,8 +66,8 @@ def read_parquet_row(path: str, row: int, reading: Reading) -> Iterator[RecordBa
     Raises:
         DataError: As `read_parquet`.
     """
-    with pa.OSFile(path) as source, _explained(path):
-        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BYTES)
+    with pa.OSFile(path) as opened, _explained(path):
+        parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
         column = _find_column(parquet.schema_arrow, path, reading)
         first = 0
         for number in range(parquet.num_row_groups):
@@ -89,11 +89,11 @@ def read_arrow(path: str, file: int, reading: Reading) -> Iterator[RecordBatch]:
     is_whole = _is_whole_arrow(path)
     with open(path, "rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    source = pa.BufferReader(pa.py_buffer(mapped))
+    buffer = pa.BufferReader(pa.py_buffer(mapped))
     if mapped[: len(ARROW_MAGIC)] == ARROW_MAGIC:
-        source.seek(len(ARROW_FILE_HEADER))
+        buffer.seek(len(ARROW_FILE_HEADER))
     with _explained(path):
-        stream = pa.ipc.open_stream(source)
+        stream = pa.ipc.open_stream(buffer)
         column = _find_column(stream.schema, path, reading)
     row, passed, damage = 0, 0, "" if is_whole else "truncated .arrow"
     while True:
@@ -108,7 +108,7 @@ def read_arrow(path: str, file: int, reading: Reading) -> Iterator[RecordBatch]:
             yield _take_rows(_descend(piece, column), file, row, reading)
             row += piece.num_rows
         # Pages that were read leave the memory of this process, or they would add up to the file.
-        position = source.tell() // mmap.PAGESIZE * mmap.PAGESIZE
+        position = buffer.tell() // mmap.PAGESIZE * mmap.PAGESIZE
         if position > passed:
             mapped.madvise(mmap.MADV_DONTNEED, passed, position - passed)
             passed = position
@@ -145,22 +145,22 @@ def _first_byte(group: Any) -> int:
     """Where the first column of a row group begins in the file."""
     column = group.column(0)
     return min(
-        int(place)
-        for place in (column.dictionary_page_offset, column.data_page_offset)
-        if place is not None
+        int(offset)
+        for offset in (column.dictionary_page_offset, column.data_page_offset)
+        if offset is not None
     )
 
 
 def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
-    """The way to the text column: its literal name, else the names between the dots.
+    """The path to the text column: its literal name, else the names between the dots.
 
     Raises:
         DataError: There is none, or it does not hold strings.
     """
     key = reading.text_key
-    way = (key,) if key in schema.names else tuple(key.split("."))
+    path_in_schema = (key,) if key in schema.names else tuple(key.split("."))
     kind = schema
-    for name in way:
+    for name in path_in_schema:
         names = [field.name for field in kind]
         if names.count(name) != 1:
             raise DataError(
@@ -183,7 +183,7 @@ def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
             f"column {key!r} of {path} is {kind}, not text; name the text with --text-key, or "
             "--exclude the file"
         )
-    return way
+    return path_in_schema
 
 
 def _read_group(
@@ -215,7 +215,7 @@ def _cut(rows: Any) -> Iterator[Any]:
 
 
 def _descend(rows: Any, column: tuple[str, ...]) -> Any:
-    """The array at the end of the way; nulls of the structures on it count."""
+    """The array at the end of the path; nulls of the structures on it count."""
     array = rows.column(column[0])
     for name in column[1:]:
         array = pa.compute.struct_field(array, name)

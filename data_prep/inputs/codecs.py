@@ -38,7 +38,7 @@ class _Decompressor(Protocol):
 
 
 class _Gunzip:
-    """One gzip member behind the interface of the other two."""
+    """One gzip member with the interface of the other two."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(GZIP_FORMAT)

@@ -66,7 +66,7 @@ def format_of(name: str) -> FileFormat | None:
 def is_taken(name: str) -> bool:
     """True for files that are taken from a directory when no pattern is given.
 
-    All that is read by its suffix, but for .json: among source files most are settings.
+    All that is read by its suffix, but for .json: among source code files most are settings.
     """
     form = format_of(name)
     if form is None or form.kind == "json":

@@ -65,7 +65,7 @@ def read_lines(
 
 
 def skip_line(file: BinaryIO) -> int:
-    """Go behind the next line end without holding the line; give the bytes passed."""
+    """Skip past the next line end without holding the line; return the bytes skipped."""
     passed = 0
     while part := file.readline(BLOCK_BYTES):
         passed += len(part)
@@ -113,7 +113,7 @@ def text_of(value: object, reading: Reading) -> bytes | Unusable:
 def add_record(batch: RecordBatch, offset: int, content: bytes, reading: Reading) -> None:
     """Parse one record that is not plainly good, and put it or its reject into the batch.
 
-    A raw carriage return cannot stand inside a JSON string, so a bad line that holds some may be
+    A raw carriage return is not allowed in a JSON string, so a bad line that holds some may be
     several with old line ends: when one of the parts is good, each is a record.
     """
     parsed = parse_record(content, reading)
@@ -171,7 +171,7 @@ def _end_damaged(rest: bytes, file: int, offset: int, damage: str, reading: Read
 
 
 def _skip_line(stream: Stream) -> tuple[int, bytes]:
-    """Pass over the rest of a line: the bytes passed, and what was read behind its end."""
+    """Skip the rest of a line: the bytes skipped, and what was read after its end."""
     passed = 0
     while True:
         try:

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from data_prep.errors import DataError
 from data_prep.inputs.arrow_inputs import read_arrow, read_parquet, read_parquet_row
 from data_prep.inputs.codecs import open_stream
+from data_prep.inputs.input_files import InputFile, open_unchanged, unreadable
 from data_prep.inputs.json_inputs import read_json
 from data_prep.inputs.jsonl_inputs import read_lines, skip_line
 from data_prep.inputs.records import Reading, RecordBatch
-from data_prep.inputs.sources import InputFile, Segment, Unit, open_unchanged, unreadable
 from data_prep.inputs.text_inputs import read_document
+from data_prep.inputs.units import Segment, Unit
 
 
 def read_unit(unit: Unit, reading: Reading) -> Iterator[RecordBatch]:
@@ -22,28 +23,28 @@ def read_unit(unit: Unit, reading: Reading) -> Iterator[RecordBatch]:
         try:
             yield from _read_segment(segment, reading)
         except OSError as error:
-            if segment.source.kind != "text":
-                raise unreadable(segment.source.path, error) from error
+            if segment.input.kind != "text":
+                raise unreadable(segment.input.path, error) from error
             batch = RecordBatch(segment.file)
             batch.reject(0, f"unreadable: {error.strerror or error}")
             yield batch
 
 
-def read_text(source: InputFile, offset: int, reading: Reading) -> bytes | None:
+def read_text(file: InputFile, offset: int, reading: Reading) -> bytes | None:
     """The text of one record again, from the offset that was recorded for it.
 
     Returns:
         Its UTF-8; None when the file is not what it was, or of a kind that is read only from its
         start (.json, .arrow, and all that is compressed).
     """
-    if source.codec or source.kind in ("json", "arrow"):
+    if file.codec or file.kind in ("json", "arrow"):
         return None
     try:
-        if source.kind == "parquet":
-            with open_unchanged(source):
-                batches = read_parquet_row(source.path, offset, reading)
+        if file.kind == "parquet":
+            with open_unchanged(file):
+                batches = read_parquet_row(file.path, offset, reading)
         else:
-            batches = _read_segment(Segment(0, source, offset, offset + 1), reading)
+            batches = _read_segment(Segment(0, file, offset, offset + 1), reading)
         for batch in batches:
             if offset in batch.offsets:
                 return batch.texts[batch.offsets.index(offset)]
@@ -53,22 +54,22 @@ def read_text(source: InputFile, offset: int, reading: Reading) -> bytes | None:
 
 
 def _read_segment(segment: Segment, reading: Reading) -> Iterator[RecordBatch]:
-    source, number = segment.source, segment.file
-    with open_unchanged(source) as file:
-        if source.kind == "parquet":
-            yield from read_parquet(source.path, number, segment.start, segment.end, reading)
-        elif source.kind == "arrow":
-            if source.bytes:
-                yield from read_arrow(source.path, number, reading)
-        elif source.kind == "text":
-            yield read_document(open_stream(file, source.codec), number, reading)
-        elif source.kind == "json":
-            yield from read_json(open_stream(file, source.codec), number, reading)
-        elif source.codec:
-            yield from read_lines(open_stream(file, source.codec), number, 0, None, reading)
+    file, number = segment.input, segment.file
+    with open_unchanged(file) as opened:
+        if file.kind == "parquet":
+            yield from read_parquet(file.path, number, segment.start, segment.end, reading)
+        elif file.kind == "arrow":
+            if file.bytes:
+                yield from read_arrow(file.path, number, reading)
+        elif file.kind == "text":
+            yield read_document(open_stream(opened, file.codec), number, reading)
+        elif file.kind == "json":
+            yield from read_json(open_stream(opened, file.codec), number, reading)
+        elif file.codec:
+            yield from read_lines(open_stream(opened, file.codec), number, 0, None, reading)
         else:
             start = segment.start
             if start:
-                file.seek(start - 1)
-                start += skip_line(file) - 1
-            yield from read_lines(file, number, start, segment.end, reading)
+                opened.seek(start - 1)
+                start += skip_line(opened) - 1
+            yield from read_lines(opened, number, start, segment.end, reading)

@@ -1,4 +1,4 @@
-"""What the readers hand on: the records of one file, a batch at a time."""
+"""What the readers yield: the records of one file, a batch at a time."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -14,8 +14,8 @@ SPLITS = "dataset_dict.json"
 def files_of_saved_dataset(folder: Path) -> list[Path] | None:
     """The .arrow files of a saved Dataset or DatasetDict in their order; None for other folders.
 
-    All splits of a DatasetDict are given; each lies in a folder of its name, which can be named
-    instead.
+    All splits of a DatasetDict are taken. Each is in a folder of its name; give that folder to take
+    one split.
 
     Raises:
         DataError: The folder says that it is one, but a file is missing or cannot be read.

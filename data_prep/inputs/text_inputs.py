@@ -1,4 +1,4 @@
-"""Read a text or source file: the whole file is one document."""
+"""Read a text or source code file: the whole file is one document."""
 
 from data_prep.inputs.codecs import DamagedInputError, Stream
 from data_prep.inputs.records import BYTE_ORDER_MARK, Reading, RecordBatch

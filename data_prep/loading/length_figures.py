@@ -1,4 +1,4 @@
-"""Lengths of documents in figures: percentiles, a histogram, and what rows make of them."""
+"""Lengths of documents in figures: percentiles, a histogram, and how they fit into sequences."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 from data_prep.loading.packing import pack
 
 PERCENTILES = (1, 10, 50, 90, 99)
-ROW_LENGTHS = (1024, 2048, 4096, 8192)
+SEQUENCE_LENGTHS = (1024, 2048, 4096, 8192)
 
 
-class RowFigures(NamedTuple):
-    """What becomes of documents in rows of one length.
+class SequenceFigures(NamedTuple):
+    """What becomes of documents in sequences of one length.
 
     Attributes:
-        row_length: Tokens of a row.
-        fitting: Share of documents that are no longer than a row.
+        sequence_length: Tokens of a sequence.
+        fitting: Share of documents that are no longer than a sequence.
         cut: Share of those that concatenation cuts nevertheless.
         padding: Share of positions without a token in best-fit packing, which cuts none of them.
     """
 
-    row_length: int
+    sequence_length: int
     fitting: float
     cut: float
     padding: float
@@ -45,16 +45,16 @@ def histogram(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np
     return documents, tokens
 
 
-def row_figures(
-    lengths: NDArray[np.int64], row_lengths: Sequence[int] = ROW_LENGTHS
-) -> list[RowFigures]:
-    """Concatenation against best-fit packing, for rows of several lengths."""
+def sequence_figures(
+    lengths: NDArray[np.int64], sequence_lengths: Sequence[int] = SEQUENCE_LENGTHS
+) -> list[SequenceFigures]:
+    """Concatenation against best-fit packing, for sequences of several lengths."""
     ends = np.cumsum(lengths)
     figures = []
-    for row_length in row_lengths:
-        fits = lengths <= row_length
-        first_row, last_row = (ends - lengths) // row_length, (ends - 1) // row_length
-        cut = int((fits & (first_row != last_row)).sum()) / max(int(fits.sum()), 1)
-        padding = pack(lengths, row_length).padding_share
-        figures.append(RowFigures(row_length, float(fits.mean()), cut, padding))
+    for sequence_length in sequence_lengths:
+        fits = lengths <= sequence_length
+        first, last = (ends - lengths) // sequence_length, (ends - 1) // sequence_length
+        cut = int((fits & (first != last)).sum()) / max(int(fits.sum()), 1)
+        padding = pack(lengths, sequence_length).padding_share
+        figures.append(SequenceFigures(sequence_length, float(fits.mean()), cut, padding))
     return figures

@@ -1,9 +1,9 @@
-"""Which source a sample comes from: a pure function of its number, whatever the weights did before.
+"""Which source a sample comes from: a pure function of its number and the history of the weights.
 
 Weights hold for a segment of the run. They become counts per block of 65,536 samples, and a block
 places the j-th of a source's c samples at (j + 1/2) / c of its length: every stretch of samples is
 mixed as evenly as its length allows. So the number of samples a source has given before any sample
-is arithmetic, and a change of weights neither loses nor repeats one: counters go on.
+is arithmetic, and a change of weights neither loses nor repeats one: counters continue.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,7 +54,7 @@ def block_counts(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 class Mixture:
-    """The source, and the place within it, of every sample of a run.
+    """The source, and the position within it, of every sample of a run.
 
     Args:
         sources: Names, in the order of `locate`'s numbers.
@@ -79,9 +79,9 @@ class Mixture:
         for segment in np.unique(segments).tolist():
             chosen = segments == segment
             within = samples[chosen] - self._first[segment]
-            numbers, places = self._blocks[segment].locate(within)
+            numbers, positions = self._blocks[segment].locate(within)
             source[chosen] = numbers
-            index[chosen] = self._before[segment][numbers] + places
+            index[chosen] = self._before[segment][numbers] + positions
         return source, index
 
     def counts(self, sample: int) -> dict[str, int]:
@@ -93,7 +93,7 @@ class Mixture:
 
 
 class _Block:
-    """The order in which the sources take turns within one block."""
+    """The order of the sources within one block."""
 
     def __init__(self, sources: Sequence[str], counts: Mapping[str, int]) -> None:
         self._counts = np.array([counts.get(name, 0) for name in sources], np.int64)
@@ -107,13 +107,13 @@ class _Block:
 
     def locate(self, within: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source number of each sample of a segment, and its samples in the segment before it."""
-        blocks, places = np.divmod(within, BLOCK_SAMPLES)
-        numbers = self._numbers[places].astype(np.int64)
-        return numbers, blocks * self._counts[numbers] + self._ranks[places]
+        blocks, positions = np.divmod(within, BLOCK_SAMPLES)
+        numbers = self._numbers[positions].astype(np.int64)
+        return numbers, blocks * self._counts[numbers] + self._ranks[positions]
 
     def counts_before(self, within: int) -> NDArray[np.int64]:
         """Samples of each source among the first `within` of a segment."""
-        blocks, place = divmod(within, BLOCK_SAMPLES)
-        partial = np.bincount(self._numbers[:place], minlength=len(self._counts))
+        blocks, position = divmod(within, BLOCK_SAMPLES)
+        partial = np.bincount(self._numbers[:position], minlength=len(self._counts))
         counts: NDArray[np.int64] = blocks * self._counts + partial
         return counts

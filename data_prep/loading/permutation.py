@@ -1,7 +1,7 @@
 """A keyed permutation of 0..size-1 without a table: index i costs the same at any size.
 
 A Feistel network over pairs of digits in base ceil(sqrt(size)). Its domain is the next square, so
-nearly every result lies in 0..size-1; the few outside are fed in again until they do (cycle
+nearly every result is in 0..size-1; the few outside are fed in again until they are (cycle
 walking), which keeps the mapping a bijection.
 """
 
@@ -35,7 +35,7 @@ class Permutation:
         self._keys = np.frombuffer(material, dtype="<u8")[:NUM_ROUNDS].astype(np.uint64)
 
     def __call__(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Map `indices` (each in 0..size-1) to their places; vectorised."""
+        """Map `indices` (each in 0..size-1) to their positions in the order; vectorised."""
         values = np.asarray(indices).astype(np.uint64)
         assert values.size == 0 or int(values.max()) < self.size, (values.max(), self.size)
         result = self._encrypt(values)

@@ -102,7 +102,7 @@ class InputEntry(_Entry):
 
 
 class TokenizerEntry(_Entry):
-    """The tokenizer of the set; its tokenizer.json lies beside the manifest."""
+    """The tokenizer of the set; its tokenizer.json is next to the manifest."""
 
     spec: str
     sha256: str
@@ -240,7 +240,7 @@ def load_manifest(directory: Path) -> Manifest:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if not _is_consistent(manifest):
         raise DataError(
-            f"{path} was changed by hand: its totals or fingerprint do not follow from its shards; "
+            f"{path} was edited: its totals or fingerprint do not follow from its shards; "
             "make the shards again"
         )
     return manifest

@@ -95,7 +95,7 @@ class ShardFiles:
         if size != shard.bytes:
             raise DataError(
                 f"{self.directory / shard.path} has {size:,} bytes, the manifest says "
-                f"{shard.bytes:,}; run the same data_prep/shard.py command again to make it anew, "
+                f"{shard.bytes:,}; run the same data_prep/shard.py command again to rebuild it, "
                 "or copy the set again"
             )
 
@@ -109,7 +109,7 @@ class ShardFiles:
         descriptor = os.open(self.directory / shard.path, os.O_RDONLY)
         try:
             self._check_size(shard, os.fstat(descriptor).st_size)
-            # Reading ahead of random places would read many times what is needed.
+            # Read-ahead at random offsets would read many times what is needed.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         except BaseException:
             os.close(descriptor)

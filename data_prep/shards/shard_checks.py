@@ -1,4 +1,4 @@
-"""What can be wrong with one shard that its checksum does not tell."""
+"""What can be wrong with one shard that its checksum does not show."""
 
 import os
 from collections import Counter
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.inputs.input_files import InputFile
 from data_prep.inputs.reading import read_text
 from data_prep.inputs.records import LARGEST_DOCUMENT_BYTES, Reading
-from data_prep.inputs.sources import InputFile
 from data_prep.shards.arrow_file import ShardRows, read_shard
 from data_prep.shards.manifest import InputEntry, Manifest, ShardEntry
 from data_prep.tokenization.tokenizer import Tokenizer
@@ -79,9 +79,9 @@ class ShardChecks:
         if rows.offsets[0] != 0 or rows.offsets[-1] != shard.tokens or bool((lengths < 1).any()):
             yield f"the documents' offsets do not rise from 0 to {shard.tokens:,}"
         path = self._directory / shard.path
-        if not _lies_at(path, shard.values_offset, rows.tokens):
+        if not _is_at(path, shard.values_offset, rows.tokens):
             yield f"the tokens are not at byte {shard.values_offset:,}"
-        if not _lies_at(path, shard.offsets_offset, rows.offsets):
+        if not _is_at(path, shard.offsets_offset, rows.offsets):
             yield f"the offsets are not at byte {shard.offsets_offset:,}"
 
     def _content_problems(self, rows: ShardRows, shard: ShardEntry) -> Iterator[str]:
@@ -114,27 +114,27 @@ class ShardChecks:
                 yield f"document {row} does not decode back to its text"
 
     def _decodes_back(self, rows: ShardRows, row: int) -> bool:
-        """Compare a document with its source, or, if that is gone, with itself encoded again."""
+        """Compare a document with its input, or, if that is gone, with itself encoded again."""
         ids = rows.tokens[rows.offsets[row] : rows.offsets[row + 1] - 1]
         if not self._tokenizer.is_lossless or len(ids) > LARGEST_SAMPLED_TOKENS:
             return True
         text = self._tokenizer.decode(ids)
         entry = self._manifest.inputs[int(rows.src[row])]
-        source = source_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
-        if source is not None:
-            return source == text.encode()
+        original = input_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
+        if original is not None:
+            return original == text.encode()
         again, _ = self._tokenizer.encode_documents([text])
         return bool(np.array_equal(again[:-1], ids))
 
 
-def source_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
+def input_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
     """The text of a document in its input file; None when it cannot be had quickly."""
-    source = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
-    return read_text(source, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
+    file = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
+    return read_text(file, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
 
 
-def _lies_at(path: Path, position: int, expected: NDArray[Any]) -> bool:
-    """Whether the bytes of an array stand in a file at a position; read block by block."""
+def _is_at(path: Path, position: int, expected: NDArray[Any]) -> bool:
+    """Whether the bytes of an array are in a file at a byte offset; read block by block."""
     wanted = expected.view(np.uint8)
     with path.open("rb") as file:
         file.seek(position, os.SEEK_SET)

@@ -30,12 +30,12 @@ OFFSETS_PER_READ = 512
 class ShardSet:
     """One split of a shard set, or one source of it; made by `ShardSet.open`.
 
-    The token stream is the shards in manifest order, documents end to end; a document lies in one
+    The token stream is the shards in manifest order, documents end to end; a document is in one
     shard. Nothing is mapped and nothing but the manifest is kept in memory. Safe to share between
     threads.
 
     Attributes:
-        directory: Where the set lies.
+        directory: Folder of the set.
         split: "train" or "validation".
         manifest: The whole manifest.
         shards: Entries of the shards of this stream, in order.
@@ -58,7 +58,7 @@ class ShardSet:
         self.split = split
         self.manifest = manifest
         whole = [shard for shard in manifest.shards if shard.split == split]
-        # The place of each shard of this stream among those of the split, whose files are shared.
+        # The index of each shard of this stream among those of the split, whose files are shared.
         self._numbers = [
             number for number, shard in enumerate(whole) if source in (None, shard.source)
         ]
@@ -79,7 +79,7 @@ class ShardSet:
         self.total_bytes = sum(shard.bytes for shard in self.shards)
         self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
         self._starts = starts
-        # Where token 0 of the stream would lie in each file if the shard before reached that far.
+        # Where token 0 of the stream would be in each file if the shard before reached that far.
         self._bases = [
             shard.values_offset - start * self.dtype.itemsize
             for shard, start in zip(self.shards, starts, strict=False)
@@ -194,8 +194,8 @@ class ShardSet:
             start += size // itemsize
             number += 1
 
-    def read_rows(self, starts: Sequence[int], rows: Sequence[TokenArray]) -> None:
-        """Fill each of `rows` as `read_into` does; a batch at once takes less time.
+    def read_many(self, starts: Sequence[int], outs: Sequence[TokenArray]) -> None:
+        """Fill each of `outs` as `read_into` does; a batch at once takes less time.
 
         Raises:
             DataError: A file cannot be read or ends early.
@@ -204,18 +204,18 @@ class ShardSet:
         descriptors, itemsize, read = self._files.descriptors, self.dtype.itemsize, os.preadv
         remaining = []
         with self._files.lock:
-            for start, row in zip(starts, rows, strict=True):
-                place = bisect_right(starting, start) - 1
+            for start, out in zip(starts, outs, strict=True):
+                number = bisect_right(starting, start) - 1
                 try:
-                    position = bases[place] + start * itemsize
-                    size = read(descriptors[numbers[place]], [row], position)  # type: ignore[list-item]
+                    position = bases[number] + start * itemsize
+                    size = read(descriptors[numbers[number]], [out], position)  # type: ignore[list-item]
                 except OSError:
                     size = 0
-                if size != row.nbytes or start + len(row) > starting[place + 1]:
-                    remaining.append((start, row))
-        # Files that are not open, rows over a shard's border, and whatever failed.
-        for start, row in remaining:
-            self.read_into(start, row)
+                if size != out.nbytes or start + len(out) > starting[number + 1]:
+                    remaining.append((start, out))
+        # Files that are not open, reads over a shard's border, and whatever failed.
+        for start, out in remaining:
+            self.read_into(start, out)
 
     def document_starts(self, start: int, count: int) -> NDArray[np.int64]:
         """Where documents start within tokens [start, start + count) of the stream.
@@ -299,41 +299,42 @@ class ShardSet:
 
     def _starts_in_shard(self, number: int, first: int, end: int) -> NDArray[np.int64]:
         """Document starts in tokens [first, end) of a shard."""
-        rows = self.shards[number].rows
-        row, block = self._block_at(number, first)
+        documents = self.shards[number].rows
+        document, block = self._block_at(number, first)
         found: list[NDArray[np.int64]] = []
         while True:
             low, high = np.searchsorted(block, (first, end))
             found.append(block[low:high])
-            row += len(block)
-            if row >= rows or block[-1] >= end:
+            document += len(block)
+            if document >= documents or block[-1] >= end:
                 return found[0] if len(found) == 1 else np.concatenate(found)
-            block = self._offsets(number, row, min(OFFSETS_PER_READ, rows - row))
+            count = min(OFFSETS_PER_READ, documents - document)
+            block = self._offsets(number, document, count)
 
     def _block_at(self, number: int, token: int) -> tuple[int, NDArray[np.int64]]:
-        """A block of offsets that begins at or before the document of `token`, and its first row.
+        """A block of offsets that begins at or before the document of `token`, and its first one.
 
         Guesses from the average length, then halves, in turn: a few reads for even lengths, and
-        twice the logarithm of the rows for any.
+        twice the logarithm of the number of documents for any.
         """
-        rows = self.shards[number].rows
+        documents = self.shards[number].rows
         base = self.shards[number].offsets_offset // 8
-        low, high = 0, rows
+        low, high = 0, documents
         low_token, high_token = 0, self.shards[number].tokens
         guessing = True
         while high - low >= OFFSETS_PER_READ:
             share = (token - low_token) / (high_token - low_token) if guessing else 0.5
             guessing = not guessing
-            row = low + int((high - low) * share) - OFFSETS_PER_READ // 2
-            row = min(max(row, low), high - OFFSETS_PER_READ + 1)
+            first = low + int((high - low) * share) - OFFSETS_PER_READ // 2
+            first = min(max(first, low), high - OFFSETS_PER_READ + 1)
             # A block that fills a page of the file is one page read from the disk, not two.
-            past_page = (base + row) % OFFSETS_PER_READ
-            row = row - past_page if row - past_page >= low else row
-            block = self._offsets(number, row, OFFSETS_PER_READ)
+            past_page = (base + first) % OFFSETS_PER_READ
+            first = first - past_page if first - past_page >= low else first
+            block = self._offsets(number, first, OFFSETS_PER_READ)
             if block[0] > token:
-                high, high_token = row, int(block[0])
+                high, high_token = first, int(block[0])
             elif block[-1] <= token:
-                low, low_token = row + len(block) - 1, int(block[-1])
+                low, low_token = first + len(block) - 1, int(block[-1])
             else:
-                return row, block
-        return low, self._offsets(number, low, min(OFFSETS_PER_READ, rows - low))
+                return first, block
+        return low, self._offsets(number, low, min(OFFSETS_PER_READ, documents - low))

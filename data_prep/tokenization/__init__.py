@@ -1,1 +1,1 @@
-"""Tokenizers, and the fastest encoder that proves equal to them."""
+"""Tokenizers, and the fastest encoder that gives the same ids."""

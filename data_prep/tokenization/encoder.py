@@ -1,6 +1,6 @@
 """Texts to ids with the fastest library that gives the ids of `tokenizers`.
 
-`gigatoken` is many times faster, but knows only some split patterns, so it is held against
+`gigatoken` is many times faster, but knows only some split patterns, so it is compared with
 `tokenizers` before the first document (see `encoder_probe`) and on a sample of the documents.
 Which of the two encodes never changes a byte of the output.
 """
@@ -30,7 +30,7 @@ SHOWN_CHARACTERS = 60
 
 
 class EncoderReport(NamedTuple):
-    """The encoder that a job uses, and what the user should know about the choice, if anything."""
+    """The encoder that a job uses, and a note to the user about the choice; may be empty."""
 
     name: EncoderName
     note: str
@@ -82,7 +82,7 @@ class Encoder:
     def _check_sample(
         self, texts: Sequence[bytes], ids: NDArray[Any], ends: NDArray[np.int64]
     ) -> None:
-        """Hold about one document in a thousand, chosen by its text, against `tokenizers`."""
+        """Compare about one document in a thousand, chosen by its text, with `tokenizers`."""
         for number, text in enumerate(texts):
             if xxhash.xxh3_64_intdigest(text) % SAMPLED_ONE_IN or len(text) > LARGEST_DECODED_BYTES:
                 continue
@@ -100,7 +100,7 @@ def choose_encoder(tokenizer: Tokenizer, choice: EncoderChoice) -> EncoderReport
 
     Args:
         tokenizer: Whose ids are wanted.
-        choice: What the user asked for; "auto" takes gigatoken when it proves equal.
+        choice: What the user asked for; "auto" takes gigatoken when it gives the same ids.
 
     Raises:
         DataError: gigatoken was asked for by name and cannot be used.
@@ -126,9 +126,9 @@ def _why_not_gigatoken(tokenizer: Tokenizer) -> str:
         return f"gigatoken cannot be imported ({error})"
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic in its native code is no Exception
+    except BaseException as error:  # a panic in its native code is not an Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"gigatoken does not know this tokenizer ({reason[:200]})"
+        return f"gigatoken does not support this tokenizer ({reason[:200]})"
     expected, expected_ends = tokenizer.encode_plain(texts)
     if np.array_equal(ids, expected) and np.array_equal(ends, expected_ends):
         return ""
@@ -157,20 +157,20 @@ def _find_difference(tokenizer: Tokenizer, text: str, ids: NDArray[Any]) -> str:
 def _append_eos(
     ids: NDArray[Any], ends: NDArray[np.int64], eos_id: int, dtype: np.dtype[Any]
 ) -> tuple[TokenArray, NDArray[np.int64]]:
-    """Put EOS behind each document: ids [5, 6, 7], ends [2, 3] give [5, 6, E, 7, E], [3, 2]."""
-    places = ends + np.arange(len(ends))
+    """Put EOS after each document: ids [5, 6, 7], ends [2, 3] give [5, 6, E, 7, E], [3, 2]."""
+    positions = ends + np.arange(len(ends))
     is_text = np.ones(len(ids) + len(ends), dtype=bool)
-    is_text[places] = False
+    is_text[positions] = False
     flat: TokenArray = np.empty(len(is_text), dtype=dtype)
     flat[is_text] = ids
-    flat[places] = eos_id
+    flat[positions] = eos_id
     return flat, np.diff(ends, prepend=0) + 1
 
 
 class _Gigatoken:
-    """The fast library behind the options of a tokenizer.
+    """The fast library, with the options of a tokenizer.
 
-    Its cache of words grows with every new one, so it is made anew when it took much memory.
+    Its cache of words grows with every new one, so it is loaded again when it took much memory.
     Documents with characters that it may take differently are encoded by `tokenizers`.
     """
 
@@ -179,7 +179,7 @@ class _Gigatoken:
         layout = orjson.loads(tokenizer.content)
         layout |= {"post_processor": None, "truncation": None, "padding": None}
         if tokenizer.special_tokens != "id":
-            # It knows no switch to take their text for plain text; unknown, it is.
+            # It has no option to encode their text as plain text, but does so when they are absent.
             layout["added_tokens"] = [
                 token for token in layout.get("added_tokens") or [] if not token.get("special")
             ]
@@ -188,7 +188,7 @@ class _Gigatoken:
         self._backend = self._load()
 
     def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Ids of all texts, and the place where each ends."""
+        """Ids of all texts, and the position where each ends."""
         ids, ends = self._encode_all(texts)
         disputed = {number for number, text in enumerate(texts) if is_disputed(text)}
         if not disputed:
@@ -215,7 +215,7 @@ class _Gigatoken:
 
 
 def _resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not tell."""
+    """Memory of this process; 0 where the system does not report it."""
     try:
         fields = Path("/proc/self/statm").read_bytes().split()
     except OSError:

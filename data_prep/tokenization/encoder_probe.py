@@ -29,25 +29,25 @@ def probe_texts(special_names: Sequence[str]) -> list[str]:
     Args:
         special_names: The texts of the tokenizer's special tokens.
     """
-    source = random.Random(SEED)
+    rng = random.Random(SEED)
     names = [*special_names, *(name[:-1] for name in special_names)]
     words = _WORDS.split()
     pieces = [*words, *_BLANKS, *_BLANKS, *names]
     texts = [_SOURCE, *words, *_BLANKS, *names]
     texts += [f"a{name}{name} b\n{name}" for name in special_names]
     for _ in range(NUM_RANDOM):
-        texts.append("".join(source.choices(pieces, k=source.randint(2, 40))))
-        texts.append("".join(_random_character(source) for _ in range(source.randint(1, 60))))
+        texts.append("".join(rng.choices(pieces, k=rng.randint(2, 40))))
+        texts.append("".join(_random_character(rng) for _ in range(rng.randint(1, 60))))
     long = LONG_CHARACTERS
     texts += [
         sign * long for sign in ("a", " ", "\n", "7", "=", "é", "数", "🎉", "\r\n", " a", "\x00")
     ]
-    texts.append("".join(source.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdef0123456789+/", k=long)))
-    texts.append("".join(_random_character(source) for _ in range(long)))
+    texts.append("".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdef0123456789+/", k=long)))
+    texts.append("".join(_random_character(rng) for _ in range(long)))
     return texts
 
 
-def _random_character(source: random.Random) -> str:
+def _random_character(rng: random.Random) -> str:
     """Any character that can be encoded, the low ones more often."""
-    number = source.randrange(source.choice((0x80, 0x250, 0x3000, 0x10000, 0x110000)))
+    number = rng.randrange(rng.choice((0x80, 0x250, 0x3000, 0x10000, 0x110000)))
     return chr(number) if not 0xD800 <= number < 0xE000 else "\ufffd"

@@ -47,7 +47,7 @@ class Tokenizer:
         dtype: How ids are stored: uint16 when all fit, else uint32.
         is_bytes: True for the tokenizer of plain bytes.
         is_lossless: True when decode(encode(text)) is text.
-        special_tokens: What becomes of a text that spells a special token: "text" encodes it as
+        special_tokens: What to do with text that spells a special token: "text" encodes it as
             ordinary text, "id" as the token, "reject" refuses the document.
         special_names: The texts of the special tokens.
 
@@ -85,7 +85,7 @@ class Tokenizer:
         self.eos_token, self.eos_id = self._find_eos(eos_token, origin)
         self.dtype: np.dtype[Any] = token_dtype(self.max_token_id)
         self.is_bytes = content == bytes_tokenizer()
-        self.is_lossless, self._can_cut = _promises(content)
+        self.is_lossless, self._can_cut = _guarantees(content)
         self.special_tokens = special_tokens
         added = self._backend.get_added_tokens_decoder().values()
         self.special_names = tuple(token.content for token in added if token.special)
@@ -119,7 +119,7 @@ class Tokenizer:
         """Encode documents without EOS.
 
         Returns:
-            All ids one after the other, and the place where each document ends. Example with
+            All ids one after the other, and the position where each document ends. Example with
             bytes: ["ab", "c"] gives [97, 98, 99] and [2, 3].
         """
         pieces = self._encode_pieces(texts)
@@ -150,7 +150,7 @@ class Tokenizer:
         ]
 
     def _may_cut(self) -> bool:
-        """A special token that is recognised could reach over the place of a cut."""
+        """Whether texts may be cut: a special token that is recognized could span the cut."""
         names = self.special_names if self.special_tokens == "id" else ()
         return self._can_cut and not any("\n" in name for name in names)
 
@@ -170,16 +170,16 @@ class Tokenizer:
 def cut_text(text: str, size: int) -> Iterator[str]:
     """Cut a text into parts of about `size` characters, each ending in a line end before a letter.
 
-    SPLIT_PATTERN has no piece that reaches over such a place and none looks back over it, so
+    SPLIT_PATTERN has no piece that spans such a position and none looks back over it, so
     encoding the parts one by one gives the ids of the whole.
     """
     start = 0
     while len(text) - start > size:
-        place = LINE_BEFORE_LETTER.search(text, start + size)
-        if place is None:
+        line_end = LINE_BEFORE_LETTER.search(text, start + size)
+        if line_end is None:
             break
-        yield text[start : place.start() + 1]
-        start = place.start() + 1
+        yield text[start : line_end.start() + 1]
+        start = line_end.start() + 1
     yield text[start:]
 
 
@@ -256,8 +256,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return backend.to_str(pretty=True).encode()
 
 
-def _promises(content: bytes) -> tuple[bool, bool]:
-    """What the layout of a tokenizer.json promises.
+def _guarantees(content: bytes) -> tuple[bool, bool]:
+    """What the layout of a tokenizer.json guarantees.
 
     Returns:
         Whether decoding gives the text back (byte-level pieces, no normalizer), and whether a
@@ -282,7 +282,7 @@ def _promises(content: bytes) -> tuple[bool, bool]:
 
 
 def _configured_eos(directory: Path) -> str | None:
-    """The eos_token of a tokenizer_config.json beside the tokenizer, if it names one."""
+    """The eos_token of a tokenizer_config.json next to the tokenizer, if it names one."""
     try:
         value = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))["eos_token"]
     except (OSError, ValueError, LookupError, TypeError):

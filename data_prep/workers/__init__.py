@@ -1,1 +1,1 @@
-"""Who does the units: processes of one machine, MPI ranks, tasks of a job array."""
+"""Who does the units: processes of one machine, MPI ranks, or tasks of a job array."""

@@ -1,10 +1,10 @@
 """The tasks of a job array, or any processes on several machines, that share only a folder.
 
 A task claims an item by creating a file that must not exist yet. While it works it touches a file
-of its own, its sign of life; when nothing is left to claim it watches the items of the others, and
-takes over those of a task that has shown no sign for a while. Items done twice give the same bytes
-(see `Phase`), so a task that was only slow does no harm, and clocks need not agree: a sign of life
-is a file time that changed between two looks. The last to see everything done commits.
+of its own, its heartbeat; when nothing is left to claim it watches the items of the others, and
+claims those of a task whose heartbeat has stopped. Items done twice give the same bytes (see
+`Phase`), so a task that was only slow does no harm, and clocks need not agree: a heartbeat is a
+file time that changed between two looks. The last task to see everything done commits.
 """
 
 import json
@@ -25,11 +25,11 @@ from data_prep.building.journal import CLAIMS, JOURNAL
 from data_prep.errors import DataError
 from data_prep.shards.atomic import unwritable
 from data_prep.workers.phase import Done, Observer, Phase
-from data_prep.workers.pool import default_workers, work_through
+from data_prep.workers.pool import default_processes, work_through
 
 # About as long as network file systems keep a file time in memory.
 LEASE_S = 60.0
-SIGN_S = 5.0
+HEARTBEAT_S = 5.0
 _POLL_S = 0.5
 
 
@@ -61,45 +61,45 @@ def find_array_task(given: str | None, environment: Mapping[str, str]) -> ArrayT
     return ArrayTask((int(number) - first) // step % int(count), int(count))
 
 
-class ArrayCrew:
+class ArrayWorkers:
     """One task of an array, with its own worker processes.
 
     Args:
-        task: Says where this task begins to look for items.
+        task: Its number says where this task begins to look for items.
         output: Folder of the shard set, which all tasks reach under some path.
-        workers: Processes of this task; None = the cores it may use.
+        processes: Worker processes of this task; None = the cores it may use.
     """
 
     shares_output = True
 
-    def __init__(self, task: ArrayTask, output: Path, workers: int | None = None) -> None:
+    def __init__(self, task: ArrayTask, output: Path, processes: int | None = None) -> None:
         self._task = task
-        self._workers = workers or default_workers()
+        self._processes = processes or default_processes()
         self._claims = Claims(output / JOURNAL / CLAIMS)
 
     def run(self, phase: Phase, observer: Observer) -> None:
-        """Do items until all are on disk, whoever did them; see `Crew.run`."""
+        """Do items until all are on disk, whoever did them; see `Workers.run`."""
         total = len(phase.sizes)
         first = self._task.number * total // self._task.tasks
         observer.start(phase.verb, int(phase.sizes.sum()), total)
         left = [*range(first, total), *range(first)]
-        is_said = False
+        was_reported = False
         while left:
             busy: list[int] = []
             did = self._work(phase, left, busy, observer)
             if busy and not did:
-                if not is_said:
+                if not was_reported:
                     observer.say(
-                        f"waiting for {len(busy):,} units that other tasks work on; those of dead "
-                        f"tasks are taken over after {LEASE_S:.0f} s"
+                        f"waiting for {len(busy):,} units that other tasks work on; units of dead "
+                        f"tasks can be claimed again after {LEASE_S:.0f} s"
                     )
-                is_said = True
+                was_reported = True
                 time.sleep(_POLL_S)
             left = busy
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """Wait until no other living task is in this step; see `Crew.turn`."""
+    def claim(self, name: str) -> Iterator[None]:
+        """Wait until no other live task is in this step; see `Workers.claim`."""
         while not self._claims.take(name):
             time.sleep(_POLL_S)
         try:
@@ -108,11 +108,11 @@ class ArrayCrew:
             self._claims.release(name)
 
     def close(self) -> None:
-        """Give back what this task holds and end its sign of life."""
+        """Release this task's claims and stop its heartbeat."""
         self._claims.close()
 
     def _work(self, phase: Phase, items: list[int], busy: list[int], observer: Observer) -> int:
-        """Do the items that nobody holds; those of others go to `busy`. Gives how many it did."""
+        """Do the items that nobody has claimed; others go to `busy`. Return how many were done."""
         did = 0
 
         def claimed() -> Iterator[int]:
@@ -134,7 +134,7 @@ class ArrayCrew:
             observer.finish(int(phase.sizes[item]), done.tokens, done.rejects)
 
         work = partial(_do_unless_done, phase.work, phase.is_finished)
-        work_through(work, claimed(), min(self._workers, len(items)), collect)
+        work_through(work, claimed(), min(self._processes, len(items)), collect)
         return did
 
 
@@ -152,14 +152,14 @@ class Claims:
         self._held: set[str] = set()
         self._watched: dict[str, tuple[int, float]] = {}
         self._closing = threading.Event()
-        self._life: threading.Thread | None = None
+        self._heartbeat: threading.Thread | None = None
 
     def take(self, name: str) -> bool:
-        """Hold a name; False when another living process holds it."""
-        if self._life is None:
-            self._show_life()
-            self._life = threading.Thread(target=self._stay_alive, daemon=True)
-            self._life.start()
+        """Hold a name; False when another live process holds it."""
+        if self._heartbeat is None:
+            self._beat()
+            self._heartbeat = threading.Thread(target=self._keep_beating, daemon=True)
+            self._heartbeat.start()
         for _ in range(2):
             if self._create(name):
                 return True
@@ -169,16 +169,16 @@ class Claims:
         return False
 
     def release(self, name: str) -> None:
-        """Hold a name no longer."""
+        """Stop holding a name."""
         self._held.discard(name)
         (self._folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release everything; the last process to do so removes the folder."""
         self._closing.set()
-        if self._life is None:
+        if self._heartbeat is None:
             return
-        self._life.join()
+        self._heartbeat.join()
         for name in (*self._held, self._sign):
             (self._folder / name).unlink(missing_ok=True)
         with suppress(OSError):
@@ -190,7 +190,7 @@ class Claims:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(path, "x") as file:
-                self._held.add(name)  # from here on it is ours to remove
+                self._held.add(name)  # from here on this process has to remove it
                 file.write(owner)
         except FileExistsError:
             return False
@@ -199,7 +199,7 @@ class Claims:
         return True
 
     def _is_abandoned(self, name: str) -> bool:
-        """True when the holder is a dead process here, or has shown no sign for `LEASE_S`."""
+        """True when the holder is a dead process here, or without a heartbeat for `LEASE_S`."""
         path = self._folder / name
         try:
             owner = json.loads(path.read_text())
@@ -220,12 +220,12 @@ class Claims:
             return False
         return time.monotonic() - since_s > LEASE_S
 
-    def _stay_alive(self) -> None:
-        while not self._closing.wait(SIGN_S):
-            self._show_life()
+    def _keep_beating(self) -> None:
+        while not self._closing.wait(HEARTBEAT_S):
+            self._beat()
 
-    def _show_life(self) -> None:
-        # A sign that fails, for example on a full disk, costs at most that others repeat a unit.
+    def _beat(self) -> None:
+        # If this fails, for example on a full disk, the worst is that others repeat a unit.
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / self._sign).touch()

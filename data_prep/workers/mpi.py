@@ -1,8 +1,9 @@
-"""The ranks of an MPI job as one crew: units are claimed with one-sided operations.
+"""The ranks of an MPI job as workers: units are claimed with one-sided operations.
 
-Rank 0 plans, prepares and commits; all ranks, rank 0 too, claim items from a counter in a window
-of rank 0's memory (MPI_Fetch_and_op) and add what they did to totals beside it. Nobody waits for
-anybody until a phase ends. A rank that fails prints why and ends the whole job (MPI_Abort).
+Rank 0 is the coordinator: it plans, prepares and commits. All ranks, rank 0 too, claim items from
+a counter in a window of rank 0's memory (MPI_Fetch_and_op) and add what they did to totals beside
+it. No rank waits for another until a phase ends. A rank that fails prints the reason and ends the
+whole job (MPI_Abort).
 """
 
 import os
@@ -29,8 +30,8 @@ _GRACE_S = 0.5
 _CLAIMS, _BYTES, _TOKENS, _REJECTS, _CELLS = range(5)
 
 
-class _Orders(NamedTuple):
-    """What rank 0 tells the others: work on these items."""
+class _Assignment(NamedTuple):
+    """What the coordinator sends the other ranks: items to work on."""
 
     work: Callable[[int], Done]
     items: NDArray[np.int64]
@@ -38,14 +39,14 @@ class _Orders(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Dismissal:
-    """What rank 0 tells the others at the end: the exit status of the job."""
+class _Exit:
+    """What the coordinator sends the other ranks at the end: the exit status of the job."""
 
     status: int
 
 
 def launched_ranks(environment: Mapping[str, str]) -> int | None:
-    """How many ranks an MPI launcher started; None when it does not say, 1 without a launcher."""
+    """How many ranks an MPI launcher started; None when unknown, 1 without a launcher."""
     for name in _SIZES:
         if environment.get(name, "").isdecimal():
             return int(environment[name])
@@ -66,7 +67,7 @@ def join_world(environment: Mapping[str, str]) -> "World | None":
     if ranks == 1:
         return None
     count = f"{ranks} tasks were started" if ranks else "an MPI launcher was seen"
-    way_out = (
+    advice = (
         "start it with the mpirun of the same MPI (pip install mpich brings one; in Slurm: "
         "sbatch with mpirun, or srun --mpi=pmix or pmi2), as a Slurm array, or alone: one process "
         "uses all cores of its machine"
@@ -74,14 +75,14 @@ def join_world(environment: Mapping[str, str]) -> "World | None":
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise DataError(f"{count} but MPI cannot be loaded ({error}); {way_out}") from error
+        raise DataError(f"{count} but MPI cannot be loaded ({error}); {advice}") from error
     if MPI.COMM_WORLD.size == 1:
         if ranks is None:
             return None
         library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
         raise DataError(
             f"{count} but each is an MPI world of its own, so each would do everything: the "
-            f"launcher and the MPI library ({library}) do not belong together; {way_out}"
+            f"launcher and the MPI library ({library}) do not match; {advice}"
         )
     return World(MPI)
 
@@ -104,34 +105,37 @@ class World:
         self.size: int = self.comm.size
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-    def run(self, lead: Callable[[], int]) -> int:
-        """Let rank 0 lead and the others follow; give the exit status, the same on all ranks.
+    def run(self, coordinate: Callable[[], int]) -> int:
+        """Coordinate on rank 0 and work on the others.
 
         Args:
-            lead: Rank 0's part, which runs phases through an `MpiCrew`.
+            coordinate: Rank 0's part, which runs phases through an `MpiWorkers`.
+
+        Returns:
+            The exit status, the same on all ranks.
         """
         try:
             if self.rank == 0:
                 try:
-                    status = lead()
+                    status = coordinate()
                 except SystemExit as end:
                     status = end.code if isinstance(end.code, int) else 1
-                self.tell(_Dismissal(status))
+                self.broadcast(_Exit(status))
                 return status
             while True:
-                orders = self.tell(None)
-                if isinstance(orders, _Dismissal):
-                    return orders.status
-                assert orders is not None, "rank 0 sends orders"
-                self.work_through(orders, None)
+                message = self.broadcast(None)
+                if isinstance(message, _Exit):
+                    return message.status
+                assert message is not None, "the coordinator sent nothing"
+                self.work_through(message, None)
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
             self.abort(error)
 
-    def tell(self, orders: _Orders | _Dismissal | None) -> _Orders | _Dismissal | None:
-        """Give what rank 0 tells; the others wait for it without keeping a core busy."""
+    def broadcast(self, message: _Assignment | _Exit | None) -> _Assignment | _Exit | None:
+        """Return rank 0's message; the others wait for it without keeping a core busy."""
         self._meet(lambda: None)
-        told: _Orders | _Dismissal | None = self.comm.bcast(orders, root=0)
-        return told
+        received: _Assignment | _Exit | None = self.comm.bcast(message, root=0)
+        return received
 
     def _meet(self, while_waiting: Callable[[], None]) -> None:
         """A barrier that sleeps; MPI's own would keep a core busy for as long as it waits."""
@@ -141,7 +145,7 @@ class World:
             time.sleep(_POLL_S)
 
     def abort(self, error: BaseException) -> NoReturn:
-        """Say why and end every rank of the job."""
+        """Print the reason and end every rank of the job."""
         where = f"rank {self.rank}/{self.size} on {self.mpi.Get_processor_name()}"
         if isinstance(error, KeyboardInterrupt):
             status = 130
@@ -158,12 +162,12 @@ class World:
         self.comm.Abort(status)
         os._exit(status)  # MPICH's abort returns while the launcher ends the job
 
-    def work_through(self, orders: _Orders, observer: Observer | None) -> None:
+    def work_through(self, assignment: _Assignment, observer: Observer | None) -> None:
         """Claim and do items until none is left anywhere; every rank calls this.
 
         Args:
-            orders: The same on all ranks.
-            observer: Told of the totals over all ranks, on rank 0.
+            assignment: The same on all ranks.
+            observer: Notified of the totals over all ranks, on rank 0.
         """
         mpi = self.mpi
         window = mpi.Win.Allocate(8 * _CELLS if self.rank == 0 else 0, 8, comm=self.comm)
@@ -174,10 +178,10 @@ class World:
         totals = _Totals(mpi, window)
         try:
             with self._progress(totals, observer) as report:
-                while (claim := totals.add(_CLAIMS, 1)) < len(orders.items):
-                    item = int(orders.items[claim])
-                    done = orders.work(item)
-                    totals.add(_BYTES, int(orders.sizes[item]))
+                while (claim := totals.add(_CLAIMS, 1)) < len(assignment.items):
+                    item = int(assignment.items[claim])
+                    done = assignment.work(item)
+                    totals.add(_BYTES, int(assignment.sizes[item]))
                     totals.add(_TOKENS, done.tokens)
                     totals.add(_REJECTS, done.rejects)
                     report()
@@ -194,7 +198,7 @@ class World:
         """Report the totals now and then, and keep one-sided operations going on rank 0.
 
         Between nodes, an MPI may serve operations on rank 0's window only while rank 0 is inside
-        an MPI call. A thread calls MPI all the time, so that nobody waits for rank 0's unit.
+        an MPI call. A thread calls MPI all the time, so that no rank waits for rank 0's unit.
         """
         lock, last_s = threading.Lock(), 0.0
 
@@ -235,14 +239,14 @@ class _Totals:
         self._reported = np.zeros(_CELLS, dtype=np.int64)
 
     def add(self, cell: int, value: int) -> int:
-        """Add to a counter; gives what it was before."""
+        """Add to a counter; return what it was before."""
         before = np.zeros(1, dtype=np.int64)
         self._window.Fetch_and_op(np.array([value], np.int64), before, 0, cell, self._mpi.SUM)
         self._window.Flush(0)
         return int(before[0])
 
     def report(self, observer: Observer) -> None:
-        """Tell an observer what came since the last time."""
+        """Report to an observer what was added since the last time."""
         now = np.array([self.add(cell, 0) for cell in range(_CELLS)], dtype=np.int64)
         _, *new = (now - self._reported).tolist()
         self._reported = now
@@ -250,8 +254,8 @@ class _Totals:
             observer.finish(*new)
 
 
-class MpiCrew:
-    """All ranks of the world, led by rank 0.
+class MpiWorkers:
+    """All ranks of the world, with rank 0 as their coordinator.
 
     Args:
         world: The world this process is rank 0 of.
@@ -264,19 +268,19 @@ class MpiCrew:
         self._world = world
 
     def run(self, phase: Phase, observer: Observer) -> None:
-        """Do what is missing on all ranks; see `Crew.run`."""
+        """Do what is missing on all ranks; see `Workers.run`."""
         missing = missing_items(phase)
         if not len(missing):
             return
         observer.say(f"{self._world.size} MPI ranks")
         announce(phase, missing, observer)
-        orders = _Orders(phase.work, missing, phase.sizes)
-        self._world.tell(orders)
-        self._world.work_through(orders, observer)
+        assignment = _Assignment(phase.work, missing, phase.sizes)
+        self._world.broadcast(assignment)
+        self._world.work_through(assignment, observer)
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """There are no other crews; see `Crew.turn`."""
+    def claim(self, name: str) -> Iterator[None]:
+        """Nobody else works on this output; see `Workers.claim`."""
         del name
         yield
 

@@ -20,7 +20,7 @@ class Observer(Protocol):
     """Watches a build; the command line shows a progress line with it."""
 
     def say(self, message: str) -> None:
-        """A step of the build, in words."""
+        """Show a message about a step of the build."""
 
     def start(self, verb: str, total_bytes: int, units: int) -> None:
         """A phase starts; `total_bytes` of input are still to be read."""
@@ -29,7 +29,7 @@ class Observer(Protocol):
         """More of the phase is on disk."""
 
     def skip(self, input_bytes: int) -> None:
-        """That much is on disk, but others did it."""
+        """That much is on disk, done by others."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Phase:
     """Items 0 .. len(sizes) - 1; each is done when its result is on disk.
 
     Doing an item twice, even at the same time in two processes, gives the same bytes under the
-    same names. So which worker does what decides about time only.
+    same names. So which worker does what affects only the time it takes.
 
     Attributes:
         name: Names the phase in claims; letters only.
-        verb: Names it to people, for example "encoding".
+        verb: Its name in messages, for example "encoding".
         work: Does one item; can be sent to another process.
         is_finished: Whether the result of an item is on disk.
         sizes: Input bytes of each item, `[items]`.
@@ -54,11 +54,11 @@ class Phase:
     sizes: NDArray[np.int64]
 
 
-class Crew(Protocol):
+class Workers(Protocol):
     """The processes that work on a job.
 
     Attributes:
-        shares_output: True when other crews may write to the same output at the same time.
+        shares_output: True when other workers may write to the same output at the same time.
     """
 
     shares_output: bool
@@ -70,15 +70,15 @@ class Crew(Protocol):
             DataError: An item cannot be done.
         """
 
-    def turn(self, name: str) -> AbstractContextManager[None]:
-        """Hold back the other crews of this output in a step that only one should do."""
+    def claim(self, name: str) -> AbstractContextManager[None]:
+        """Claim a step that only one should do; other workers of this output wait."""
 
     def close(self) -> None:
-        """The build is over, one way or another."""
+        """Release everything: the build is over, with or without success."""
 
 
 def announce(phase: Phase, missing: NDArray[np.int64], observer: Observer) -> None:
-    """Tell how much of a phase is left."""
+    """Report how much of a phase is left."""
     total = len(phase.sizes)
     if 0 < len(missing) < total:
         observer.say(f"{total - len(missing):,} of {total:,} units are already on disk")

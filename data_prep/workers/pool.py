@@ -15,31 +15,31 @@ from data_prep.errors import DataError
 from data_prep.workers.phase import Done, Observer, Phase, announce, missing_items
 
 
-class LocalCrew:
+class LocalWorkers:
     """Processes of one machine.
 
     Args:
-        workers: How many; None = the cores this process may use. One works in this process.
+        processes: How many; None = the cores this process may use. One works in this process.
     """
 
     shares_output = False
 
-    def __init__(self, workers: int | None = None) -> None:
-        self._workers = workers or default_workers()
+    def __init__(self, processes: int | None = None) -> None:
+        self._processes = processes or default_processes()
 
     def run(self, phase: Phase, observer: Observer) -> None:
-        """Do what is missing; see `Crew.run`."""
+        """Do what is missing; see `Workers.run`."""
         missing = missing_items(phase)
         announce(phase, missing, observer)
 
         def collect(item: int, done: Done) -> None:
             observer.finish(int(phase.sizes[item]), done.tokens, done.rejects)
 
-        work_through(phase.work, missing.tolist(), min(self._workers, len(missing)), collect)
+        work_through(phase.work, missing.tolist(), min(self._processes, len(missing)), collect)
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """There are no other crews; see `Crew.turn`."""
+    def claim(self, name: str) -> Iterator[None]:
+        """Nobody else works on this output; see `Workers.claim`."""
         del name
         yield
 
@@ -47,7 +47,7 @@ class LocalCrew:
         """Nothing is held."""
 
 
-def default_workers() -> int:
+def default_processes() -> int:
     """The number of cores this process may use."""
     return len(os.sched_getaffinity(0))
 
@@ -55,29 +55,29 @@ def default_workers() -> int:
 def work_through(
     work: Callable[[int], Done],
     items: Iterable[int],
-    workers: int,
+    processes: int,
     collect: Callable[[int, Done], None],
 ) -> None:
     """Do items in worker processes, or in this one; the first failure ends all.
 
     Args:
         work: Does one item.
-        items: Drawn one by one, about when a worker is free.
-        workers: How many processes.
-        collect: Told of each finished item, in any order.
+        items: Drawn one by one, about when a process is free.
+        processes: How many worker processes.
+        collect: Called with each finished item, in any order.
     """
-    if workers <= 1:
+    if processes <= 1:
         for item in items:
             collect(item, work(item))
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
     waiting = iter(items)
     running: dict[Future[Done], int] = {}
     try:
         while True:
-            # Two per worker keeps all busy without queueing a whole corpus of tasks.
-            for item in itertools.islice(waiting, 2 * workers - len(running)):
+            # Two per process keep all busy without queueing a whole corpus of tasks.
+            for item in itertools.islice(waiting, 2 * processes - len(running)):
                 running[pool.submit(work, item)] = item
             if not running:
                 return

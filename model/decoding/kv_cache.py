@@ -1,4 +1,4 @@
-"""Key-value cache with a length per row, so that rows of a batch may advance unevenly.
+"""Key-value cache with a length per sequence, so that those of a batch may advance unevenly.
 
 Legend: B batch, S new positions, C capacity, G key-value heads, D head dimension.
 """
@@ -13,7 +13,7 @@ class CachedAttention(NamedTuple):
     """Keys and values of all cached positions, and which of them each query may see.
 
     Attributes:
-        key: `[B, G, C', D]`, C' = positions in use by the longest row.
+        key: `[B, G, C', D]`, C' = positions in use by the longest sequence.
         value: `[B, G, C', D]`.
         mask: `[B, 1, S, C']` bool, true where the query sees the key.
     """
@@ -26,12 +26,12 @@ class CachedAttention(NamedTuple):
 class KVCache:
     """Keys and values of every attention layer of a model, for one batch.
 
-    Rejected drafts are forgotten by `commit`, which only sets the row lengths: entries past a
-    row's length are never visible and are overwritten in place by the next forward.
+    Rejected drafts are forgotten by `commit`, which only sets the lengths: entries past a
+    sequence's length are never visible and are overwritten in place by the next forward.
 
     Args:
         batch_size: B.
-        capacity: positions each row can hold.
+        capacity: positions each sequence can hold.
         device: where the cache lives.
     """
 
@@ -42,11 +42,11 @@ class KVCache:
         self.positions = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         self._width = 0
         self._mask = torch.empty(0)
-        self._rows = torch.arange(batch_size, device=device).unsqueeze(1)
+        self._batch = torch.arange(batch_size, device=device).unsqueeze(1)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, num_positions: int) -> Tensor:
-        """Start a forward over the next `num_positions` positions of every row.
+        """Start a forward over the next `num_positions` positions of every sequence.
 
         Returns:
             `[B, S]` absolute positions of the new tokens.
@@ -72,8 +72,8 @@ class KVCache:
             shape = (self.batch_size, self.capacity, *key.shape[2:])
             self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         keys, values = self._layers[layer]
-        keys[self._rows, self.positions] = key.transpose(0, 1)
-        values[self._rows, self.positions] = value.transpose(0, 1)
+        keys[self._batch, self.positions] = key.transpose(0, 1)
+        values[self._batch, self.positions] = value.transpose(0, 1)
         return CachedAttention(
             keys[:, : self._width].transpose(1, 2),
             values[:, : self._width].transpose(1, 2),
@@ -81,5 +81,5 @@ class KVCache:
         )
 
     def commit(self, lengths: Tensor) -> None:
-        """Keep the first `lengths[b]` positions of each row `[B]`; forget the rest."""
+        """Keep the first `lengths[b]` positions of each sequence `[B]`; forget the rest."""
         self.lengths = lengths

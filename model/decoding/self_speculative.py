@@ -3,13 +3,13 @@
 One forward does both. It runs over the last committed token and the drafts that follow it; head 1
 says which drafts were right and what comes after them, heads 2 .. k draft the next block:
 
-    pending    x    d1   d2   d3        positions m-1 .. m+2 of the row
+    pending    x    d1   d2   d3        positions m-1 .. m+2
     head 1     y0   y1   y2   y3        d1 = y0, d2 = y1, d3 != y2: two drafts are kept,
     commit     d1   d2   y2             y2 follows them, d3 is forgotten
     next       y2   e1   e2   e3        e1 .. e3: heads 2 .. 4 at the position of d2
 
-Greedy decoding gives, token for token, what head 1 alone would give. Sampling gives the law of
-head 1 alone (speculative sampling, Leviathan et al. 2023, Chen et al. 2023).
+Greedy decoding gives, token for token, what head 1 alone would give. Sampling draws from
+the distribution of head 1 alone (speculative sampling, Leviathan et al. 2023, Chen et al. 2023).
 
 Legend: B batch, k heads in use, S positions of one forward, V vocabulary, H hidden.
 """
@@ -45,8 +45,8 @@ class Generation(NamedTuple):
     """What was generated and what it took.
 
     Attributes:
-        blocks: for each row, the new tokens of each of its forwards. The first forward reads the
-            prompt and gives one token; a row is in no more forwards once it has ended.
+        blocks: for each prompt, the new tokens of each of its forwards. The first forward reads the
+            prompt and gives one token; a text takes part in no more forwards once it has ended.
         forwards: forwards of the whole batch.
     """
 
@@ -55,31 +55,31 @@ class Generation(NamedTuple):
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The new tokens of each row; the end-of-text token, where one came, is the last."""
-        return [[token for block in row for token in block] for row in self.blocks]
+        """The new tokens after each prompt; an end-of-text token, if one came, is the last."""
+        return [[token for block in blocks for token in block] for blocks in self.blocks]
 
     @property
     def num_tokens(self) -> int:
-        """New tokens of all rows."""
+        """New tokens after all prompts."""
         return sum(map(len, self.tokens))
 
     @property
     def tokens_per_forward(self) -> float:
-        """Mean tokens that a forward after the prompt's gave a row, from 1 to k."""
-        later = [len(block) for row in self.blocks for block in row[1:]]
+        """Mean tokens that a forward after the prompt's gave a text, from 1 to k."""
+        later = [len(block) for blocks in self.blocks for block in blocks[1:]]
         return sum(later) / len(later) if later else 1.0
 
 
 class Drafts(NamedTuple):
-    """Tokens drawn from several laws at once.
+    """Tokens drawn from several distributions at once.
 
     Attributes:
         tokens: `[B, P]`.
-        laws: `[B, P, V]` what each was drawn from; None when greedy.
+        distributions: `[B, P, V]` what each was drawn from; None when greedy.
     """
 
     tokens: Tensor
-    laws: Tensor | None
+    distributions: Tensor | None
 
 
 class Verdict(NamedTuple):
@@ -94,32 +94,32 @@ class Verdict(NamedTuple):
     following: Tensor
 
 
-class ChainLaw(NamedTuple):
+class ChainProbabilities(NamedTuple):
     """Speculative sampling of one chain of g drafts, as probabilities.
 
     Attributes:
         accept: `[..., g]` of keeping draft j, once all before it were kept.
-        following: `[..., g + 1, V]` law of the next token when exactly j drafts were kept.
+        following: `[..., g + 1, V]` distribution of the next token when exactly j drafts were kept.
     """
 
     accept: Tensor
     following: Tensor
 
 
-def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainLaw:
-    """How drafts are accepted so that the law of what is committed is the target's.
+def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainProbabilities:
+    """How drafts are accepted so that what is committed has the target's distribution.
 
     Draft j is kept with probability min(1, p_j(d_j) / q_j(d_j)); at the first that is not, the
     next token comes from the normalised positive part of p_j - q_j; after the last, from p_{g+1}.
     Exact for any q that was fixed before its draw.
 
     Args:
-        target: `[..., g + 1, V]` laws p of head 1, draft j's at index j - 1.
-        draft: `[..., g, V]` laws q that the drafts were drawn from.
+        target: `[..., g + 1, V]` distributions p of head 1, draft j's at index j - 1.
+        draft: `[..., g, V]` distributions q that the drafts were drawn from.
         tokens: `[..., g]` the drafts.
 
     Returns:
-        Acceptance probabilities and laws of the following token.
+        Acceptance probabilities and distributions of the following token.
     """
     chosen = tokens.unsqueeze(-1)
     wanted = target[..., :-1, :].gather(-1, chosen).squeeze(-1)
@@ -129,11 +129,11 @@ def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainLaw:
     total = excess.sum(-1, keepdim=True)
     # No excess means p = q up to rounding: then the drafts are accepted, and p itself is as good.
     rest = torch.where(total > 0, excess / total, target[..., :-1, :])
-    return ChainLaw(accept, torch.cat([rest, target[..., -1:, :]], dim=-2))
+    return ChainProbabilities(accept, torch.cat([rest, target[..., -1:, :]], dim=-2))
 
 
 class _Greedy:
-    """The likeliest token; drafts are kept while they are just that."""
+    """The likeliest token; drafts are kept while they are the likeliest."""
 
     def draw(self, logits: Tensor) -> Drafts:
         return Drafts(logits.argmax(-1), None)
@@ -152,26 +152,27 @@ class _Sampling:
         self.generator = generator
 
     def draw(self, logits: Tensor) -> Drafts:
-        laws = self._law(logits)
-        return Drafts(self._sample(laws), laws)
+        distributions = self._distributions(logits)
+        return Drafts(self._sample(distributions), distributions)
 
     def verify(self, logits: Tensor, drafts: Drafts) -> Verdict:
-        assert drafts.laws is not None
-        law = accept_chain(self._law(logits), drafts.laws, drafts.tokens)
-        chances = torch.rand(law.accept.shape, generator=self.generator, device=logits.device)
-        kept = _leading(chances < law.accept)
-        rows = torch.arange(kept.shape[0], device=kept.device)
-        return Verdict(kept, self._sample(law.following[rows, kept].unsqueeze(1)).squeeze(1))
+        assert drafts.distributions is not None
+        chain = accept_chain(self._distributions(logits), drafts.distributions, drafts.tokens)
+        chances = torch.rand(chain.accept.shape, generator=self.generator, device=logits.device)
+        kept = _leading(chances < chain.accept)
+        batch = torch.arange(kept.shape[0], device=kept.device)
+        return Verdict(kept, self._sample(chain.following[batch, kept].unsqueeze(1)).squeeze(1))
 
-    def _law(self, logits: Tensor) -> Tensor:
+    def _distributions(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits.float() / self.temperature, dim=-1)
 
-    def _sample(self, laws: Tensor) -> Tensor:
-        """One token `[B, P]` from each law `[B, P, V]`."""
-        if not laws.shape[1]:
-            return torch.empty(laws.shape[:2], dtype=torch.long, device=laws.device)
-        flat = torch.multinomial(laws.flatten(0, 1), 1, generator=self.generator)
-        return flat.view(laws.shape[:2])
+    def _sample(self, distributions: Tensor) -> Tensor:
+        """One token `[B, P]` from each distribution `[B, P, V]`."""
+        shape = distributions.shape[:2]
+        if not distributions.shape[1]:
+            return torch.empty(shape, dtype=torch.long, device=distributions.device)
+        flat = torch.multinomial(distributions.flatten(0, 1), 1, generator=self.generator)
+        return flat.view(shape)
 
 
 def _leading(right: Tensor) -> Tensor:
@@ -180,15 +181,15 @@ def _leading(right: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A batch being decoded; `prefill` once, then `step` until every row has what it needs.
+    """A batch being decoded; `prefill` once, then `step` until every sequence has what it needs.
 
-    Rows advance unevenly and do not influence one another.
+    Sequences advance unevenly and do not influence one another.
 
     Args:
         model: the model.
         heads: k, how many of its heads to use; 1 is plain autoregressive decoding.
         temperature: 0 = greedy.
-        generator: source of randomness on the model's device, for a temperature above 0.
+        generator: random generator on the model's device, for a temperature above 0.
     """
 
     def __init__(
@@ -214,10 +215,10 @@ class Decoder:
         Args:
             prompts: `[B, S]`, padded on the right with any token.
             lengths: `[B]` of each prompt, at least 1.
-            capacity: positions that each row may reach, rejected drafts included.
+            capacity: positions that each sequence may reach, rejected drafts included.
 
         Returns:
-            `[B]` the first new token of each row.
+            `[B]` the first new token of each sequence.
         """
         self.cache = KVCache(prompts.shape[0], capacity, prompts.device)
         last = (lengths - 1).unsqueeze(1)
@@ -228,13 +229,13 @@ class Decoder:
         return self.following
 
     def step(self, active: Tensor) -> tuple[Tensor, Tensor]:
-        """One forward: verify the drafts, commit those that hold, draft anew.
+        """One forward: verify the drafts, commit those that are accepted, draft again.
 
         Args:
-            active: `[B]` bool; rows that are not stay as they are.
+            active: `[B]` bool; sequences that are not stay as they are.
 
         Returns:
-            `[B, k]` tokens and `[B]` how many of them, from the first, are new in each row.
+            `[B, k]` tokens and `[B]` how many of them, from the first, are new in each sequence.
         """
         pending = torch.cat([self.following.unsqueeze(1), self.drafts.tokens], dim=1)
         hidden = self.model.decode(pending, self.cache, self.heads)
@@ -244,8 +245,8 @@ class Decoder:
         tokens = torch.cat([pending[:, 1:], pending[:, :1]], dim=1)
         tokens = tokens.scatter(1, verdict.kept.unsqueeze(1), verdict.following.unsqueeze(1))
         self.following = torch.where(active, verdict.following, self.following)
-        rows = torch.arange(pending.shape[0], device=pending.device)
-        self._draft(hidden[1:, rows, verdict.kept])
+        batch = torch.arange(pending.shape[0], device=pending.device)
+        self._draft(hidden[1:, batch, verdict.kept])
         return tokens, new
 
     def _draft(self, hidden: Tensor) -> None:
@@ -273,10 +274,10 @@ def generate(
         model: the model.
         prompts: token ids, at least one in each prompt; lengths may differ.
         heads: k, how many heads to use.
-        max_new_tokens: limit for each row, at least 1.
-        eos_id: ends a row, wherever in a block it comes; None = nothing does.
+        max_new_tokens: limit for each prompt, at least 1.
+        eos_id: ends a text, wherever in a block it comes; None = nothing does.
         temperature: 0 = greedy.
-        generator: source of randomness on `device`, for a temperature above 0.
+        generator: random generator on `device`, for a temperature above 0.
         device: where the model is.
     """
     assert max_new_tokens >= 1, max_new_tokens
@@ -285,24 +286,24 @@ def generate(
     longest = int(lengths.max())
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
     decoder = Decoder(model, heads=heads, temperature=temperature, generator=generator)
-    # A row may end with up to k - 1 kept drafts too many, and reads k more while others go on.
+    # A text may end with up to k - 1 kept drafts too many, and reads k more while others continue.
     capacity = longest + max_new_tokens + 2 * heads
     first = decoder.prefill(torch.tensor(padded, device=device), lengths, capacity)
-    rows = [_Row(max_new_tokens, eos_id) for _ in prompts]
-    for row, token in zip(rows, first.tolist(), strict=True):
-        row.extend([token])
+    texts = [_Continuation(max_new_tokens, eos_id) for _ in prompts]
+    for text, token in zip(texts, first.tolist(), strict=True):
+        text.extend([token])
     forwards = 1
-    while any(row.active for row in rows):
-        active = torch.tensor([row.active for row in rows], device=device)
+    while any(text.active for text in texts):
+        active = torch.tensor([text.active for text in texts], device=device)
         tokens, new = decoder.step(active)
         forwards += 1
-        for row, block, count in zip(rows, tokens.tolist(), new.tolist(), strict=True):
-            row.extend(block[:count])
-    return Generation([row.blocks for row in rows], forwards)
+        for text, block, count in zip(texts, tokens.tolist(), new.tolist(), strict=True):
+            text.extend(block[:count])
+    return Generation([text.blocks for text in texts], forwards)
 
 
-class _Row:
-    """The new tokens of one row, cut at its end."""
+class _Continuation:
+    """The new tokens after one prompt, cut at the end of the text."""
 
     def __init__(self, max_new_tokens: int, eos_id: int | None) -> None:
         self.blocks: list[list[int]] = []
@@ -311,7 +312,7 @@ class _Row:
         self._eos_id = eos_id
 
     def extend(self, block: list[int]) -> None:
-        """Add what one forward gave; no-op once the row has ended."""
+        """Add what one forward gave; no-op once the text has ended."""
         if not self.active:
             return
         block = block[: self._room]

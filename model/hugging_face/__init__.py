@@ -1,1 +1,1 @@
-"""The Hugging Face form of a model: names, files, configuration, the class with all heads."""
+"""The Hugging Face form of a model: names, configuration, reading; the class with all heads."""

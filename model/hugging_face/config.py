@@ -22,7 +22,7 @@ _KEYS = {
 # What transformers takes where config.json says nothing.
 _DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
 _DEFAULT_THETA = 10000.0
-# What our layers are; a file that says otherwise is of another model.
+# What the layers here compute; a file with other values is of another model.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
@@ -33,7 +33,7 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 class LlamaSizes(NamedTuple):
-    """What a `config.json` says of a Llama.
+    """What a `config.json` says about a Llama.
 
     Attributes:
         layers: all of them; the last one is head 1.
@@ -91,7 +91,7 @@ def read_llama_config(directory: Path) -> LlamaSizes:
 
     Raises:
         ConfigError: there is no readable `config.json`, or it is of a model that is not a plain
-            Llama; all that is in the way, in one line.
+            Llama; all reasons in one line.
     """
     path = directory / CONFIG_NAME
     content = _read(path)

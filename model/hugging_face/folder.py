@@ -1,4 +1,4 @@
-"""The export format: a plain Hugging Face Llama, with the extra heads beside it.
+"""The export format: a plain Hugging Face Llama with the extra heads in files of their own.
 
     config.json, generation_config.json   a LlamaForCausalLM of L - n + 1 layers
     model.safetensors                     trunk and head 1 (several files past 5 GB)
@@ -8,18 +8,19 @@
     modeling_headway.py                   a class for transformers with all heads
     tokenizer.json, tokenizer_config.json
     README.md                             the model card
-    headway.json                          sizes, heads, source, and all files with checksums
+    headway.json                          sizes, heads, run, and all files with checksums
 
 Whatever reads Llama models reads the folder as one and leaves the extra heads alone; with
-`trust_remote_code=True` transformers takes the class that has them.
+`trust_remote_code=True` transformers takes the class that has them. This file defines the record
+and reads and checks it; `pipeline.exporting` writes the folder.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
+from foundation.durable_files import FileEntry, read_entry
 from model.config import ModelConfig
 from model.errors import CheckpointError
 
@@ -28,18 +29,25 @@ CARD_NAME = "README.md"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT: Literal["headway-export"] = "headway-export"
 
-_READ_BYTES = 1 << 24
+# How the record spells the fields of an entry.
+_FIELDS = {"bytes": "size", "xxh3_128": "xxh3"}
+
+
+def _by_field(stored: object) -> object:
+    if isinstance(stored, dict):
+        return {_FIELDS.get(key, key): value for key, value in stored.items()}
+    return stored
+
+
+def _as_stored(entry: FileEntry) -> dict[str, int | str]:
+    return {"bytes": entry.size, "xxh3_128": entry.xxh3}
+
+
+StoredEntry = Annotated[FileEntry, BeforeValidator(_by_field), PlainSerializer(_as_stored)]
 
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Entry):
-    """Size and checksum of one file."""
-
-    bytes: int
-    xxh3_128: str
 
 
 class ExportDescription(_Entry):
@@ -77,7 +85,7 @@ class ExportRecord(_Entry):
     version: Literal[1] = 1
     future_tokens: int
     description: ExportDescription
-    files: dict[str, FileEntry]
+    files: dict[str, StoredEntry]
 
 
 def read_record(directory: Path) -> ExportRecord:
@@ -107,7 +115,7 @@ def read_record(directory: Path) -> ExportRecord:
 
 
 def verify_files(directory: Path, record: ExportRecord) -> None:
-    """See to it that every file is there, with its size and its checksum.
+    """Check that every file is there, with its size and its checksum.
 
     Raises:
         CheckpointError: naming the first file that is not.
@@ -116,20 +124,11 @@ def verify_files(directory: Path, record: ExportRecord) -> None:
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; export again")
-        if (size := path.stat().st_size) != entry.bytes:
+        if (size := path.stat().st_size) != entry.size:
             raise CheckpointError(
-                f"{path} has {size} bytes, {RECORD_NAME} says {entry.bytes}; export again"
+                f"{path} has {size} bytes, {RECORD_NAME} says {entry.size}; export again"
             )
-        if checksum(path) != entry.xxh3_128:
+        if read_entry(path, from_disk=False) != entry:
             raise CheckpointError(
                 f"{path} is damaged: its checksum is not the one in {RECORD_NAME}; export again"
             )
-
-
-def checksum(path: Path) -> str:
-    """128-bit xxh3 of a file, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

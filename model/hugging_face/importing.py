@@ -1,10 +1,10 @@
-"""Initial weights out of a Hugging Face Llama, or out of one of our exports with its extra heads.
+"""Initial weights from a Hugging Face Llama, or from a Headway export with its extra heads.
 
     file                                run
     embed_tokens, norm, lm_head         embedding, final norm, unembedding
     layers 0 .. N-2                     trunk layers 0 .. N-2
     layer N-1, the last one             head 1
-    extra_heads.k (our exports)         head k, as many as the folder has
+    extra_heads.k (Headway exports)     head k, as many as the folder has
                                         further heads: copies of layer N-1, or fresh ones
 
 So a Llama of N layers starts a run of N - 1 + n layers. Tensors are read one at a time, each rank
@@ -39,7 +39,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class LlamaFolder:
-    """A folder with a Llama, looked at but not read: sizes, and where each tensor lies.
+    """A folder with a Llama, inspected but not read: sizes, and which file has each tensor.
 
     Args:
         directory: the folder.
@@ -47,7 +47,7 @@ class LlamaFolder:
     Attributes:
         directory: the folder.
         sizes: what its config.json says.
-        heads: how many heads it holds; 1 unless it is one of our exports.
+        heads: how many heads it holds; 1 unless it is a Headway export.
 
     Raises:
         ConfigError: it is not a Llama that can be imported.
@@ -76,9 +76,9 @@ class LlamaFolder:
         return self.sizes.layers - 1
 
     def verify(self) -> None:
-        """Read every file of one of our exports and compare it with its checksum.
+        """Read every file of a Headway export and compare it with its checksum.
 
-        A folder of others has no checksums to compare with.
+        Other folders have no checksums to compare with.
 
         Raises:
             CheckpointError: naming the first file that differs.
@@ -95,7 +95,7 @@ class LlamaFolder:
         return wanted
 
     def check(self, config: ModelConfig) -> None:
-        """See to it that a model of these sizes can take the folder's weights.
+        """Check that a model of these sizes can take the folder's weights.
 
         Raises:
             ConfigError: naming every key that differs, with the value to set.
@@ -128,7 +128,7 @@ class LlamaFolder:
             unused.add(_UNEMBEDDING)
         wanted = dict(self._expected_shapes(config))
         foreign = sorted(set(self._files) - wanted.keys() - unused)
-        # Heads that the run leaves out are no strangers.
+        # Heads that the run leaves out are not foreign.
         foreign = [name for name in foreign if not name.startswith(f"{EXTRA_HEADS}.")]
         if foreign:
             raise CheckpointError(
@@ -169,13 +169,13 @@ class LlamaFolder:
 
 
 class ImportedWeights:
-    """Where a run's parameters begin: in a Llama's folder, and the rest as `fresh` says.
+    """A run's initial parameters: from a Llama's folder, and the others from `fresh`.
 
     Args:
         folder: the Llama, checked against `config`.
         config: the run's model.
         new_heads: what heads that the folder lacks are: copies of its last layer, or fresh.
-        tensor_rank: this rank's place among `tensor_size` tensor-parallel ranks.
+        tensor_rank: this rank's position among `tensor_size` tensor-parallel ranks.
         tensor_size: tensor-parallel size.
     """
 
@@ -199,7 +199,7 @@ class ImportedWeights:
 
         Args:
             name: full parameter name.
-            fresh: gives this rank's part of the value that an untrained model begins with.
+            fresh: gives this rank's part of the parameter in an untrained model.
 
         Returns:
             float32 tensor on the CPU.

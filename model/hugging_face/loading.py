@@ -1,4 +1,4 @@
-"""An export, read back into our model."""
+"""Loads an export into the model it was made from."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -51,7 +51,7 @@ def load_export(directory: Path, dtype: torch.dtype | None = None) -> LoadedExpo
     tokenizer = _load_tokenizer(directory, config)
     with ExitStack() as stack:
         tensors = _open_tensors(directory, record, stack)
-        weights = _our_parameters(directory, config, tensors)
+        weights = _parameters(directory, config, tensors)
         model = build_model(config, weights, dtype or DTYPES[record.description.dtype])
     return LoadedExport(model, tokenizer, record)
 
@@ -103,7 +103,7 @@ def _open_tensors(directory: Path, record: ExportRecord, stack: ExitStack) -> di
     return files
 
 
-def _our_parameters(
+def _parameters(
     directory: Path, config: ModelConfig, files: dict[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
     for name, shape in parameter_shapes(config).items():

@@ -1,4 +1,4 @@
-"""Our parameters as tensors of a Hugging Face Llama, and back: names and layouts, no files.
+"""Headway's parameters as tensors of a Hugging Face Llama, and back: names and layouts, no files.
 
 Trunk layers and head 1 are the layers of a plain Llama, head 1 being the last one; heads 2 .. n
 keep Llama's names within a layer, below `extra_heads.{k}`.
@@ -37,7 +37,7 @@ _WITHIN_LAYER = {
 
 
 def hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:
-    """The Hugging Face tensors that one of our parameters becomes, in the order of `split`."""
+    """The Hugging Face tensors that a parameter becomes, in the order of `split`."""
     if name in _OUTSIDE_LAYERS:
         return (_OUTSIDE_LAYERS[name],)
     layer, _, rest = name.partition(".block.")
@@ -52,7 +52,7 @@ def hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:
 
 
 def split(name: str, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
-    """The tensors of `hf_names(name)` from our parameter.
+    """The tensors of `hf_names(name)` from the parameter.
 
     Example: 4 queries in 2 groups, `linear_qkv` rows (each D wide) q0 q1 k0 v0 q2 q3 k1 v1 become
     q_proj = q0 q1 q2 q3, k_proj = k0 k1, v_proj = v0 v1.
@@ -68,7 +68,7 @@ def split(name: str, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
 
 
 def join(name: str, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
-    """Our parameter from the tensors of `hf_names(name)`; inverse of `split`."""
+    """The parameter from the tensors of `hf_names(name)`; inverse of `split`."""
     if not name.endswith(_QKV):
         return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     hidden = parts[0].shape[1]
@@ -77,5 +77,5 @@ def join(name: str, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
 
 
 def hf_shapes(name: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of `hf_names(name)`, given our parameter's shape."""
+    """Shapes of the tensors of `hf_names(name)`, given the parameter's shape."""
     return [tuple(part.shape) for part in split(name, torch.empty(shape, device="meta"), config)]

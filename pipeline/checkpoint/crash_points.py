@@ -10,6 +10,11 @@ Unset, a point costs one look-up of the variable, some fifty times per save.
 import os
 import re
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -44,12 +49,32 @@ POINTS = EVERY_RANK_POINTS + MAIN_RANK_POINTS + DELETION_POINTS
 _FORM = re.compile(r"(?P<point>[a-z-]+)(:(?P<rank>\d+))?(@(?P<step>\d+))?")
 
 
-def crash_point(point: str, step: int) -> None:
+_SAVED_STEP: ContextVar[int | None] = ContextVar("saved_step", default=None)
+
+
+@contextmanager
+def saving(step: int) -> Iterator[None]:
+    """Within it, crash points are those of the save of this step."""
+    token = _SAVED_STEP.set(step)
+    try:
+        yield
+    finally:
+        _SAVED_STEP.reset(token)
+
+
+def thread_of_save(work: Callable[[], None], name: str) -> threading.Thread:
+    """A thread, not yet started, whose crash points are those of the save that is going on."""
+    context = copy_context()
+    return threading.Thread(target=lambda: context.run(work), daemon=True, name=name)
+
+
+def crash_point(point: str, *, halve: Path | None = None) -> None:
     """End this process when a test asked for it here; else nothing.
 
     Args:
         point: one of `POINTS`.
-        step: the step that is being saved.
+        halve: a file that has just been written, and is cut to its half before the end: what a
+            process leaves that was killed while it wrote.
     """
     asked = os.environ.get(VARIABLE)
     if asked is None:
@@ -61,6 +86,8 @@ def crash_point(point: str, step: int) -> None:
     here = found["point"] == point
     rank = dist.get_rank() if dist.is_initialized() else 0
     here &= found["rank"] in (None, str(rank))
-    here &= found["step"] in (None, str(step))
+    here &= found["step"] in (None, str(_SAVED_STEP.get()))
     if here:
+        if halve is not None:
+            os.truncate(halve, halve.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -4,14 +4,15 @@ Nothing here needs torch or other ranks, so a checkpoint can be looked at anywhe
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
+from foundation.durable_files import FileEntry, read_entry, write_synced
 from model.errors import CheckpointError
+from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import (
     FOLDER,
     LATEST,
@@ -22,83 +23,13 @@ from pipeline.checkpoint.file_names import (
     step_of,
 )
 
-BLOCK_BYTES = 1 << 22
 _VERSION = 2
-
-
-class FileEntry(NamedTuple):
-    """What the manifest says of a file.
-
-    Attributes:
-        size: in bytes.
-        xxh3: 128-bit checksum of the contents, in hexadecimal.
-    """
-
-    size: int
-    xxh3: str
-
 
 Entries = dict[str, FileEntry]
 
 
-def nothing(_point: str) -> None:
-    """What happens at the points of writing a file that tests can crash at: nothing."""
-
-
-def write_synced(
-    path: Path, content: bytes, point: str = "", reached: Callable[[str], None] = nothing
-) -> FileEntry:
-    """Write a small file through to the disk.
-
-    Args:
-        path: the file.
-        content: all of it.
-        point: what being half-way is called.
-        reached: told of that point.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    middle = len(content) // 2
-    with path.open("wb") as file:
-        file.write(content[:middle])
-        file.flush()
-        if point:
-            reached(point)
-        file.write(content[middle:])
-        file.flush()
-        os.fsync(file.fileno())
-    return FileEntry(len(content), xxhash.xxh3_128_hexdigest(content))
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_entry(path: Path) -> FileEntry:
-    """Size and checksum of a file as the disk has it, not as this machine remembers it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return FileEntry(size, digest.hexdigest())
-
-
-def write_manifest(
-    checkpoint: Path, entries: Entries, reached: Callable[[str], None] = nothing
-) -> None:
-    """List all files of a checkpoint; `reached` is told of `manifest-half-written`.
+def write_manifest(checkpoint: Path, entries: Entries) -> None:
+    """List all files of a checkpoint.
 
     Raises:
         OSError: it cannot be written.
@@ -106,7 +37,8 @@ def write_manifest(
     files = {name: {"bytes": e.size, "xxh3": e.xxh3} for name, e in sorted(entries.items())}
     content = {"version": _VERSION, "xxh3": _digest(files), "files": files}
     text = json.dumps(content, indent=1) + "\n"
-    write_synced(checkpoint / MANIFEST, text.encode(), "manifest-half-written", reached)
+    write_synced(checkpoint / MANIFEST, text.encode())
+    crash_point("manifest-half-written", halve=checkpoint / MANIFEST)
 
 
 def read_manifest(checkpoint: Path) -> Entries:

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from foundation.durable_files import sync_folder, write_synced
 from model.errors import CheckpointError
+from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import (
     FOLDER,
     LATEST,
@@ -26,10 +28,8 @@ from pipeline.checkpoint.files import (
     newest_checkpoint,
     read_manifest,
     size_problems,
-    sync_folder,
     verify,
     write_manifest,
-    write_synced,
 )
 from pipeline.checkpoint.retention import Retention
 from pipeline.config.run_config import RunConfig, load_config
@@ -64,25 +64,32 @@ class CheckpointFolder:
         (partial / WEIGHTS).mkdir(parents=True)
         return partial
 
-    def commit(self, step: int, entries: Entries, reached: Callable[[str], None]) -> Path:
+    def commit(
+        self,
+        step: int,
+        entries: Entries,
+        missing: Callable[[Path], list[str]] = lambda _weights: [],
+    ) -> Path:
         """Make a checkpoint of what all ranks have written; rank 0 does it.
 
         Args:
             step: its step.
             entries: every file, as its writer knows it; all are on the disk.
-            reached: told of each point that a test may crash at.
+            missing: what the tensor files in a folder lack of the model, a line each.
 
         Raises:
             OSError: it failed; there is no new checkpoint, or `latest` does not name it.
         """
         final, partial = step_folder(self.directory, step), self._partial(step)
-        reached("before-manifest")
-        write_manifest(partial, entries, reached)
+        crash_point("before-manifest")
+        write_manifest(partial, entries)
         if problems := size_problems(partial):
             raise OSError(f"not all ranks see the same files: {'; '.join(problems[:3])}")
+        if problems := missing(partial / WEIGHTS):
+            raise OSError(f"the files are not the whole model: {'; '.join(problems[:3])}")
         sync_folder(partial / WEIGHTS)
         sync_folder(partial)
-        reached("after-manifest")
+        crash_point("after-manifest")
         if final.exists() and verify(final):
             final.rename(_aside(final))
         if final.exists():  # this run saved the step before, and could not finish
@@ -91,10 +98,10 @@ class CheckpointFolder:
             partial.rename(final)
         for folder in (self.directory, self.directory.parent, self.directory.parent.parent):
             sync_folder(folder)  # the new name, and with the first save those of its folders
-        reached("after-rename")
-        self._point_latest_at(final, reached)
-        reached("after-latest")
-        self._retention.apply(final, reached)
+        crash_point("after-rename")
+        self._point_latest_at(final)
+        crash_point("after-latest")
+        self._retention.apply(final)
         return final
 
     def discard(self, step: int) -> str:
@@ -120,12 +127,11 @@ class CheckpointFolder:
         final = step_folder(self.directory, step)
         return final.with_name(final.name + PARTIAL)
 
-    def _point_latest_at(
-        self, checkpoint: Path, reached: Callable[[str], None] = lambda _point: None
-    ) -> None:
+    def _point_latest_at(self, checkpoint: Path) -> None:
         aside = self.directory / (LATEST + PARTIAL)
-        write_synced(aside, (checkpoint.name + "\n").encode(), "latest-half-written", reached)
-        reached("before-latest-rename")
+        write_synced(aside, (checkpoint.name + "\n").encode())
+        crash_point("latest-half-written", halve=aside)
+        crash_point("before-latest-rename")
         aside.replace(self.directory / LATEST)
         sync_folder(self.directory)
 

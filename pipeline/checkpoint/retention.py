@@ -9,10 +9,11 @@ import logging
 import math
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.checkpoint.crash_points import crash_point, thread_of_save
 from pipeline.checkpoint.file_names import PARTIAL, STATE_NAME, committed, step_of
 from pipeline.checkpoint.files import size_problems
 from pipeline.config.sections import CheckpointSection
@@ -20,7 +21,7 @@ from pipeline.config.sections import CheckpointSection
 logger = logging.getLogger(__name__)
 
 
-class Kept(NamedTuple):
+class Candidate(NamedTuple):
     """A checkpoint that may go.
 
     Attributes:
@@ -32,7 +33,7 @@ class Kept(NamedTuple):
     eval_loss: float | None
 
 
-def superfluous(found: Sequence[Kept], options: CheckpointSection) -> list[int]:
+def superfluous(found: Sequence[Candidate], options: CheckpointSection) -> list[int]:
     """Steps whose checkpoints go.
 
     Args:
@@ -71,7 +72,7 @@ class Retention:
         self._options = options
         self._thread: threading.Thread | None = None
 
-    def apply(self, newest: Path, reached: Callable[[str], None]) -> None:
+    def apply(self, newest: Path) -> None:
         """Delete what is too much, now that `newest` is committed.
 
         Only what is older than `newest` may go. Older ones that have lost files, or parts of
@@ -84,9 +85,7 @@ class Retention:
             logger.warning("old checkpoints in %s cannot be deleted: %s", self._directory, error)
             return
         if doomed:
-            self._thread = threading.Thread(
-                target=_delete, args=(doomed, reached), daemon=True, name="retention"
-            )
+            self._thread = thread_of_save(lambda: _delete(doomed), "retention")
             self._thread.start()
 
     def _take_names(self, newest: Path) -> list[Path]:
@@ -94,7 +93,7 @@ class Retention:
         last = step_of(newest) or 0
         older = [path for path in committed(self._directory) if (step_of(path) or 0) <= last]
         whole = [path for path in older if path == newest or not size_problems(path)]
-        found = [Kept(step_of(path) or 0, eval_loss(path)) for path in whole]
+        found = [Candidate(step_of(path) or 0, eval_loss(path)) for path in whole]
         going = superfluous(found, self._options)
         first_kept = min({one.step for one in found} - set(going))
         going += [
@@ -130,15 +129,15 @@ def eval_loss(checkpoint: Path) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _delete(folders: Sequence[Path], reached: Callable[[str], None]) -> None:
-    reached("before-deletion")
+def _delete(folders: Sequence[Path]) -> None:
+    crash_point("before-deletion")
     for number, folder in enumerate(folders):
         if number:
-            reached("between-deletions")
+            crash_point("between-deletions")
         try:
             for path in [path for path in folder.rglob("*") if path.is_file()]:
                 path.unlink()
-                reached("during-deletion")
+                crash_point("during-deletion")
             shutil.rmtree(folder)
         except OSError as error:
             logger.warning(
@@ -146,4 +145,4 @@ def _delete(folders: Sequence[Path], reached: Callable[[str], None]) -> None:
                 folder,
                 error.strerror,
             )
-    reached("after-deletion")
+    crash_point("after-deletion")

@@ -2,7 +2,7 @@
 
     step            what happens in it, on every rank together
     due             rank 0 makes the folder; each copies its share to host memory; threads write
-    the next ones   one flag is reduced: has every rank written?
+    the next ones   a flag goes with the step's exchange: has every rank written?
     the first yes   problems and checksums are exchanged; a thread of rank 0 commits
     the next ones   has rank 0 committed? then, or when there were problems, the save has ended
 
@@ -20,17 +20,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from foundation.durable_files import sync_folder, write_synced
 from model.errors import CheckpointError
-from pipeline.checkpoint.crash_points import crash_point
+from model.freezing import is_trained
+from pipeline.checkpoint.crash_points import crash_point, saving, thread_of_save
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
-from pipeline.checkpoint.files import Entries, sync_folder, write_synced
+from pipeline.checkpoint.files import Entries
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.host_copy import HostCopy
-from pipeline.checkpoint.sharded_tensors import Snapshot
+from pipeline.checkpoint.sharded_tensors import Snapshot, missing_state
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig, to_yaml
 from pipeline.distributed.agreement import first_problem, from_all, from_main, is_main
-from pipeline.reporting.metrics import Record
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class _Flight:
                 logger.debug("saving step %d failed", self.step, exc_info=True)
                 self.problem = reason(error)
 
-        self._thread = threading.Thread(target=run, daemon=True, name=f"save of step {self.step}")
+        self._thread = thread_of_save(run, f"save of step {self.step}")
         self._thread.start()
 
     @property
@@ -87,6 +88,8 @@ class Saver:
         device: where the ranks' collectives run.
         tokenizer: the tokenizer.json the data was made with.
         resumed_step: the step whose checkpoint the run goes on from; 0 for a new run.
+        missing: what the tensor files in a folder lack of the model, a line each; a save whose
+            files lack something fails. None = what the run's configuration asks for.
     """
 
     def __init__(
@@ -96,15 +99,21 @@ class Saver:
         device: torch.device,
         tokenizer: Path,
         resumed_step: int,
+        missing: Callable[[Path], list[str]] | None = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.saved_step: int | None = resumed_step or None
         self._config = config
         self._device = device
         self._tokenizer = tokenizer
+        self._missing = missing or functools.partial(
+            missing_state,
+            config=config.model,
+            trained=functools.partial(is_trained, freeze=config.train.freeze),
+        )
         self._memory = HostCopy()
         self._flight: _Flight | None = None
-        self._figures: Record = {}
+        self._figures: dict[str, float] = {}
 
     def begin(
         self,
@@ -129,7 +138,21 @@ class Saver:
         """
         self.finish(f"step {state.step} is due to be saved")
         flight = _Flight(state.step, last, time.monotonic())
-        crash_point("before-snapshot", flight.step)
+        with saving(flight.step):
+            self._begin(flight, state, take, asynchronous, beside)
+        self._flight = flight
+        flight.stall_s = time.monotonic() - flight.begun_s
+
+    def _begin(
+        self,
+        flight: _Flight,
+        state: TrainState,
+        take: Callable[[], Snapshot],
+        asynchronous: bool,
+        beside: Callable[[], None],
+    ) -> None:
+        """Make the folder, take the tensors, and let a thread write them."""
+        crash_point("before-snapshot")
         try:
             partial = from_main(lambda: self.checkpoints.prepare(flight.step), OSError)
             snapshot = self._host_copy(take()) if asynchronous else take()
@@ -140,21 +163,27 @@ class Saver:
 
             def write() -> None:
                 beside()
-                flight.entries = _write(partial, snapshot, flight.step, texts, self._tokenizer)
+                flight.entries = _write(partial, snapshot, texts, self._tokenizer)
 
             flight.start(write)
-        crash_point("after-snapshot", flight.step)
-        self._flight = flight
-        flight.stall_s = time.monotonic() - flight.begun_s
+        crash_point("after-snapshot")
 
-    def advance(self) -> None:
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank has nothing left to do for the save in flight; told to the others."""
+        return self._flight is None or self._flight.is_done
+
+    def advance(self, *, all_done: bool) -> None:
         """After each step: go on with a save if all ranks can.
+
+        Args:
+            all_done: every rank's `is_done`, as agreed during the step.
 
         Raises:
             CheckpointError: the save failed, and the run is to stop then.
         """
-        if self._flight is not None:
-            self._proceed(self._flight)
+        if self._flight is not None and all_done:
+            self._go_on(self._flight)
 
     def finish(self, why: str = "") -> None:
         """Wait until a save that was begun is committed, or has failed.
@@ -169,17 +198,21 @@ class Saver:
         """
         if self._flight is not None and why:
             logger.info("waiting for the save of step %d: %s", self._flight.step, why)
-        while self._flight is not None:
-            if not self._proceed(self._flight):
-                flight = self._flight
+        while (flight := self._flight) is not None:
+            started_s = time.monotonic()
+            done = torch.tensor(int(flight.is_done), dtype=torch.int32, device=self._device)
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+            if not done:
                 time.sleep(_POLL_S)
-                flight.stall_s += _POLL_S
+            flight.stall_s += time.monotonic() - started_s
+            if done:
+                self._go_on(flight)
 
     def close(self) -> None:
         """Wait for deletions that are going on; on rank 0."""
         self.checkpoints.finish_deletions()
 
-    def figures(self) -> Record:
+    def figures(self) -> dict[str, float]:
         """Of the saves that ended since the last call, for the metrics."""
         figures, self._figures = self._figures, {}
         return figures
@@ -197,40 +230,36 @@ class Saver:
                 "checkpoint.asynchronous=false"
             ) from error
 
-    def _proceed(self, flight: _Flight) -> bool:
-        """Take the next step of a save when all ranks are done with the last; whether they are."""
+    def _go_on(self, flight: _Flight) -> None:
+        """Take the next step of a save; all ranks are done with the last."""
         started_s = time.monotonic()
-        flag = torch.tensor(int(flight.is_done), dtype=torch.int32, device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        if flag:
+        with saving(flight.step):
             self._end(flight) if flight.agreed else self._agree(flight)
         flight.stall_s += time.monotonic() - started_s
         if self._flight is None:
             self._report(flight)
-        return bool(flag)
 
     def _agree(self, flight: _Flight) -> None:
         """All have written: rank 0 begins to commit, unless one has failed."""
-        crash_point("before-agreement", flight.step)
+        crash_point("before-agreement")
         flight.problem = first_problem(flight.problem)
         parts = from_all(flight.entries)
-        crash_point("after-agreement", flight.step)
+        crash_point("after-agreement")
         flight.agreed = True
         if flight.problem is not None:
             self._end(flight)
         elif is_main():
             entries = {name: entry for part in parts for name, entry in part.items()}
-            reached = functools.partial(_reached, flight.step)
 
             def commit() -> None:
-                flight.folder = self.checkpoints.commit(flight.step, entries, reached)
+                flight.folder = self.checkpoints.commit(flight.step, entries, self._missing)
 
             flight.start(commit)
 
     def _end(self, flight: _Flight) -> None:
         """Rank 0 has committed, or could not."""
         flight.folder, flight.problem = from_main(lambda: (flight.folder, flight.problem), OSError)
-        crash_point("after-commit", flight.step)
+        crash_point("after-commit")
         self._flight = None
 
     def _report(self, flight: _Flight) -> None:
@@ -278,13 +307,7 @@ def reason(error: Exception) -> str:
     return line if isinstance(error, OSError) else f"{type(error).__name__}: {line}"
 
 
-def _reached(step: int, point: str) -> None:
-    crash_point(point, step)
-
-
-def _write(
-    partial: Path, snapshot: Snapshot, step: int, texts: dict[str, str], tokenizer: Path
-) -> Entries:
+def _write(partial: Path, snapshot: Snapshot, texts: dict[str, str], tokenizer: Path) -> Entries:
     """Write this rank's files through to the disk; rank 0 writes the texts, too.
 
     Returns:
@@ -293,15 +316,15 @@ def _write(
     Raises:
         OSError: one cannot be written.
     """
-    reached = functools.partial(_reached, step)
     if texts:
-        reached("after-folder")
+        crash_point("after-folder")
     path = partial / WEIGHTS / snapshot.file_name
-    entries = {f"{WEIGHTS}/{path.name}": snapshot.write(path.parent, reached)}
+    entries = {f"{WEIGHTS}/{path.name}": snapshot.write(path.parent)}
     sync_folder(path.parent)
-    reached("weights-checked")
+    crash_point("weights-checked")
     for name, text in texts.items():
-        entries[name] = write_synced(partial / name, text.encode(), "state-half-written", reached)
+        entries[name] = write_synced(partial / name, text.encode())
+        crash_point("state-half-written", halve=partial / name)
     if texts:
         entries[TOKENIZER] = write_synced(partial / TOKENIZER, tokenizer.read_bytes())
     return entries

@@ -27,14 +27,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from foundation.durable_files import FileEntry
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.parameter_shapes import checked_parameters, parameter_shapes
 from model.sharding import Placement, merge_slices, placement_of
-from pipeline.checkpoint.files import FileEntry, nothing
+from pipeline.checkpoint.coverage import Extent, coverage_problems
 from pipeline.checkpoint.tensor_file import write_tensors
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 _PATTERN = "rank_*.safetensors"
 
 
@@ -60,12 +60,20 @@ class Snapshot(NamedTuple):
         """The rank's file in a checkpoint."""
         return f"rank_{self.rank:05d}.safetensors"
 
-    def write(self, directory: Path, reached: Callable[[str], None] = nothing) -> FileEntry:
+    def extents(self) -> list[Extent]:
+        """Which elements the runs are."""
+        extents = []
+        for key, run in self.runs.items():
+            kind, name, start = parse_run_key(key)
+            # What is not split is saved by tensor-parallel rank 0 alone.
+            extents.append(Extent(kind, name, self.tensor_rank, start, start + run.numel()))
+        return extents
+
+    def write(self, directory: Path) -> FileEntry:
         """Write the rank's file through to the disk.
 
         Args:
             directory: of the checkpoint's tensors.
-            reached: told of each point that a test may crash at.
 
         Returns:
             What the file is.
@@ -80,12 +88,23 @@ class Snapshot(NamedTuple):
             "adam_step": str(self.adam_step),
         }
         runs = {key: run.detach().contiguous() for key, run in self.runs.items()}
-        return write_tensors(directory / self.file_name, runs, metadata, reached)
+        return write_tensors(directory / self.file_name, runs, metadata)
 
 
 def run_key(kind: str, name: str, start: int) -> str:
     """How a run of elements is called in a file."""
     return f"{kind}/{name}@{start}"
+
+
+def parse_run_key(key: str) -> tuple[str, str, int]:
+    """Kind, parameter and first element of the run that is called so.
+
+    Raises:
+        ValueError: no run is called so.
+    """
+    kind, _, rest = key.partition("/")
+    name, _, start = rest.rpartition("@")
+    return kind, name, int(start)
 
 
 class _Run(NamedTuple):
@@ -129,13 +148,19 @@ class StateFiles:
             runs.sort()
             self._check_size(kind, name, max(run.stop for run in runs))
 
+    def extents(self) -> Iterator[Extent]:
+        """Which elements the files hold."""
+        for (kind, name, rank), runs in self._runs.items():
+            for run in runs:
+                yield Extent(kind, name, rank, run.start, run.stop)
+
     def names(self) -> list[str]:
         """Parameters that the files hold, in the model's order; others last."""
         held = {name for kind, name, _ in self._runs if kind == "weight"}
         return [name for name in self._shapes if name in held] + sorted(held - set(self._shapes))
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A parameter's whole weight or moment, `kind` being one of `KINDS`."""
+        """A parameter's whole weight or moment, `kind` being one of `coverage.KINDS`."""
         placement, shape = self._placed(name)
         size = 1 if placement.dim is None else self.tensor_size
         slices = []
@@ -155,7 +180,7 @@ class StateFiles:
         """Elements [start, stop) of the flattened slice that a tensor-parallel rank holds.
 
         Args:
-            kind: one of `KINDS`.
+            kind: one of `coverage.KINDS`.
             name: of the parameter.
             tensor_rank: of the reader.
             tensor_size: of the reader's layout.
@@ -265,9 +290,7 @@ class StateFiles:
             self.tensor_size = int(metadata["tensor_size"])
             self.adam_step = max(self.adam_step, int(metadata["adam_step"]))
             for key in file.keys():  # noqa: SIM118 - not a mapping
-                kind, _, rest = key.partition("/")
-                name, _, start = rest.rpartition("@")
-                first = int(start)
+                kind, name, first = parse_run_key(key)
                 stop = first + file.get_slice(key).get_shape()[0]
                 self._runs[kind, name, rank].append(_Run(first, stop, path, key))
         except (KeyError, ValueError) as error:
@@ -287,6 +310,28 @@ class StateFiles:
                 ) from error
             self._open = (path, opened)
         return self._open[1]
+
+
+def missing_state(
+    directory: Path, config: ModelConfig, *, trained: Callable[[str], bool]
+) -> list[str]:
+    """What the files of a checkpoint lack of the model, or hold twice; a line each.
+
+    Args:
+        directory: where the ranks put their files.
+        config: the model's sizes.
+        trained: whether the optimizer has the parameter of a name.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    try:
+        files = StateFiles(directory, config)
+    except CheckpointError as error:
+        raise OSError(str(error)) from error
+    return coverage_problems(
+        files.extents(), config, tensor_size=files.tensor_size, trained=trained
+    )
 
 
 def read_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from foundation.yaml_text import YamlError, dump_yaml, parse_yaml, read_yaml
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.part import ModelPart
@@ -28,7 +28,6 @@ from pipeline.config.sections import (
     Section,
     TrainSection,
 )
-from pipeline.config.yaml_text import dump_yaml, parse_yaml, yaml_fault
 from pipeline.stages.plan import num_stages, plan_problems, stage_plan
 
 # Keys whose value is itself a mapping.
@@ -231,15 +230,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a run's YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text ({error}); give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path} is not valid YAML: {yaml_fault(error)}; mend that line"
-        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a YAML file") from None
+    except YamlError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
     names = ", ".join(_sections())
     if content is None:
         raise ConfigError(f"{path} is empty; a run needs the sections {names}")
@@ -258,8 +255,9 @@ def _apply_override(raw: dict[Any, Any], text: str) -> str | None:
         return f"--set {unknown_key(key, known_keys())}"
     try:
         value = parse_yaml(value_text)
-    except yaml.YAMLError as error:
-        return f"--set {text}: the value is not valid YAML ({yaml_fault(error)}); quote it as text"
+    except YamlError as error:
+        given = shown(value_text)[1:-1]
+        return f"--set {key}={given}: the value is not valid YAML ({error}); quote it as text"
     if isinstance(value, dict) and key not in _MAPPINGS:
         return f"--set {text}: the value must be one value or a list; set the keys one by one"
     section, _, name = key.partition(".")

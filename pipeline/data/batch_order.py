@@ -1,10 +1,13 @@
-"""Where each step's global batch lies in the data order, with the batches that are jumped over."""
+"""The batches of a run's steps in the data order, without those that are skipped."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
+from data_prep.loading.loader import Batch, TokenLoader
 
-class BatchPlace(NamedTuple):
+
+class BatchPosition(NamedTuple):
     """A global batch to train on.
 
     Attributes:
@@ -18,13 +21,13 @@ class BatchPlace(NamedTuple):
     skipped: int
 
 
-def batch_places(
+def batch_positions(
     *,
     batches_behind: int,
     next_sample: int,
     batch_samples: int,
     skip: Sequence[tuple[int, int]],
-) -> Iterator[BatchPlace]:
+) -> Iterator[BatchPosition]:
     """The batches from a position on, without those in the ranges of `skip`.
 
     Example with 3 batches behind, next sample 24, batches of 8 samples and [5, 6] to skip: batches
@@ -44,5 +47,37 @@ def batch_places(
                 skipped += last + 1 - batch
                 batch = last + 1
         next_sample += skipped * batch_samples
-        yield BatchPlace(batch, next_sample, skipped)
+        yield BatchPosition(batch, next_sample, skipped)
         batches_behind, next_sample = batch, next_sample + batch_samples
+
+
+class StepBatches(NamedTuple):
+    """What a rank trains on in one step.
+
+    Attributes:
+        position: of the global batch in the data order.
+        micro_batches: this rank's share of it.
+    """
+
+    position: BatchPosition
+    micro_batches: list[Batch]
+
+
+def read_steps(
+    loader: TokenLoader, positions: Callable[[], Iterator[BatchPosition]], steps_ahead: int
+) -> Generator[StepBatches, None, None]:
+    """One step's batches after the other, read ahead by a thread; close it to stop the thread.
+
+    Args:
+        loader: of this rank.
+        positions: a new iterator over the positions of all steps to come. Two are taken, one for
+            the thread that reads ahead and one for the steps.
+        steps_ahead: steps held ready.
+
+    Raises:
+        DataError: reading failed.
+    """
+    first_samples = (position.first_sample for position in positions())
+    with closing(loader.prefetch(first_samples, steps_ahead)) as ahead:
+        for position, batches in zip(positions(), ahead, strict=False):
+            yield StepBatches(position, batches)

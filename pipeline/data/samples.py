@@ -4,8 +4,9 @@ import hashlib
 import logging
 
 from data_prep.errors import DataError
-from data_prep.loading.loader import ShardSet, TokenLoader
-from data_prep.loading.rows import cut_rows
+from data_prep.loading.loader import BatchLayout, TokenLoader
+from data_prep.loading.sequences import SequenceFormat, cut_sequences
+from data_prep.shards.shard_set import ShardSet
 from model.errors import ConfigError
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.data_section import WeightStage
@@ -61,17 +62,16 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
     """
     loader = TokenLoader(
         shards,
-        sequence_length=config.data.sequence_length,
-        future_tokens=config.model.future_tokens,
+        sequence_format(config),
+        BatchLayout(
+            micro_size=config.batch.micro_size,
+            accumulation=config.batch.accumulation,
+            data_rank=topology.data_rank,
+            data_size=topology.data_size,
+        ),
         seed=config.run.seed,
-        micro_batch_size=config.batch.micro_size,
-        accumulation=config.batch.accumulation,
-        data_parallel_rank=topology.data_rank,
-        data_parallel_size=topology.data_size,
-        packing=config.data.packing,
-        documents=config.data.document_mask,
     )
-    stages, rows = weight_stages(config, loader), loader.rows_by_source
+    stages, rows = weight_stages(config, loader), loader.sequences_by_source
     where = f"{config.data.shards} ({config.data.train_split})"
     problems = weight_problems(stages, rows, where)
     if len(problems) == 1:
@@ -79,6 +79,16 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
     if problems:
         raise ConfigError("\n  - ".join([f"{len(problems)} problems", *problems]))
     return loader
+
+
+def sequence_format(config: RunConfig) -> SequenceFormat:
+    """How the streams of the run's splits become sequences."""
+    return SequenceFormat(
+        sequence_length=config.data.sequence_length,
+        future_tokens=config.model.future_tokens,
+        packing=config.data.packing,
+        documents=config.data.document_mask,
+    )
 
 
 def weight_stages(config: RunConfig, loader: TokenLoader) -> tuple[WeightStage, ...]:
@@ -102,7 +112,7 @@ def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) 
         state: where the run is.
     """
     lines = []
-    data, rows = config.data, loader.rows_by_source
+    data, rows = config.data, loader.sequences_by_source
     if len(rows) == 1 and data.weight_stages:
         (name,) = rows
         lines.append(f"no effect     data weights: {name} is the only source of these shards")
@@ -150,12 +160,7 @@ def validation_samples(
         held_out = ShardSet.open(data.shards, name)
         tokens = held_out.num_tokens
         rows = sum(
-            cut_rows(
-                held_out.of_source(source),
-                data.packing,
-                sequence_length=data.sequence_length,
-                future_tokens=config.model.future_tokens,
-            ).count
+            cut_sequences(held_out.of_source(source), sequence_format(config)).count
             for source in held_out.sources
         )
     # The same on all ranks, which have read the same files.

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from data_prep.loading.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
+from data_prep.loading.sequences import SequenceFormat
+from data_prep.shards.shard_set import ShardSet
 from model.loss import IGNORED
 from pipeline.config.run_config import RunConfig
 
@@ -31,16 +33,15 @@ class ValidationSamples:
     ) -> None:
         self._loader = TokenLoader(
             shards,
-            sequence_length=config.data.sequence_length,
-            future_tokens=config.model.future_tokens,
+            SequenceFormat(
+                sequence_length=config.data.sequence_length,
+                future_tokens=config.model.future_tokens,
+                packing=config.data.packing,
+                documents=config.data.document_mask,
+            ),
+            BatchLayout(micro_size=1, data_rank=data_rank, data_size=data_size),
             seed=0,
-            micro_batch_size=1,
-            accumulation=1,
-            data_parallel_rank=data_rank,
-            data_parallel_size=data_size,
             shuffle=config.data.packing == "best_fit",
-            packing=config.data.packing,
-            documents=config.data.document_mask,
         )
         self.num_samples = min(config.eval.samples, self._loader.num_samples)
         self._rank, self._size = data_rank, data_size

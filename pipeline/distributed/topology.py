@@ -108,9 +108,9 @@ class Topology:
         return stage * column_size + self.info.rank % column_size
 
     @property
-    def readout_owner(self) -> int:
+    def lm_head_owner(self) -> int:
         """The rank of this chain whose stage trains the final norm and the unembedding."""
-        return self.rank_of_stage(next(s for s, part in enumerate(self.plan) if part.owns_readout))
+        return self.rank_of_stage(next(s for s, part in enumerate(self.plan) if part.owns_lm_head))
 
     def describe_rank(self, rank: int) -> str:
         """How errors and logs name any rank."""

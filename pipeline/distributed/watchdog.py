@@ -31,7 +31,7 @@ class Watchdog:
     Args:
         topology: the grid of ranks.
         timeout_s: silence after which a rank counts as dead.
-        step: the step this rank is in, for the message.
+        step: the step this rank is in, for the message; None before the first.
         waiting_for: what this rank waits for from other ranks, if anything, for the message.
         abort: called with the verdict when the main thread did not end by itself in time.
     """
@@ -41,7 +41,7 @@ class Watchdog:
         topology: Topology,
         *,
         timeout_s: float,
-        step: Callable[[], int],
+        step: Callable[[], int | None],
         waiting_for: Callable[[], str | None],
         abort: Callable[[str], None],
     ) -> None:
@@ -104,8 +104,10 @@ class Watchdog:
                 if beat["finished"]:
                     continue
                 if reason := self._death(beat, silent_s):
-                    message = f"{beat['name']} {reason}; its last sign of life was in step "
-                    message += f"{beat['step']} (process {beat['pid']} on {beat['host']})"
+                    step = beat["step"]
+                    when = "while it started" if step is None else f"in step {step}"
+                    message = f"{beat['name']} {reason}; its last sign of life was {when} "
+                    message += f"(process {beat['pid']} on {beat['host']})"
                     if beat["waiting_for"]:
                         message += f", waiting for {beat['waiting_for']}"
                     self._store.set(_VERDICT, message)

@@ -57,7 +57,7 @@ def evaluate_heads(
         heads of other ranks, the agreement only where head 1 is.
     """
     context = model.context(trunk_output.shape[0], trunk_output.device, batch.documents)
-    norm, unembedding = model.heads.readout()
+    norm, unembedding = model.heads.lm_head()
     sums = torch.zeros(3, len(batch.labels), dtype=torch.float64, device=trunk_output.device)
     shape = (len(batch.labels), *trunk_output.shape[:2])
     predictions = torch.zeros(shape, dtype=torch.int64, device=trunk_output.device)
@@ -65,7 +65,7 @@ def evaluate_heads(
         targets = batch.labels[head - 1]
         hidden = model.heads.hidden(head, trunk_output, context)
         loss, best = loss_and_predictions(
-            model.heads.readout.normalize(hidden, norm).flatten(0, 1),
+            model.heads.lm_head.normalize(hidden, norm).flatten(0, 1),
             unembedding,
             targets.t().flatten(),
             shard=model.shard,
@@ -76,7 +76,7 @@ def evaluate_heads(
         predictions[head - 1] = best.view(shape[1:])
     if head_group is not None:
         dist.all_reduce(predictions, group=head_group)
-    if model.part.owns_readout:
+    if model.part.owns_lm_head:
         sums[2] = agreement_counts(predictions, (batch.labels != IGNORED).transpose(1, 2))
     return sums.flatten()
 

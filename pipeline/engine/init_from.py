@@ -6,7 +6,7 @@ import tokenizers
 import torch.distributed as dist
 
 from data_prep.errors import DataError
-from data_prep.loading.loader import ShardSet
+from data_prep.shards.shard_set import ShardSet
 from model.errors import CheckpointError
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
 from pipeline.checkpoint.file_names import TOKENIZER

@@ -7,7 +7,7 @@ from model.errors import ConfigError
 from model.hugging_face.folder import ExportDescription
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
-from pipeline.report import final_figures
+from pipeline.reporting.final_figures import final_figures
 from pipeline.reporting.metrics import Scalars, read_metrics
 
 _CARD = """\

@@ -1,12 +1,12 @@
 """The folder that an export is to become: what may be replaced, and how it is."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from foundation.durable_files import sync_file, sync_folder
 from model.errors import CheckpointError
 from model.hugging_face.folder import FORMAT, RECORD_NAME
 
@@ -52,8 +52,8 @@ def written_aside(directory: Path) -> Iterator[Path]:
         yield partial
         for path in partial.iterdir():
             path.chmod(partial.stat().st_mode & 0o666)  # some writers make files private
-            _sync(path)
-        _sync(partial)
+            sync_file(path)
+        sync_folder(partial)
         _replace(partial, directory)
     except OSError as error:
         raise CheckpointError(
@@ -82,13 +82,5 @@ def _replace(partial: Path, directory: Path) -> None:
         if old.exists():
             old.rename(directory)
         raise
-    _sync(directory.parent)
+    sync_folder(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

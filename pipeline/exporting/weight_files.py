@@ -4,16 +4,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from foundation.safetensors_header import TensorSpec, safetensors_header
 from model.hugging_face.names import EXTRA_HEADS
 from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, MODEL_INDEX_NAME
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-_HEADER_ALIGNMENT = 8
 
 
 class _Place(NamedTuple):
@@ -92,24 +90,13 @@ class WeightFiles:
             yield held
 
     def _begin(self, file_name: str, names: Sequence[str]) -> None:
-        """Write a file's header: its length, then JSON with each tensor's place behind it."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        stop = 0
-        for name in names:
-            start, stop = stop, stop + self._bytes(name)
-            header[name] = {
-                "dtype": _DTYPE_NAMES[self._dtype],
-                "shape": list(self._shapes[name]),
-                "data_offsets": [start, stop],
-            }
-        content = json.dumps(header, separators=(",", ":")).encode()
-        content += b" " * (-len(content) % _HEADER_ALIGNMENT)
+        """Write a file's header, and make room for its tensors."""
+        specs = {name: TensorSpec(self._dtype, self._shapes[name]) for name in names}
+        header = safetensors_header(specs, {"format": "pt"})
         with (self._folder / file_name).open("wb") as file:
-            file.write(len(content).to_bytes(8, "little") + content)
-            file.truncate(8 + len(content) + stop)
-        for name in names:
-            start = header[name]["data_offsets"][0]
-            self._places[name] = _Place(file_name, 8 + len(content) + start)
+            file.write(header.content)
+            file.truncate(header.file_bytes)
+        self._places |= {name: _Place(file_name, at) for name, at in header.offsets.items()}
 
     def _bytes(self, name: str) -> int:
         return math.prod(self._shapes[name]) * self._dtype.itemsize

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import model.hugging_face
+from foundation.durable_files import read_entry
 from model.hugging_face.config import CONFIG_NAME, llama_config
 from model.hugging_face.folder import (
     CARD_NAME,
@@ -15,8 +16,6 @@ from model.hugging_face.folder import (
     TOKENIZER_NAME,
     ExportDescription,
     ExportRecord,
-    FileEntry,
-    checksum,
 )
 from model.hugging_face.loading import DTYPES
 from model.hugging_face.names import hf_names, hf_shapes, split
@@ -123,12 +122,8 @@ def _write_weights(
 def write_record(directory: Path, description: ExportDescription) -> None:
     """Write headway.json over all files that lie in the folder now, without the model card."""
     paths = [path for path in sorted(directory.iterdir()) if path.name != CARD_NAME]
-    files = {path.name: _entry(path) for path in paths}
+    files = {path.name: read_entry(path, from_disk=False) for path in paths}
     record = ExportRecord(
         future_tokens=description.model.future_tokens, description=description, files=files
     )
     (directory / RECORD_NAME).write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(bytes=path.stat().st_size, xxh3_128=checksum(path))

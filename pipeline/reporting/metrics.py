@@ -9,6 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from foundation.durable_files import write_whole
 from model.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -166,12 +167,7 @@ def cut_after(path: Path, step: int) -> int:
     content = b"".join(kept)
     if content == text:
         return 0
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_whole(path, content)
     return len(text.splitlines()) - len(kept)
 
 

@@ -1,6 +1,7 @@
 """What a run comes to, before it starts: sizes, layout, cost, effective DeepSpeed values."""
 
 import json
+from typing import NamedTuple
 
 from model.config import ModelConfig
 from model.documents import takes_blocks
@@ -21,8 +22,35 @@ _GRID_WIDTH = 8
 _STATE_BYTES = 12  # of a trained parameter in a checkpoint: weight and both moments in fp32
 
 
-def describe(config: RunConfig, *, world_size: int, device: Device, precision: Precision) -> str:
+class RunSummary(NamedTuple):
     """The resolved run as text for a person.
+
+    Attributes:
+        lines: sizes, layout and cost.
+        deepspeed: what DeepSpeed is given, as JSON.
+        config: the configuration, as YAML.
+    """
+
+    lines: list[str]
+    deepspeed: str
+    config: str
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                *self.lines,
+                "DeepSpeed     effective values:",
+                self.deepspeed,
+                "configuration, resolved:",
+                self.config,
+            ]
+        )
+
+
+def summarize_run(
+    config: RunConfig, *, world_size: int, device: Device, precision: Precision
+) -> RunSummary:
+    """What a run comes to.
 
     Args:
         config: the run.
@@ -69,15 +97,7 @@ def describe(config: RunConfig, *, world_size: int, device: Device, precision: P
         f"no effect     {line}"
         for line in settings_without_effect(config, data_parallel_size=data_size, device=device)
     ]
-    return "\n".join(
-        [
-            *lines,
-            "DeepSpeed     effective values:",
-            json.dumps(settings, indent=2),
-            "configuration, resolved:",
-            to_yaml(config),
-        ]
-    )
+    return RunSummary(lines, json.dumps(settings, indent=2), to_yaml(config))
 
 
 def _stages(config: RunConfig, data_size: int) -> list[str]:
@@ -128,5 +148,5 @@ def part_parameters(part: ModelPart, model: ModelConfig) -> int:
         layers
         + heads
         + part.has_embedding * count.embedding
-        + part.owns_readout * (count.unembedding + count.final_norm)
+        + part.owns_lm_head * (count.unembedding + count.final_norm)
     )

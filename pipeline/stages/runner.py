@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.backward import ReadoutGradients, deliver, heads_backward
-from model.heads import ReadoutWeights
+from model.backward import LMHeadGradients, deliver, heads_backward
+from model.heads import LMHeadWeights
 from model.language_model import MultiTokenModel
 from pipeline.distributed.topology import Topology
 from pipeline.stages.links import StageLinks
@@ -68,7 +68,7 @@ class StageRunner:
         topology: the grid of ranks.
         order: the stage's schedule.
         chunk_tokens: tokens whose logits exist at once.
-        sparse_first_gradient: give the readout a gradient of zeros in a step's first micro-batch,
+        sparse_first_gradient: give the LM head a gradient of zeros in a step's first micro-batch,
             for an optimizer that overwrites its buffers then and adds to them afterwards.
     """
 
@@ -112,7 +112,7 @@ class StageRunner:
         """This stage's part of `run`: the losses of its own heads."""
         self._expect(batches)
         sums = torch.zeros_like(scales)
-        gradients: ReadoutGradients | None = None
+        gradients: LMHeadGradients | None = None
         in_flight: dict[int, _InFlight] = {}
         for is_forward, micro in self._order(len(batches)):
             if is_forward:
@@ -157,20 +157,20 @@ class StageRunner:
         micro: int,
         scales: Tensor,
         sums: Tensor,
-        gradients: ReadoutGradients | None,
-    ) -> ReadoutGradients | None:
+        gradients: LMHeadGradients | None,
+    ) -> LMHeadGradients | None:
         """Heads, then what comes from below, then this stage's trunk layers.
 
         Returns:
-            The readout's gradients so far; None in a stage without heads.
+            The LM head's gradients so far; None in a stage without heads.
         """
         is_last = micro == len(batches) - 1
         self._engine.begin_backward(flight.token, is_last)
         wanted: Tensor | None = None
-        shared: ReadoutWeights | None = None
+        shared: LMHeadWeights | None = None
         if self._model.heads.numbers:
-            shared = self._model.heads.readout()
-            gradients = ReadoutGradients.zeros(shared) if gradients is None else gradients
+            shared = self._model.heads.lm_head()
+            gradients = LMHeadGradients.zeros(shared) if gradients is None else gradients
             result = heads_backward(
                 self._model,
                 flight.output,
@@ -193,7 +193,7 @@ class StageRunner:
         elif self._links.gradients_out is not None and wanted is not None:
             self._links.gradients_out.send(wanted)
         if shared is not None and gradients is not None:
-            pairs += self._readout_pairs(shared, gradients, micro, is_last)
+            pairs += self._lm_head_pairs(shared, gradients, micro, is_last)
         self._engine.backward(deliver(pairs or [(flight.output.detach(), None)]))
         if self._model.part.trunk_layers and self._links.gradients_out is not None:
             assert flight.received is not None
@@ -201,13 +201,13 @@ class StageRunner:
             self._links.gradients_out.send(flight.received.grad)
         return gradients
 
-    def _readout_pairs(
-        self, shared: ReadoutWeights, gradients: ReadoutGradients, micro: int, is_last: bool
+    def _lm_head_pairs(
+        self, shared: LMHeadWeights, gradients: LMHeadGradients, micro: int, is_last: bool
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """The readout's gradients when they are due: once a step, summed over the head stages."""
+        """The LM head's gradients when they are due: once a step, summed over the head stages."""
         if is_last:
             self._sum_over_head_stages(gradients)
-        if not self._model.part.owns_readout:
+        if not self._model.part.owns_lm_head:
             return []
         if is_last:
             return gradients.pairs(shared)
@@ -215,14 +215,14 @@ class StageRunner:
             return [(weight, None) for weight in shared]
         return []
 
-    def _sum_over_head_stages(self, gradients: ReadoutGradients) -> None:
-        """Into the stage that trains the readout."""
+    def _sum_over_head_stages(self, gradients: LMHeadGradients) -> None:
+        """Into the stage that trains the LM head."""
         group = self._topology.head_group
         if group is None:
             return
         for gradient in gradients:
-            work = dist.reduce(gradient, self._topology.readout_owner, group=group, async_op=True)
-            self._links.clock.wait(work, "the readout's gradients of the other stages with heads")
+            work = dist.reduce(gradient, self._topology.lm_head_owner, group=group, async_op=True)
+            self._links.clock.wait(work, "the LM head's gradients of the other stages with heads")
 
 
 def activation_shape(batch: Batch, model: MultiTokenModel) -> tuple[int, int, int]:

@@ -24,7 +24,13 @@ def test_quick_run_prints_every_table(tmp_path: Path) -> None:
         text=True,
         timeout=300,
     )
-    for line in ("rows: this reader", "ShardSet.open |", "np.memmap |", "padding |", "10^12, ms |"):
+    for line in (
+        "sequences: this reader",
+        "ShardSet.open |",
+        "np.memmap |",
+        "padding |",
+        "10^12, ms |",
+    ):
         assert line in done.stdout, done.stdout
     assert (ROOT / "benchmarks" / "README.md").read_text() == readme
     assert not list(tmp_path.iterdir())

@@ -9,9 +9,10 @@ import pytest
 
 from data_prep.building.build import build
 from data_prep.building.options import BuildOptions, Source
+from data_prep.inputs.input_files import find_inputs
 from data_prep.inputs.reading import read_unit
 from data_prep.inputs.records import Reading
-from data_prep.inputs.sources import find_inputs, plan_units
+from data_prep.inputs.units import plan_units
 from data_prep.shards.manifest import Manifest
 
 LINE = "def return self the of loss naïve été 数据 token 🎉 while import None 12345 == \n\t"
@@ -36,10 +37,9 @@ class Silence:
 
 def make_texts(count: int, seed: int) -> list[str]:
     """Deterministic documents of 1 to 60 words, all different."""
-    source = random.Random(seed)
+    rng = random.Random(seed)
     return [
-        f"{number} " + " ".join(source.choices(WORDS, k=source.randint(1, 60)))
-        for number in range(count)
+        f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 60))) for number in range(count)
     ]
 
 

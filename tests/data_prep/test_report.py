@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.loading.length_figures import histogram, percentiles, row_figures
+from data_prep.loading.length_figures import histogram, percentiles, sequence_figures
 from data_prep.report import main
 from data_prep.shards.manifest import load_manifest
 
@@ -89,14 +89,14 @@ def test_a_missing_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_length_figures() -> None:
-    """Worked by hand: lengths 1, 2, 3, 4, 9 in rows of 4."""
+    """Worked by hand: lengths 1, 2, 3, 4, 9 in sequences of 4."""
     lengths = np.array([1, 2, 3, 4, 9])
     documents, tokens = histogram(lengths)
     assert documents.tolist() == [1, 2, 1, 1]
     assert tokens.tolist() == [1, 5, 4, 9]
     assert percentiles(lengths)[-1] == ("longest", 9)
     # The stream is A BB C|CC DD|DD.. : the third and fourth document are cut of the four that fit.
-    (figures,) = row_figures(lengths, [4])
-    assert (figures.row_length, figures.fitting, figures.cut) == (4, 0.8, 0.5)
-    # Best fit: 4 | 4 | 4 | 3 1 | 2 and the rest of 1: 19 tokens in 5 rows.
+    (figures,) = sequence_figures(lengths, [4])
+    assert (figures.sequence_length, figures.fitting, figures.cut) == (4, 0.8, 0.5)
+    # Best fit: 4 | 4 | 4 | 3 1 | 2 and the rest of 1: 19 tokens in 5 sequences.
     assert figures.padding == pytest.approx(1 / 20)

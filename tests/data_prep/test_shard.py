@@ -113,7 +113,7 @@ def test_an_interrupt_stops_at_once(
     errors = process.stderr.read()
     assert process.wait(10) == 130
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert errors.splitlines()[-1].startswith("interrupted; run the same command again")
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert main(command[2:]) == 0
 

@@ -45,7 +45,7 @@ def attention(recompute: bool = False) -> CoreAttention:
 def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention of each head and position in turn, over the positions up to it."""
     per_group = query.shape[2] // key.shape[2]
-    rows = []
+    outputs = []
     for position in range(query.shape[0]):
         heads = []
         for head in range(query.shape[2]):
@@ -53,8 +53,8 @@ def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             values = value[: position + 1, :, head // per_group]
             scores = (query[position, :, head] * keys).sum(-1) / math.sqrt(query.shape[3])
             heads.append((scores.softmax(dim=0).unsqueeze(-1) * values).sum(0))
-        rows.append(torch.cat(heads, dim=-1))
-    return torch.stack(rows)
+        outputs.append(torch.cat(heads, dim=-1))
+    return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -99,10 +99,10 @@ def test_query_groups_read_their_own_keys() -> None:
 
 
 def cached(module: CoreAttention, cache: KVCache, inputs: Inputs, positions: Tensor) -> Tensor:
-    """Attention of `positions[b]` of each row `[B, S]`, which must follow the cached ones."""
+    """Attention of `positions[b]` of each sequence `[B, S]`, which must follow the cached ones."""
     assert torch.equal(cache.begin(positions.shape[1]), positions)
-    rows = torch.arange(BATCH).unsqueeze(1)
-    part = [tensor[positions, rows].transpose(0, 1) for tensor in inputs]
+    batch = torch.arange(BATCH).unsqueeze(1)
+    part = [tensor[positions, batch].transpose(0, 1) for tensor in inputs]
     module.cache = cache
     output: Tensor = module(*part)
     return output.transpose(0, 1)
@@ -110,26 +110,26 @@ def cached(module: CoreAttention, cache: KVCache, inputs: Inputs, positions: Ten
 
 @torch.no_grad()
 @pytest.mark.parametrize("groups", [2, 4])
-def test_cache_equals_whole_sequence_with_rows_of_different_lengths(groups: int) -> None:
-    """Rows kept up to different lengths, rejected entries in between, give what no cache gives."""
+def test_cache_of_different_lengths_equals_whole_sequences(groups: int) -> None:
+    """Kept up to different lengths, rejected entries in between, they give what no cache gives."""
     inputs, rejected = make_inputs(groups), make_inputs(groups, seed=1)
     whole = attention()(*inputs)
     module, cache = attention(), KVCache(BATCH, SEQUENCE, torch.device("cpu"))
-    rows = torch.arange(BATCH).unsqueeze(1)
+    batch = torch.arange(BATCH).unsqueeze(1)
 
     def check(first: list[int], count: int) -> None:
         positions = torch.tensor(first).unsqueeze(1) + torch.arange(count)
         found = cached(module, cache, inputs, positions)
-        expected = whole[positions, rows]
+        expected = whole[positions, batch]
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
     check([0, 0], 4)
-    cache.commit(torch.tensor([2, 4]))  # row 0 forgets positions 2 and 3
+    cache.commit(torch.tensor([2, 4]))  # sequence 0 forgets positions 2 and 3
     check([2, 4], 3)
     cache.commit(torch.tensor([5, 7]))
     drafts = Inputs(*(100 * tensor for tensor in rejected))
     cached(module, cache, drafts, torch.tensor([[5, 6], [7, 8]]))
-    cache.commit(torch.tensor([5, 7]))  # both drafts of both rows are rejected
+    cache.commit(torch.tensor([5, 7]))  # both drafts of both are rejected
     check([5, 7], 2)
     cache.commit(torch.tensor([6, 9]))
     assert cache.lengths.tolist() == [6, 9]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.saved_tensors import SavedTensorMeter
-from model.backward import MicroBatchResult, joint_backward, sequential_backward
+from model.backward import MicroBatchResult, joint_loss, sequential_backward
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
 from model.loss import IGNORED
@@ -38,7 +38,7 @@ def run(
     scales = weights / (labels != IGNORED).sum((1, 2)).clamp(min=1)
     model.zero_grad()
     result = backward(model, model(tokens), labels, scales, chunk_tokens=7)
-    result.remainder.backward()
+    result.surrogate_loss.backward()
     return result.loss_sums, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -48,7 +48,7 @@ def test_sequential_gives_the_joint_gradients(checkpointing: Checkpointing) -> N
     model = training_model(checkpointing)
     losses, gradients = run(model, sequential_backward)
     plain = training_model()
-    expected_losses, expected = run(plain, joint_backward)
+    expected_losses, expected = run(plain, joint_loss)
     torch.testing.assert_close(losses, expected_losses, rtol=0, atol=1e-12)
     assert gradients.keys() == expected.keys()
     for name, wanted in expected.items():
@@ -62,16 +62,16 @@ def test_sequential_gives_the_joint_gradients(checkpointing: Checkpointing) -> N
 def test_joint_gradients_are_those_of_plain_autograd() -> None:
     """The reference itself: whole logits, torch's cross-entropy, the weighted sum over heads."""
     model = training_model()
-    losses, gradients = run(model, joint_backward)
+    losses, gradients = run(model, joint_loss)
     tokens, labels = make_batch()
     model.zero_grad()
     trunk_output = model(tokens)
-    norm, unembedding = model.heads.readout()
+    norm, unembedding = model.heads.lm_head()
     context = model.context(SEQUENCE, tokens.device)
     sums = []
     for head in model.heads.numbers:
         hidden = model.heads.hidden(head, trunk_output, context)
-        hidden = model.heads.readout.normalize(hidden, norm)
+        hidden = model.heads.lm_head.normalize(hidden, norm)
         logits = (hidden @ unembedding.t()).permute(1, 2, 0)  # [B, V, S]
         sums.append(torch.nn.functional.cross_entropy(logits, labels[head - 1], reduction="sum"))
     total = torch.stack(sums)
@@ -93,7 +93,9 @@ def test_two_micro_batches_add_up() -> None:
     tokens, labels = make_batch()
     scales = torch.linspace(0.5, 2.0, HEADS, dtype=torch.float64)
     scales = scales / (labels != IGNORED).sum((1, 2))
-    sequential_backward(model, model(tokens), labels, scales, chunk_tokens=7).remainder.backward()
+    sequential_backward(
+        model, model(tokens), labels, scales, chunk_tokens=7
+    ).surrogate_loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, doubled[name], rtol=0, atol=1e-12)
@@ -112,12 +114,12 @@ def test_head_without_targets_gets_zero_gradients() -> None:
         assert bool((gradient == 0).all()) == name.startswith("heads.layers.2."), name
 
 
-@pytest.mark.parametrize("backward", [sequential_backward, joint_backward])
+@pytest.mark.parametrize("backward", [sequential_backward, joint_loss])
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_frozen_trunk_still_trains_the_heads(
     backward: Backward, checkpointing: Checkpointing
 ) -> None:
-    """Heads and readout get the gradients they get beside a trained trunk; the trunk gets none."""
+    """Heads and LM head get the gradients they get beside a trained trunk; the trunk gets none."""
     _, expected = run(training_model(), sequential_backward)
     model = training_model(checkpointing)
     model.trunk.requires_grad_(False)
@@ -131,11 +133,11 @@ def test_frozen_trunk_still_trains_the_heads(
 
 
 def test_head_layers_train_when_all_else_is_frozen() -> None:
-    """Nothing is left for the remainder to deliver, and its backward still runs."""
+    """The surrogate loss has no gradient left to deliver, and its backward still runs."""
     _, expected = run(training_model(), sequential_backward)
     model = training_model()
     model.trunk.requires_grad_(False)
-    model.heads.readout.requires_grad_(False)
+    model.heads.lm_head.requires_grad_(False)
     _, gradients = run(model, sequential_backward)
     for name, gradient in gradients.items():
         if name.startswith("heads.layers."):
@@ -162,7 +164,7 @@ def test_memory_does_not_depend_on_the_number_of_heads(checkpointing: Checkpoint
     """
     heads = (1, 2, 4, 8)
     sequential = [peak_saved_bytes(sequential_backward, n, checkpointing) for n in heads]
-    joint = [peak_saved_bytes(joint_backward, n, checkpointing) for n in heads]
+    joint = [peak_saved_bytes(joint_loss, n, checkpointing) for n in heads]
     assert sequential == [sequential[0]] * len(heads)
     growth = [(joint[i] - joint[0]) / (heads[i] - 1) for i in range(1, len(heads))]
     assert max(growth) - min(growth) < 0.01 * growth[0]  # so many bytes for each further head

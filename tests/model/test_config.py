@@ -124,14 +124,14 @@ def test_flops_count_the_unembedding_once_per_head() -> None:
 
 
 def test_flops_of_a_frozen_model_are_mostly_forwards() -> None:
-    """All forwards, two thirds of the usual backward of 2 heads, one half of their readouts'."""
+    """All forwards, the whole backward of 2 heads' layers, half of that of their unembeddings."""
     model = ModelConfig(**{**SIZES, "future_tokens": 3})
     layer = (model.flops_per_token(128) - 6 * 3 * 96 * 64) / 6 / 8  # with its attention
     expected = 2 * (8 * layer + 3 * 96 * 64) + 2 * 4 * layer + 2 * 2 * 96 * 64
     assert model.flops_per_token(128, frozen=True) == pytest.approx(expected, rel=1e-12)
 
 
-def test_tensor_parallel_sizes_are_checked_with_a_way_out() -> None:
+def test_tensor_parallel_sizes_are_checked_with_nearest_values() -> None:
     """Each size that cannot be divided is named with its nearest workable values."""
     config = ModelConfig(
         **{**SIZES, "attention_heads": 8, "kv_heads": 2, "ffn_hidden_size": 250, "vocab_size": 98}

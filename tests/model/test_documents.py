@@ -1,4 +1,4 @@
-"""Documents in one row: each is computed as if it were alone."""
+"""Documents in one sequence: each is computed as if it were alone."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from benchmarks.saved_tensors import SavedTensorMeter
 from model.attention import attend
-from model.backward import joint_backward, sequential_backward
+from model.backward import joint_loss, sequential_backward
 from model.documents import (
     BLOCK,
     bias_within,
@@ -35,18 +35,18 @@ from tests.support.tiny_model import (
 )
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
-LENGTHS = ((4, 1, 5), (2, 8))  # of the documents of each row
+LENGTHS = ((4, 1, 5), (2, 8))  # of the documents of each sequence
 DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
-TOLERANCE = 1e-12  # float64; sums of masked and of shorter rows run in another order
+TOLERANCE = 1e-12  # float64; sums of masked and of shorter sequences run in another order
 
 
 def parts() -> list[tuple[int, slice]]:
-    """Row and columns of every document."""
+    """Batch index and positions of every document."""
     found = []
-    for row, lengths in enumerate(LENGTHS):
+    for index, lengths in enumerate(LENGTHS):
         start = 0
         for length in lengths:
-            found.append((row, slice(start, start + length)))
+            found.append((index, slice(start, start + length)))
             start += length
     return found
 
@@ -54,29 +54,29 @@ def parts() -> list[tuple[int, slice]]:
 def masked_labels(heads: int) -> Tensor:
     """Labels `[n, B, S]` that stay within their document, as the loader makes them."""
     labels = torch.full((heads, *TOKENS.shape), IGNORED)
-    for row, place in parts():
+    for index, span in parts():
         for head in range(1, heads + 1):
-            last = place.stop - head
-            if last > place.start:
-                labels[head - 1, row, place.start : last] = TOKENS[
-                    row, place.start + head : place.stop
+            last = span.stop - head
+            if last > span.start:
+                labels[head - 1, index, span.start : last] = TOKENS[
+                    index, span.start + head : span.stop
                 ]
     return labels
 
 
 def documents_alone(labels: Tensor) -> list[tuple[Tensor, Tensor, None]]:
-    """Tokens and labels of each document as a row of its own."""
+    """Tokens and labels of each document as a sequence of its own."""
     return [
-        (TOKENS[row : row + 1, place], labels[:, row : row + 1, place], None)
-        for row, place in parts()
+        (TOKENS[index : index + 1, span], labels[:, index : index + 1, span], None)
+        for index, span in parts()
     ]
 
 
-def test_positions_and_mask_of_a_row() -> None:
+def test_positions_and_mask_of_a_sequence() -> None:
     """Positions start again with each document; a query sees its own document up to itself."""
-    row = torch.tensor([[0, 0, 0, 1, 1, 2]], dtype=torch.int32)
-    assert positions_within(row).tolist() == [[0, 1, 2, 0, 1, 0]]
-    assert visible_within(row)[0, 0].int().tolist() == [
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2]], dtype=torch.int32)
+    assert positions_within(documents).tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert visible_within(documents)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0],
@@ -92,27 +92,27 @@ def test_document_in_a_row_is_the_document_alone(kv_heads: int, heads: int) -> N
     """Logits of every head, with grouped and with full keys."""
     model = tiny_model(tiny_config(kv_heads=kv_heads, future_tokens=heads))
     packed = head_logits(model, TOKENS, DOCUMENTS)
-    for row, place in parts():
-        alone = head_logits(model, TOKENS[row : row + 1, place])
-        torch.testing.assert_close(packed[:, row, place], alone[:, 0], rtol=0, atol=TOLERANCE)
+    for index, span in parts():
+        alone = head_logits(model, TOKENS[index : index + 1, span])
+        torch.testing.assert_close(packed[:, index, span], alone[:, 0], rtol=0, atol=TOLERANCE)
 
 
 def test_one_document_is_a_plain_row() -> None:
-    """With one document a row, the mask and its positions change nothing."""
+    """With one document a sequence, the mask and its positions change nothing."""
     model = tiny_model(tiny_config())
     plain = head_logits(model, TOKENS)
     one = head_logits(model, TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
     torch.testing.assert_close(one, plain, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("place", range(10))
-def test_another_token_changes_its_own_document_alone(place: int) -> None:
-    """Exactly nothing changes in the row's other documents, nor before the token, for any head."""
+@pytest.mark.parametrize("span", range(10))
+def test_another_token_changes_its_own_document_alone(span: int) -> None:
+    """Exactly nothing changes in its other documents, nor before the token, for any head."""
     model = tiny_model(tiny_config())
     changed = TOKENS.clone()
-    changed[0, place] = 19
+    changed[0, span] = 19
     difference = head_logits(model, changed, DOCUMENTS) - head_logits(model, TOKENS, DOCUMENTS)
-    reached = (DOCUMENTS[0] == DOCUMENTS[0, place]) & (torch.arange(10) >= place)
+    reached = (DOCUMENTS[0] == DOCUMENTS[0, span]) & (torch.arange(10) >= span)
     assert bool((difference[:, 0, ~reached] == 0).all())
     assert bool((difference[:, 0, reached].abs().amax(-1) > 1e-6).all())
     assert bool((difference[:, 1] == 0).all())
@@ -137,17 +137,19 @@ def test_positions_alone_do_not_keep_documents_apart() -> None:
 
 
 def gradients(
-    model: MultiTokenModel, rows: Sequence[tuple[Tensor, Tensor, Tensor | None]], sequential: bool
+    model: MultiTokenModel,
+    sequences: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    sequential: bool,
 ) -> dict[str, Tensor]:
     """Every parameter's gradient after micro-batches of tokens, labels and documents."""
-    backward = sequential_backward if sequential else joint_backward
+    backward = sequential_backward if sequential else joint_loss
     model.zero_grad()
     scales = torch.linspace(0.5, 2.0, len(model.heads.numbers), dtype=torch.float64)
-    for tokens, labels, documents in rows:
+    for tokens, labels, documents in sequences:
         trunk_output = model(tokens, documents=documents)
         backward(
             model, trunk_output, labels, scales, chunk_tokens=7, documents=documents
-        ).remainder.backward()
+        ).surrogate_loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -193,13 +195,13 @@ def test_blocks_are_those_of_every_pair_of_positions(length: int, data: st.DataO
     """The lists made from the blocks' borders equal torch's, which asks about all S x S pairs."""
     starts = data.draw(st.lists(st.lists(st.integers(1, length)), min_size=1, max_size=2))
     documents = torch.zeros(len(starts), length + 1, dtype=torch.int32)
-    for row, places in enumerate(starts):
-        documents[row, places] = 1
+    for index, starts_here in enumerate(starts):
+        documents[index, starts_here] = 1
     documents = documents.cumsum(1, dtype=torch.int32)[:, :length]
     every_pair = visible_within(documents)
     found = blocks_within(documents)
     expected = create_block_mask(
-        lambda row, _, query, key: every_pair[row, 0, query, key],
+        lambda index, _, query, key: every_pair[index, 0, query, key],
         len(starts),
         None,
         length,
@@ -237,12 +239,12 @@ def test_blocks_give_the_gradients_of_the_bias(
     checkpointing: Checkpointing, sequential: bool
 ) -> None:
     """Through flex attention as it is traced for a GPU, whatever is recomputed."""
-    rows = [(TOKENS, masked_labels(3), DOCUMENTS)]
-    expected = gradients(training_model(), rows, sequential)
+    sequences = [(TOKENS, masked_labels(3), DOCUMENTS)]
+    expected = gradients(training_model(), sequences, sequential)
     with blocks_on_cpu():
         model = training_model(checkpointing)
         assert isinstance(model.context(10, TOKENS.device, DOCUMENTS).mask, BlockMask)
-        found = gradients(model, rows, sequential)
+        found = gradients(model, sequences, sequential)
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=TOLERANCE)
@@ -252,8 +254,8 @@ def _on_two_ranks(kv_heads: int) -> tuple[Tensor, Tensor, float]:
     """With the model split over two tensor-parallel ranks.
 
     Returns:
-        Difference of this rank's logits between documents in a row and alone, that between two
-        rows that differ in document 0, `[n, S, V']`, and the largest difference of a gradient.
+        Difference of this rank's logits between documents in a sequence and alone, that between two
+        sequences that differ in document 0, `[n, S, V']`, and the largest difference of a gradient.
     """
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     config = tiny_config(kv_heads=kv_heads, future_tokens=3)
@@ -265,8 +267,8 @@ def _on_two_ranks(kv_heads: int) -> tuple[Tensor, Tensor, float]:
             model.get_parameter(name).copy_(part)
     packed = head_logits(model, TOKENS, DOCUMENTS)
     alone = packed.clone()
-    for row, place in parts():
-        alone[:, row, place] = head_logits(model, TOKENS[row : row + 1, place])[:, 0]
+    for index, span in parts():
+        alone[:, index, span] = head_logits(model, TOKENS[index : index + 1, span])[:, 0]
     changed = TOKENS.clone()
     changed[0, 0] = 19
     other = head_logits(model, changed, DOCUMENTS)

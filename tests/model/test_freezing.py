@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.saved_tensors import SavedTensorMeter
-from model.backward import joint_backward, sequential_backward
+from model.backward import joint_loss, sequential_backward
 from model.freezing import freeze_parameters, is_trained
 from model.layers import Checkpointing
 from model.parameter_shapes import parameter_shapes
@@ -23,13 +23,13 @@ def test_the_next_token_model_is_what_is_frozen() -> None:
     assert all(is_trained(name, "none") for name in names)
 
 
-@pytest.mark.parametrize("backward", [sequential_backward, joint_backward])
+@pytest.mark.parametrize("backward", [sequential_backward, joint_loss])
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 def test_heads_get_the_gradients_of_the_whole_model(
     backward: Backward, checkpointing: Checkpointing
 ) -> None:
     """Losses of all heads and gradients of heads 2 .. n are those without freezing."""
-    expected_losses, expected = run(training_model(), joint_backward)
+    expected_losses, expected = run(training_model(), joint_loss)
     model = training_model(checkpointing)
     freeze_parameters(model, "trunk")
     losses, gradients = run(model, backward)

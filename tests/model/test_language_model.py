@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.backward import joint_backward, sequential_backward
+from model.backward import joint_loss, sequential_backward
 from model.hugging_face.names import hf_names, split
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import parameter_shapes
@@ -38,7 +38,7 @@ def plain_llama() -> LlamaForCausalLM:
     return llama
 
 
-@pytest.mark.parametrize("backward", [sequential_backward, joint_backward])
+@pytest.mark.parametrize("backward", [sequential_backward, joint_loss])
 def test_one_head_is_a_plain_llama(backward: object) -> None:
     """With n = 1 loss and every gradient are those of transformers' Llama of L layers."""
     assert callable(backward)
@@ -46,7 +46,7 @@ def test_one_head_is_a_plain_llama(backward: object) -> None:
     model = tiny_model(config).train().requires_grad_(True)
     count = (LABELS != -100).sum()
     result = backward(model, model(TOKENS), LABELS, torch.ones(1).double() / count, chunk_tokens=5)
-    result.remainder.backward()
+    result.surrogate_loss.backward()
     llama = plain_llama()
     logits = llama(TOKENS).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), LABELS.flatten())
@@ -82,20 +82,20 @@ def test_heads_are_parallel(head: int) -> None:
 
 
 @pytest.mark.parametrize("shared", ["trunk.layers.1.", "trunk.embedding", "heads.readout.weight"])
-def test_trunk_and_readout_are_shared(shared: str) -> None:
+def test_trunk_and_lm_head_are_shared(shared: str) -> None:
     """What is shared changes all heads."""
     assert changed_heads(shared) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("place", range(1, 8))
-def test_no_head_sees_the_future(place: int) -> None:
+@pytest.mark.parametrize("position", range(1, 8))
+def test_no_head_sees_the_future(position: int) -> None:
     """Another token at a position changes no head's logits before it and all heads' from it."""
     model = tiny_model(tiny_config())
     changed = TOKENS.clone()
-    changed[:, place] = 19
+    changed[:, position] = 19
     before, after = head_logits(model, TOKENS), head_logits(model, changed)
-    torch.testing.assert_close(after[:, :, :place], before[:, :, :place], rtol=0, atol=1e-14)
-    assert ((after - before)[:, :, place:].abs().amax((2, 3)) > 1e-6).all()
+    torch.testing.assert_close(after[:, :, :position], before[:, :, :position], rtol=0, atol=1e-14)
+    assert ((after - before)[:, :, position:].abs().amax((2, 3)) > 1e-6).all()
 
 
 @pytest.mark.parametrize("heads", [1, 3])

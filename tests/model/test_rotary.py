@@ -51,14 +51,14 @@ def test_megatron_rotates_with_them_as_llama_does() -> None:
 
 
 def test_positions_of_each_row() -> None:
-    """[B, S] positions give each row its own angles, those of the sequence table."""
+    """[B, S] positions give each sequence its own angles, those of the sequence table."""
     table = RotaryTable(HEAD_DIM, 10000.0)
     positions = torch.tensor([[3, 4, 5], [17, 18, 19]])
     angles = table.angles(positions)
     assert angles.shape == (3, 2, 1, HEAD_DIM)
     sequence = table.sequence(20, torch.device("cpu"))[:, 0, 0]
-    for row in range(2):
-        assert torch.equal(angles[:, row, 0], sequence[positions[row]])
+    for index in range(2):
+        assert torch.equal(angles[:, index, 0], sequence[positions[index]])
 
 
 def test_the_table_is_not_cast_with_the_weights() -> None:

@@ -14,13 +14,14 @@ import pipeline.export
 import pipeline.exporting.writing
 from data_prep.loading.loader import Batch
 from data_prep.tokenization.tokenizer import bytes_tokenizer
+from foundation.durable_files import read_entry
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.hugging_face.folder import ExportDescription
 from model.hugging_face.loading import load_export
 from model.sharding import merge_slices, placement_of
 from pipeline.checkpoint.file_names import WEIGHTS
-from pipeline.checkpoint.files import read_entry, write_manifest
+from pipeline.checkpoint.files import write_manifest
 from pipeline.checkpoint.folder import CheckpointFolder, read_config
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.sharded_tensors import read_weights
@@ -28,9 +29,10 @@ from pipeline.checkpoint.train_state import Layout, TrainState
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
-from pipeline.engine.engine import Engine
+from pipeline.engine.build import build_engine
 from pipeline.export import EXIT_USER_ERROR, export, main
 from pipeline.exporting.whole_model import compare
+from tests.support.engine_probes import parameters
 from tests.support.harness import run_ranks
 
 HEADS, SEQUENCE = 3, 16
@@ -99,7 +101,7 @@ def _train_and_save(case: Case, run_dir: Path) -> dict[str, Tensor]:
     """Two steps, a committed checkpoint, and the whole weights as the run itself has them."""
     config = _config(case, run_dir)
     topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
-    engine = Engine(config, topology, "bf16" if case.precision == "bf16" else "fp32")
+    engine = build_engine(config, topology, "bf16" if case.precision == "bf16" else "fp32")
     generator = torch.Generator().manual_seed(topology.data_rank)
     for _ in range(2):
         window = torch.randint(258, (2, SEQUENCE + HEADS), generator=generator)
@@ -124,7 +126,7 @@ def _train_and_save(case: Case, run_dir: Path) -> dict[str, Tensor]:
     )
     saver.begin(state, engine.snapshot, asynchronous=False)
     saver.finish()
-    return {name: _whole(name, part, topology) for name, part in engine.parameters()}
+    return {name: _whole(name, part, topology) for name, part in parameters(engine)}
 
 
 def _whole(name: str, part: Tensor, topology: Topology) -> Tensor:

@@ -9,7 +9,8 @@ import pytest
 
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
-from pipeline.report import final_figures, write_report
+from pipeline.report import write_report
+from pipeline.reporting.final_figures import final_figures
 from pipeline.reporting.metrics import METRICS_NAME, MetricsLog, read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from foundation.durable_files import write_synced
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
-from pipeline.checkpoint.files import write_synced
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.sharded_tensors import Snapshot, run_key
 from pipeline.checkpoint.train_state import Layout, TrainState
@@ -41,6 +41,6 @@ def commit(
         (TOKENIZER, "{}"),
     ):
         entries[name] = write_synced(partial / name, text.encode())
-    committed = folder.commit(step, entries, lambda _point: None)
+    committed = folder.commit(step, entries)
     folder.finish_deletions()
     return committed

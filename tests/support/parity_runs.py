@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.engine.build import build_engine
 from pipeline.engine.engine import Engine
-from pipeline.engine.staged_engine import build_engine
 from tests.support.engine_cases import Case, build_topology, engine_config, local_batches, whole
+from tests.support.engine_probes import gradients, parameters
 from tests.support.harness import run_ranks
 
 
@@ -75,7 +76,7 @@ def _train(case: Case, num_steps: int) -> Course:
         assert result.applied
         steps.append(Step(result.head_losses.tolist(), result.grad_norm, recorded[-1]))
     weights = {
-        name: whole(name, weight.float().clone(), topology) for name, weight in engine.parameters()
+        name: whole(name, weight.float().clone(), topology) for name, weight in parameters(engine)
     }
     return Course(steps, weights)
 
@@ -84,13 +85,13 @@ def _record_gradients(engine: Engine, recorded: list[dict[str, Tensor]]) -> None
     """Keep each step's gradients as they are just before the optimizer moves."""
     apply = engine._apply
 
-    def record_and_apply() -> float | None:
+    def record_and_apply(learning_rate: float) -> float | None:
         recorded.append(
             {
                 name: whole(name, gradient.detach().float().clone(), engine.topology)
-                for name, gradient in engine.gradients()
+                for name, gradient in gradients(engine)
             }
         )
-        return apply()
+        return apply(learning_rate)
 
     engine._apply = record_and_apply  # type: ignore[method-assign]

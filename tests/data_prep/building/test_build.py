@@ -19,8 +19,8 @@ from data_prep.building.build import build
 from data_prep.building.options import BuildOptions
 from data_prep.building.unit import is_held_out
 from data_prep.errors import DataError
-from data_prep.loading.loader import ShardSet
 from data_prep.shards.manifest import Manifest, load_manifest
+from data_prep.shards.shard_set import ShardSet
 from data_prep.tokenization.tokenizer import Tokenizer, read_tokenizer
 from data_prep.verify import find_problems
 from data_prep.workers.progress import ProgressLine

@@ -134,6 +134,29 @@ def test_broken_files_give_one_line(tmp_path: Path, text: str) -> None:
         read_config(path)
 
 
+def test_numbers_and_keys_are_read_as_in_a_run_configuration(tmp_path: Path) -> None:
+    """`5e-4` is a number and `no` is text; of a repeated key the second is named by its line."""
+    text = "output: no\ntokenizer: bytes\nvalidation_fraction: 5e-4\n"
+    assert read_config(write(tmp_path, text)) == {
+        "output": Path("no"),
+        "tokenizer": "bytes",
+        "validation_fraction": 5e-4,
+    }
+    with pytest.raises(DataError, match="line 4, column 1: the key 'output' appears twice"):
+        read_config(write(tmp_path, text + "output: b\n"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!python/object:os.system x", "[" * 500, '"\\ud800"', '"\\0"', "9" * 400, "&a [*a]", "1e999"],
+)
+def test_hostile_values_give_one_line(tmp_path: Path, value: str) -> None:
+    """The line and column of what cannot be read, and no traceback."""
+    with pytest.raises(DataError, match=r"is not valid YAML: line 1, column \d+") as caught:
+        read_config(write(tmp_path, f"workers: {value}\n"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_shipped_files_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every file of configs/data is read and checked; the quickstart's inputs exist."""
     for folder in ("papers", "web"):

@@ -107,8 +107,8 @@ def test_killed_before_any_file_operation(
     assert {"manifest.json", "rejects.jsonl", "journal/00001.json", "journal/units.jsonl"} <= named
     expected = read_tree(straight)
     others = [number for number in range(len(operations)) if number not in renamed]
-    source = random.Random(20)
-    for point in sorted(renamed + source.sample(others, RANDOM_KILLS)):
+    rng = random.Random(20)
+    for point in sorted(renamed + rng.sample(others, RANDOM_KILLS)):
         output = tmp_path / f"killed-{point}"
         assert builds.run(output, kill_at=point) == -9
         if (output / "manifest.json").exists():
@@ -117,7 +117,7 @@ def test_killed_before_any_file_operation(
             with pytest.raises(DataError):
                 load_manifest(output)
         if point % 3 == 0:
-            builds.run(output, kill_at=source.randrange(point + 1))
+            builds.run(output, kill_at=rng.randrange(point + 1))
         assert builds.run(output) == 0
         tree = read_tree(output)
         assert tree.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Several sources in one set: their order, places, totals and weights."""
+"""Several sources in one set: their order, folders, totals and weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_units_keep_to_one_source(tmp_path: Path, sources: tuple[Source, ...]) -
     assert [planned.source for planned in plan.units] == sorted(p.source for p in plan.units)
     for planned in plan.units:
         for segment in planned.unit.segments:
-            assert plan.files[segment.file] == segment.source
+            assert plan.files[segment.file] == segment.input
             assert plan.file_sources[segment.file] == planned.source
     build_sources(tmp_path / "out", sources)
     listed = UnitList(tmp_path / "out")

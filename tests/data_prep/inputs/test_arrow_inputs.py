@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import DataError
+from data_prep.inputs.input_files import find_inputs
 from data_prep.inputs.reading import read_text
 from data_prep.inputs.records import Reading
-from data_prep.inputs.sources import find_inputs, plan_units
+from data_prep.inputs.units import plan_units
 from data_prep.shards.manifest import Manifest
 from data_prep.verify import find_problems
 
@@ -175,6 +176,6 @@ def test_sets_of_rows_verify(tmp_path: Path, build_set: Build) -> None:
     manifest = build_set(parquet, arrow, unit_bytes=700)
     assert [entry.ledger.documents for entry in manifest.inputs] == [50, 50]
     assert list(find_problems(tmp_path / "out")) == []
-    source, _ = find_inputs([parquet, arrow])
-    assert read_text(source, 33, Reading("text")) == TEXTS[33].encode()
-    assert read_text(source._replace(bytes=1), 33, Reading("text")) is None
+    file, _ = find_inputs([parquet, arrow])
+    assert read_text(file, 33, Reading("text")) == TEXTS[33].encode()
+    assert read_text(file._replace(bytes=1), 33, Reading("text")) is None

@@ -132,10 +132,10 @@ def stored(directory: Path) -> list[str]:
     with_ends = ShardSet.open(directory, "train")
     tokens = with_ends.read(0, with_ends.num_tokens).tolist()
     documents, start = [], 0
-    for place, token in enumerate(tokens):
+    for position, token in enumerate(tokens):
         if token == with_ends.eos_id:
-            documents.append(bytes(tokens[start:place]).decode())
-            start = place + 1
+            documents.append(bytes(tokens[start:position]).decode())
+            start = position + 1
     return sorted(documents)
 
 
@@ -164,7 +164,7 @@ def test_records_that_cannot_be_read_end_the_job(
 
 
 def test_bad_records_end_the_job_when_asked(tmp_path: Path, build_set: Build) -> None:
-    """With --on-bad fail the first one is named by its place: a byte, or a row."""
+    """With --on-bad fail the first one is named by its position: a byte, or a row."""
     path = tmp_path / "a.jsonl.xz"
     path.write_bytes(lzma.compress(with_line(b"{}")))
     offset = sum(len(line) + 1 for line in LINES[:10])

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from data_prep.errors import DataError
-from data_prep.inputs.sources import find_inputs
+from data_prep.inputs.input_files import find_inputs
 
 Read = Callable[..., list[tuple[int, str | None, str]]]
 

@@ -10,7 +10,7 @@ Read = Callable[..., list[tuple[int, str | None, str]]]
 
 
 def test_files_of_a_directory_are_one_document_each(tmp_path: Path, read_records: Read) -> None:
-    """A source file is one document byte for byte; binary and non-UTF-8 ones are rejected."""
+    """A source code file is one document byte for byte; binary and non-UTF-8 ones are rejected."""
     contents = {"a.py": b"x = 1\r\n", "b.py": b"\xff\xfe", "c.py": b"a\0b", "d.py": b""}
     contents["e.txt"] = b"\xef\xbb\xbfmarked\ronce"
     for name, content in contents.items():

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from data_prep.errors import DataError
-from data_prep.loading.loader import Batch, ShardSet, TokenLoader
+from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
 from data_prep.loading.mixture import Mixture, MixtureSegment, block_counts
-from data_prep.loading.rows import PackingName
+from data_prep.loading.sequences import PackingName, SequenceFormat
 from data_prep.shards.manifest import Manifest
+from data_prep.shards.shard_set import ShardSet
 
 S, N = 16, 4
 
@@ -45,38 +46,32 @@ def make_loader(
     documents: bool = False,
     weights: Mapping[str, float] | None = None,
 ) -> TokenLoader:
-    """A loader of short windows."""
+    """A loader of short sequences."""
     return TokenLoader(
         shards,
-        sequence_length=S,
-        future_tokens=heads,
+        SequenceFormat(S, heads, packing, documents),
+        BatchLayout(micro, accumulation, data_rank=rank, data_size=ranks),
         seed=seed,
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        data_parallel_rank=rank,
-        data_parallel_size=ranks,
         shuffle=shuffle,
-        packing=packing,
-        documents=documents,
         weights=weights,
     )
 
 
 def test_labels_are_the_tokens_ahead(shards: ShardSet) -> None:
-    """T1: labels[k-1, b, t] is token t + k of the row's window, border included, never -100."""
+    """T1: labels[k-1, b, t] is token t + k of its sequence, border included, never -100."""
     loader = make_loader(shards, shuffle=False)
     stream = torch.from_numpy(shards.read(0, shards.num_tokens).astype("int64"))
     (batch,) = loader.step_batches(6)
     assert batch.tokens.shape == (2, S)
     assert batch.labels.shape == (N, 2, S)
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-    for row, head, position in itertools.product(range(2), range(1, N + 1), range(S)):
-        start = (6 + row) * S
-        assert batch.tokens[row, position] == stream[start + position]
-        assert batch.labels[head - 1, row, position] == stream[start + position + head]
+    for index, head, position in itertools.product(range(2), range(1, N + 1), range(S)):
+        start = (6 + index) * S
+        assert batch.tokens[index, position] == stream[start + position]
+        assert batch.labels[head - 1, index, position] == stream[start + position + head]
 
 
-def test_windows_overlap_so_that_no_target_is_missing(shards: ShardSet) -> None:
+def test_sequences_overlap_so_that_no_target_is_missing(shards: ShardSet) -> None:
     """T13: an epoch has n targets for each input position, and its inputs tile the stream."""
     loader = make_loader(shards, micro=1)
     stream = shards.read(0, shards.num_tokens).tolist()
@@ -103,7 +98,7 @@ def test_windows_overlap_so_that_no_target_is_missing(shards: ShardSet) -> None:
 def test_the_global_batch_does_not_depend_on_its_split(
     shards: ShardSet, ranks: int, micro: int, accumulation: int
 ) -> None:
-    """Every split of 8 rows holds the same rows in the same order, across an epoch border too."""
+    """Every split of 8 samples has the same ones in the same order, across an epoch border too."""
     whole = make_loader(shards, micro=8)
     for next_sample in (0, 8, whole.num_samples - 3, 5 * whole.num_samples):
         loaders = [
@@ -112,10 +107,10 @@ def test_the_global_batch_does_not_depend_on_its_split(
         ]
         assert {loader.global_batch_size for loader in loaders} == {8}
         per_rank = [loader.step_batches(next_sample) for loader in loaders]
-        rows = [per_rank[rank][step] for step in range(accumulation) for rank in range(ranks)]
+        parts = [per_rank[rank][step] for step in range(accumulation) for rank in range(ranks)]
         (expected,) = whole.step_batches(next_sample)
-        assert torch.equal(torch.cat([batch.tokens for batch in rows]), expected.tokens)
-        assert torch.equal(torch.cat([batch.labels for batch in rows], dim=1), expected.labels)
+        assert torch.equal(torch.cat([batch.tokens for batch in parts]), expected.tokens)
+        assert torch.equal(torch.cat([batch.labels for batch in parts], dim=1), expected.labels)
 
 
 @pytest.fixture
@@ -126,25 +121,25 @@ def mixed(texts: list[str], build_mixture: Callable[..., Path]) -> ShardSet:
 
 
 def test_each_source_has_its_own_order_and_epochs(mixed: ShardSet) -> None:
-    """With weights 1 : 3 the rows of a source come in its own permutation, epoch after epoch."""
+    """With weights 1 : 3 a source's sequences come in its own permutation, epoch after epoch."""
     loader = make_loader(mixed, micro=4, weights={"web": 1, "code": 3})
-    rows: dict[str, list[list[int]]] = {"web": [], "code": []}
+    given: dict[str, list[list[int]]] = {"web": [], "code": []}
     for first in range(0, 1000, 4):
         sources, indices = loader.mixture.locate(np.arange(first, first + 4))
         (batch,) = loader.step_batches(first)
-        for source, index, row in zip(sources, indices, batch.tokens.tolist(), strict=True):
-            found = rows[mixed.sources[source]]
+        for source, index, tokens in zip(sources, indices, batch.tokens.tolist(), strict=True):
+            found = given[mixed.sources[source]]
             assert len(found) == index
-            found.append(row)
-    assert {name: len(found) for name, found in rows.items()} == {"web": 250, "code": 750}
+            found.append(tokens)
+    assert {name: len(found) for name, found in given.items()} == {"web": 250, "code": 750}
     assert loader.mixture.counts(1000) == {"web": 250, "code": 750}
-    for name, found in rows.items():
+    for name, found in given.items():
         alone = make_loader(mixed.of_source(name), micro=1)
-        count = loader.rows_by_source[name]
+        count = loader.sequences_by_source[name]
         assert alone.num_samples == count
         for sample, tokens in enumerate(found):
             assert alone.step_batches(sample)[0].tokens[0].tolist() == tokens
-    code, count = rows["code"], loader.rows_by_source["code"]
+    code, count = given["code"], loader.sequences_by_source["code"]
     assert sorted(code[:count]) == sorted(code[count : 2 * count])
     assert code[:count] != code[count : 2 * count]
 
@@ -176,12 +171,12 @@ def test_mixed_global_batches_do_not_depend_on_their_split(
     loaders = [load(rank, ranks, micro, accumulation) for rank in range(ranks)]
     for next_sample in (0, 16, 1000):
         per_rank = [loader.step_batches(next_sample) for loader in loaders]
-        rows = [per_rank[rank][step] for step in range(accumulation) for rank in range(ranks)]
+        parts = [per_rank[rank][step] for step in range(accumulation) for rank in range(ranks)]
         (expected,) = whole.step_batches(next_sample)
         assert expected.documents is not None
-        numbers = [batch.documents for batch in rows if batch.documents is not None]
-        assert torch.equal(torch.cat([batch.tokens for batch in rows]), expected.tokens)
-        assert torch.equal(torch.cat([batch.labels for batch in rows], dim=1), expected.labels)
+        numbers = [batch.documents for batch in parts if batch.documents is not None]
+        assert torch.equal(torch.cat([batch.tokens for batch in parts]), expected.tokens)
+        assert torch.equal(torch.cat([batch.labels for batch in parts], dim=1), expected.labels)
         assert torch.equal(torch.cat(numbers), expected.documents)
 
 
@@ -247,14 +242,14 @@ def test_too_small_a_split_is_refused(
     write_jsonl: Callable[..., Path],
     build_set: Callable[..., Manifest],
 ) -> None:
-    """Less than one window, or less than one global batch, says both numbers."""
+    """Less than one sequence, or less than one global batch, says both numbers."""
     build_set(write_jsonl(["a" * 18], "b.jsonl"), output="tiny", validation_fraction=0)
     tiny = ShardSet.open(tmp_path / "tiny", "train")
-    with pytest.raises(DataError, match=r"has 19 tokens, fewer than one window of .* = 20"):
+    with pytest.raises(DataError, match=r"has 19 tokens, fewer than one sequence of .* = 20"):
         make_loader(tiny)
     with pytest.raises(DataError, match="has 0 tokens"):
         make_loader(ShardSet.open(tmp_path / "tiny", "validation"))
-    rows = make_loader(shards).num_samples
-    assert make_loader(shards, micro=rows).num_samples == rows
-    with pytest.raises(DataError, match=f"fewer than one global batch of {rows + 1}"):
-        make_loader(shards, micro=rows + 1)
+    count = make_loader(shards).num_samples
+    assert make_loader(shards, micro=count).num_samples == count
+    with pytest.raises(DataError, match=f"fewer than one global batch of {count + 1}"):
+        make_loader(shards, micro=count + 1)

@@ -72,7 +72,7 @@ def test_every_stretch_is_mixed_evenly() -> None:
 
 
 def test_any_sample_is_reached_at_once() -> None:
-    """Sample 10^12 is located without those before it, and its counters agree with its place."""
+    """Sample 10^12 is located without those before it, and its counters agree with its position."""
     mixture = make_mixture((0, {"a": 3, "b": 1}), (10**9 + 7, {"b": 2, "c": 1}))
     sample = 10**12 + 3
     (source,), (index,) = mixture.locate(np.array([sample]))

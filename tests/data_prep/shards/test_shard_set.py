@@ -93,7 +93,7 @@ def test_broken_manifests_are_refused(directory: Path) -> None:
         ShardSet.open(directory, "train")
     layout["shards"].reverse()
     path.write_text(json.dumps(layout))
-    with pytest.raises(DataError, match="changed by hand"):
+    with pytest.raises(DataError, match="was edited"):
         ShardSet.open(directory, "train")
 
 
@@ -159,7 +159,7 @@ def test_a_large_set_is_opened_by_its_listing(
 def test_document_starts_come_from_the_offsets(
     directory: Path, monkeypatch: pytest.MonkeyPatch, offsets_per_read: int
 ) -> None:
-    """In any range, across shards, they are the places after end-of-document tokens."""
+    """In any range, across shards, they are the positions after end-of-document tokens."""
     monkeypatch.setattr(shard_set, "OFFSETS_PER_READ", offsets_per_read)
     shards = ShardSet.open(directory, "train")
     stream = shards.read(0, shards.num_tokens)

@@ -93,7 +93,7 @@ def test_an_unknown_split_falls_back_with_the_reason() -> None:
     tokenizer = Tokenizer(changed(pre_tokenizer=split_pattern(r"\d+|\D+")), None, "")
     report = choose_encoder(tokenizer, "auto")
     assert report.name == "tokenizers"
-    assert "gigatoken does not know this tokenizer" in report.note
+    assert "gigatoken does not support this tokenizer" in report.note
     assert "Unknown pre_tokenizer" in report.note
     with pytest.raises(DataError, match=r"--encoder gigatoken: .*use --encoder auto"):
         choose_encoder(tokenizer, "gigatoken")
@@ -181,7 +181,7 @@ def test_what_is_lossless_is_known_from_the_layout(
 
 
 def test_the_cache_of_the_fast_library_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once it took much memory it is made anew, and gives the same ids."""
+    """Once it took much memory it is loaded again, and gives the same ids."""
     monkeypatch.setattr(encoder_module, "CACHE_GROWTH_BYTES", 1 << 20)
     loads = []
     load = encoder_module._Gigatoken._load
@@ -193,9 +193,9 @@ def test_the_cache_of_the_fast_library_is_bounded(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(encoder_module._Gigatoken, "_load", watch)
     tokenizer = Tokenizer(CONTENT, None, "")
     encoder = Encoder(tokenizer, "gigatoken")
-    source = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     text = " ".join(
-        "".join(map(chr, source.integers(97, 123, size=9))) for _ in range(60_000)
+        "".join(map(chr, rng.integers(97, 123, size=9))) for _ in range(60_000)
     ).encode()
     first = encoder.encode([text])[0]
     second = encoder.encode([text])[0]
@@ -210,7 +210,7 @@ def test_the_encoder_changes_no_byte(
     read_tree: Callable[[Path], dict[str, bytes]],
     texts: list[str],
 ) -> None:
-    """Sets of both libraries are the same to the byte, and one goes on where the other stopped."""
+    """Sets of both libraries are the same to the byte, and one resumes where the other stopped."""
     path = write_jsonl(texts)
     for encoder in ("gigatoken", "tokenizers"):
         build_set(path, output=encoder, tokenizer="train:300", encoder=encoder)

@@ -15,8 +15,8 @@ from data_prep.building.build import build
 from data_prep.building.options import BuildOptions
 from data_prep.errors import DataError
 from data_prep.shard import main
-from data_prep.workers import array_tasks as array_crew
-from data_prep.workers.array_tasks import ArrayCrew, ArrayTask, Claims, find_array_task
+from data_prep.workers import array_tasks
+from data_prep.workers.array_tasks import ArrayTask, ArrayWorkers, Claims, find_array_task
 from tests.data_prep.conftest import Silence
 
 SCRIPT = Path(__file__).parents[3] / "data_prep" / "shard.py"
@@ -89,22 +89,22 @@ def test_a_late_task_finds_everything_done(
 def test_a_failing_task_gives_its_claims_back(
     tmp_path: Path, texts: list[str], write_jsonl: Write
 ) -> None:
-    """After an error no claim and no sign of life is left to wait for."""
+    """After an error no claim and no heartbeat is left to wait for."""
     path = write_jsonl(texts)
     path.write_bytes(path.read_bytes() + b"{bad\n")
     options = BuildOptions(
         tmp_path / "out", "bytes", inputs=(path,), unit_bytes=2000, on_bad="fail"
     )
     with pytest.raises(DataError, match="malformed JSON"):
-        build(options, Silence(), ArrayCrew(ArrayTask(0, 2), options.output, workers=1))
+        build(options, Silence(), ArrayWorkers(ArrayTask(0, 2), options.output, processes=1))
     assert not (tmp_path / "out" / "journal" / "claims").exists()
 
 
 def test_a_silent_holder_on_another_machine_loses_its_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While its sign of life moves, a claim stands; when that stops for the lease, it is free."""
-    monkeypatch.setattr(array_crew, "LEASE_S", 0.2)
+    """While its heartbeat moves, a claim holds; when that stops for the lease, it is free."""
+    monkeypatch.setattr(array_tasks, "LEASE_S", 0.2)
     sign = tmp_path / "alive-elsewhere"
     sign.touch()
     owner = {"host": "elsewhere", "pid": os.getpid(), "sign": sign.name}

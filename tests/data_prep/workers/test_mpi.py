@@ -25,7 +25,7 @@ CLAIMER = """
 import os, sys, time
 from functools import partial
 import numpy as np
-from data_prep.workers.mpi import MpiCrew, join_world
+from data_prep.workers.mpi import MpiWorkers, join_world
 from data_prep.workers.phase import Done, Phase
 
 def work(folder, item):
@@ -43,15 +43,15 @@ class Counter:
         self.bytes, self.tokens, self.rejects = (
             a + b for a, b in zip((self.bytes, self.tokens, self.rejects), more))
 
-def lead(world):
+def coordinate(world):
     counter, items = Counter(), 1000
     phase = Phase("p", "p", partial(work, sys.argv[1]), lambda item: item < 10, np.full(items, 7))
-    MpiCrew(world).run(phase, counter)
+    MpiWorkers(world).run(phase, counter)
     expected = (7 * 990, sum(range(10, items)), 990)
     return 0 if (counter.bytes, counter.tokens, counter.rejects) == expected else 5
 
 world = join_world(os.environ)
-sys.exit(world.run(lambda: lead(world)))
+sys.exit(world.run(lambda: coordinate(world)))
 """
 
 

@@ -48,7 +48,7 @@ def test_what_others_did_is_not_ours(clock: list[float]) -> None:
     assert written.getvalue().splitlines()[-1] == "encoding  25 % 10.0 MB at 1.0 MB/s, 0:00:30 left"
 
 
-def test_phases_begin_anew(clock: list[float]) -> None:
+def test_phases_start_from_zero(clock: list[float]) -> None:
     """The rates of one phase do not leak into the next, and each is summed up when it ends."""
     written = io.StringIO()
     line = ProgressLine(Console(file=written, width=200))

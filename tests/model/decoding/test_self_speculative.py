@@ -1,4 +1,4 @@
-"""Self-speculative decoding: the same tokens, or the same law, as head 1 alone gives."""
+"""Self-speculative decoding: the same tokens, or the same distribution, as head 1 alone gives."""
 
 import functools
 import itertools
@@ -44,22 +44,22 @@ class PerfectDrafts:
 
     def __init__(self, model: MultiTokenModel, texts: Sequence[Sequence[int]]) -> None:
         self.model = model
-        self.texts = texts  # prompt and greedy continuation of each row
+        self.texts = texts  # prompt and greedy continuation of each sequence
 
     def decode(
         self, tokens: Tensor, cache: KVCache, heads: Sequence[int], positions: Tensor | None = None
     ) -> Tensor:
         """Head 1 computed, the others looked up."""
         truth = self.model.logits(self.model.decode(tokens, cache, [1], positions))[0]
-        rows = torch.arange(tokens.shape[0]).unsqueeze(1)
-        places = cache.positions if positions is None else cache.positions[rows, positions]
+        batch = torch.arange(tokens.shape[0]).unsqueeze(1)
+        positions_of = cache.positions if positions is None else cache.positions[batch, positions]
         outputs = [truth]
         for head in heads[1:]:
             output = torch.zeros_like(truth)
-            for row, column in itertools.product(*map(range, places.shape)):
-                place = int(places[row, column]) + head
-                if place < len(self.texts[row]):
-                    output[row, column, self.texts[row][place]] = 1
+            for index, column in itertools.product(*map(range, positions_of.shape)):
+                position = int(positions_of[index, column]) + head
+                if position < len(self.texts[index]):
+                    output[index, column, self.texts[index][position]] = 1
             outputs.append(output)
         return torch.stack(outputs)
 
@@ -97,11 +97,11 @@ def test_greedy_equals_plain_decoding(heads: int) -> None:
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_end_of_text_ends_a_row_and_no_other(heads: int) -> None:
-    """Each row stops after its first end of text; rows that have none go on unharmed."""
+    """Each text stops at its first end of text; those that have none go on unharmed."""
     eos_id = references()[0][6]
     expected = [cut(tokens, eos_id) for tokens in references()]
     lengths = {len(tokens) for tokens in expected}
-    assert len(lengths) > 1, "rows should end at different places"
+    assert len(lengths) > 1, "texts should end at different positions"
     found = generate(
         random_model(), tiny_prompts(), heads=heads, max_new_tokens=NUM_TOKENS, eos_id=eos_id
     )
@@ -117,18 +117,18 @@ def test_limit_inside_a_block(num_tokens: int) -> None:
     assert found.tokens == expected
 
 
-@pytest.mark.parametrize("place", range(1, 9))
-def test_end_of_text_inside_a_block(place: int) -> None:
-    """With right drafts the end of text falls on every place of a block; the rest is dropped."""
-    eos_id = references()[2][place]
+@pytest.mark.parametrize("position", range(1, 9))
+def test_end_of_text_inside_a_block(position: int) -> None:
+    """With right drafts the end of text falls on every position of a block; the rest goes."""
+    eos_id = references()[2][position]
     found = with_perfect_drafts(4, NUM_TOKENS, eos_id)
     assert found.tokens == [cut(tokens, eos_id) for tokens in references()]
 
 
 @pytest.mark.parametrize("num_tokens", range(2, 8))
 def test_a_row_that_ends_early_leaves_the_others_alone(num_tokens: int) -> None:
-    """The longest row ends with right drafts to spare; it rests while the others go on."""
-    longest = max(range(len(tiny_prompts())), key=lambda row: len(tiny_prompts()[row]))
+    """The longest text ends with right drafts to spare; it rests while the others go on."""
+    longest = max(range(len(tiny_prompts())), key=lambda index: len(tiny_prompts()[index]))
     texts: list[list[int]] = [[] for _ in tiny_prompts()]
     texts[longest] = tiny_prompts()[longest] + references()[longest]
     model = PerfectDrafts(random_model(), texts)
@@ -138,7 +138,7 @@ def test_a_row_that_ends_early_leaves_the_others_alone(num_tokens: int) -> None:
 
 
 def test_heads_that_copy_head_1_do_no_harm() -> None:
-    """Drafts that are plausible and at the wrong place are still verified."""
+    """Drafts that are plausible and at the wrong position are still verified."""
     config = tiny_config()
     weights = tiny_weights(config)
     for name in list(weights):
@@ -157,7 +157,7 @@ def test_heads_that_copy_head_1_do_no_harm() -> None:
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_forwards_add_up(heads: int) -> None:
-    """Every forward gives a row 1 to k tokens, the prompt's gives 1, and nothing is lost."""
+    """Every forward gives a text 1 to k tokens, the prompt's gives 1, and nothing is lost."""
     found = generate(random_model(), tiny_prompts(), heads=heads, max_new_tokens=NUM_TOKENS)
     for blocks in found.blocks:
         sizes = [len(block) for block in blocks]
@@ -185,31 +185,31 @@ def test_cache_after_rollback_is_that_of_a_fresh_prefill() -> None:
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     texts = [list(prompt) for prompt in prompts]
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.tensor(prompt)
+    for index, prompt in enumerate(prompts):
+        padded[index, : len(prompt)] = torch.tensor(prompt)
     decoder = Decoder(random_model(), heads=4)
     for text, token in zip(texts, decoder.prefill(padded, lengths, 64).tolist(), strict=True):
         text.append(token)
     refused = False
     for number in range(12):
-        active = torch.arange(len(prompts)) != number % len(prompts)  # each row rests at times
+        active = torch.arange(len(prompts)) != number % len(prompts)  # each sequence rests at times
         tokens, new = decoder.step(active)
         refused |= bool((new[active] < 4).any())
         for text, block, count in zip(texts, tokens.tolist(), new.tolist(), strict=True):
             text.extend(block[:count])
     assert refused
-    for row, text in enumerate(texts):
-        length = int(decoder.cache.lengths[row])
+    for index, text in enumerate(texts):
+        length = int(decoder.cache.lengths[index])
         assert length == len(text) - 1  # the last token is still to be read
         fresh = KVCache(1, 64, torch.device("cpu"))
         random_model().decode(torch.tensor([text[:length]]), fresh, [1, 2, 3, 4])
         for layer, (keys, values) in decoder.cache._layers.items():
             for kept, expected in zip((keys, values), fresh._layers[layer], strict=True):
-                torch.testing.assert_close(kept[row, :length], expected[0, :length])
+                torch.testing.assert_close(kept[index, :length], expected[0, :length])
 
 
 def test_prefill_forms_logits_of_the_last_position_only() -> None:
-    """Asked for one position of each row, decoding hands out that one and fills the whole cache."""
+    """Asked for one position of each, decoding gives that one and fills the whole cache."""
     tokens = torch.tensor([tiny_prompts()[2], tiny_prompts()[4][:9]])
     all_heads = [1, 2, 3, 4]
     whole = random_model().decode(tokens, KVCache(2, 9, torch.device("cpu")), all_heads)
@@ -221,100 +221,102 @@ def test_prefill_forms_logits_of_the_last_position_only() -> None:
     torch.testing.assert_close(random_model().logits(whole), head_logits(random_model(), tokens))
 
 
-# The law of sampling, enumerated: an order-2 Markov target over 3 tokens, any draft laws.
+# The distribution of sampled texts, enumerated: an order-2 Markov target over 3 tokens, any drafts.
 
 VOCABULARY = 3
 LENGTH = 4
 
 
-def random_law(*key: int) -> Tensor:
-    """A law over the vocabulary, fixed by the key; one token in some laws has no mass."""
+def random_distribution(*key: int) -> Tensor:
+    """A distribution over the vocabulary, fixed by the key; some give one token no mass."""
     generator = torch.Generator().manual_seed(hash(key) % 2**31)
-    law = torch.rand(VOCABULARY, generator=generator, dtype=torch.float64)
+    distribution = torch.rand(VOCABULARY, generator=generator, dtype=torch.float64)
     if sum(key) % 3 == 0:
-        law[sum(key) % VOCABULARY] = 0
-    return law / law.sum()
+        distribution[sum(key) % VOCABULARY] = 0
+    return distribution / distribution.sum()
 
 
-def target_law(text: tuple[int, ...]) -> Tensor:
+def target_distribution(text: tuple[int, ...]) -> Tensor:
     """What head 1 says after a text: it looks at two tokens."""
-    return random_law(1, *text[-2:])
+    return random_distribution(1, *text[-2:])
 
 
-def draft_laws(text: tuple[int, ...], num_drafts: int) -> Tensor:
+def draft_distributions(text: tuple[int, ...], num_drafts: int) -> Tensor:
     """What heads 2 .. say after a text, `[num_drafts, V]`."""
-    return torch.stack([random_law(2 + head, *text[-1:]) for head in range(num_drafts)])
+    return torch.stack([random_distribution(2 + head, *text[-1:]) for head in range(num_drafts)])
 
 
-def enumerated_law(
+def enumerated_distribution(
     text: tuple[int, ...], following: int, num_drafts: int, wrong: bool
 ) -> dict[tuple[int, ...], float]:
-    """Law of the whole text, summed over all drafts, acceptances and draws.
+    """Distribution of the whole text, summed over all drafts, acceptances and draws.
 
     Args:
         text: tokens before `following`; the drafts were drawn after them.
         following: the last committed token.
         num_drafts: k - 1.
-        wrong: leave the residual law out, which must show.
+        wrong: leave the residual distribution out, which must show.
     """
     begin = (*text, following)
     if len(begin) >= LENGTH:
         return {begin[:LENGTH]: 1.0}
     result: dict[tuple[int, ...], float] = {}
-    draft = draft_laws(text, num_drafts)
+    draft = draft_distributions(text, num_drafts)
     for drafts in itertools.product(range(VOCABULARY), repeat=num_drafts):
         drawn = torch.tensor(drafts)
         chance = float(draft.gather(1, drawn.unsqueeze(1)).prod())
         if chance == 0:
             continue
-        target = torch.stack([target_law(begin + drafts[:j]) for j in range(num_drafts + 1)])
-        law = accept_chain(target, draft, drawn)
+        target = torch.stack(
+            [target_distribution(begin + drafts[:j]) for j in range(num_drafts + 1)]
+        )
+        chain = accept_chain(target, draft, drawn)
         for kept in range(num_drafts + 1):
-            here = chance * float(law.accept[:kept].prod())
+            here = chance * float(chain.accept[:kept].prod())
             if kept < num_drafts:
-                here *= 1 - float(law.accept[kept])
-            laws = target if wrong else law.following
+                here *= 1 - float(chain.accept[kept])
+            distributions = target if wrong else chain.following
             for token in range(VOCABULARY):
-                share = here * float(laws[kept, token])
+                share = here * float(distributions[kept, token])
                 if share == 0:
                     continue
-                rest = enumerated_law(begin + drafts[:kept], token, num_drafts, wrong)
+                rest = enumerated_distribution(begin + drafts[:kept], token, num_drafts, wrong)
                 for whole, part in rest.items():
                     result[whole] = result.get(whole, 0.0) + share * part
     return result
 
 
 def largest_error(num_drafts: int, wrong: bool = False) -> float:
-    """Largest difference between the enumerated law and the target's."""
+    """Largest difference between the enumerated distribution and the target's."""
     error = 0.0
-    law = enumerated_law((0,), 1, num_drafts, wrong)
+    distribution = enumerated_distribution((0,), 1, num_drafts, wrong)
     for rest in itertools.product(range(VOCABULARY), repeat=LENGTH - 2):
         text = (0, 1, *rest)
         expected = 1.0
-        for place in range(2, LENGTH):
-            expected *= float(target_law(text[:place])[text[place]])
-        error = max(error, abs(law.get(text, 0.0) - expected))
+        for position in range(2, LENGTH):
+            expected *= float(target_distribution(text[:position])[text[position]])
+        error = max(error, abs(distribution.get(text, 0.0) - expected))
     return error
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2])
-def test_sampling_law_is_the_target_law(num_drafts: int) -> None:
-    """Enumerated over every branch, the law of texts is head 1's, whatever the drafts' laws."""
+def test_sampling_has_the_target_distribution(num_drafts: int) -> None:
+    """Enumerated over every branch, texts have head 1's distribution, whatever drafts come from."""
     assert largest_error(num_drafts) < 1e-12
     assert largest_error(num_drafts, wrong=True) > 1e-3
 
 
-def test_equal_laws_accept_everything() -> None:
-    """When p = q nothing is refused, and the following laws are laws all the same."""
-    law = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
-    result = accept_chain(torch.cat([law, law[:1]]), law, torch.tensor([1, 0]))
+def test_equal_distributions_accept_everything() -> None:
+    """When p = q every draft is accepted, and the next token's probabilities still sum to 1."""
+    draft = torch.tensor([[0.2, 0.8], [0.5, 0.5]])
+    result = accept_chain(torch.cat([draft, draft[:1]]), draft, torch.tensor([1, 0]))
     assert torch.equal(result.accept, torch.ones(2))
     assert torch.equal(result.following.sum(-1), torch.ones(3))
 
 
-def chi_square(counts: Tensor, law: Tensor) -> float:
-    """Distance of counts from a law in standard deviations of the chi-square law."""
-    expected = law * counts.sum()
+def chi_square(counts: Tensor, distribution: Tensor) -> float:
+    """Distance of counts from a distribution, in standard deviations of chi-square."""
+    expected = distribution * counts.sum()
     enough = expected >= 5
     counts = torch.cat([counts[enough], counts[~enough].sum().unsqueeze(0)])
     expected = torch.cat([expected[enough], expected[~enough].sum().unsqueeze(0)])
@@ -325,7 +327,7 @@ def chi_square(counts: Tensor, law: Tensor) -> float:
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_sampled_texts_follow_the_model(heads: int) -> None:
-    """Counts of 10,000 sampled texts fit the model's law at that temperature and no other."""
+    """Counts of 10,000 sampled texts fit the model at that temperature and at no other."""
     config = tiny_config(vocab_size=5, future_tokens=3)
     model = tiny_model(config)
     found = generate(
@@ -336,17 +338,17 @@ def test_sampled_texts_follow_the_model(heads: int) -> None:
         temperature=1.5,
         generator=torch.Generator().manual_seed(0),
     )
-    places = torch.tensor(found.tokens) @ torch.tensor([25, 5, 1])
-    counts = torch.bincount(places, minlength=125).double()
+    codes = torch.tensor(found.tokens) @ torch.tensor([25, 5, 1])
+    counts = torch.bincount(codes, minlength=125).double()
 
-    def law(temperature: float) -> Tensor:
+    def distribution(temperature: float) -> Tensor:
         texts = list(itertools.product(range(5), repeat=3))
         logits = head_logits(model, torch.tensor([[1, 2, *text] for text in texts]))[0, :, 1:4]
-        laws = torch.softmax(logits / temperature, dim=-1)
-        return laws.gather(2, torch.tensor(texts).unsqueeze(2)).prod(1).squeeze(1)
+        distributions = torch.softmax(logits / temperature, dim=-1)
+        return distributions.gather(2, torch.tensor(texts).unsqueeze(2)).prod(1).squeeze(1)
 
-    assert abs(chi_square(counts, law(1.5))) < 5
-    assert chi_square(counts, law(1.9)) > 10
+    assert abs(chi_square(counts, distribution(1.5))) < 5
+    assert chi_square(counts, distribution(1.9)) > 10
     assert heads == 1 or found.tokens_per_forward > 1
 
 

@@ -191,7 +191,7 @@ def test_each_rank_takes_its_slice(tmp_path: Path, tied: bool, size: int) -> Non
     config = fitting_config(tmp_path / "llama", 2, vocab_size=padded)
     folder = LlamaFolder(tmp_path / "llama")
     folder.check(config)
-    sources = [
+    imported = [
         ImportedWeights(folder, config, tensor_rank=rank, tensor_size=size) for rank in range(size)
     ]
     whole = dict(imported_model(tmp_path / "llama", config).named_parameters())
@@ -202,9 +202,9 @@ def test_each_rank_takes_its_slice(tmp_path: Path, tied: bool, size: int) -> Non
         if placement.dim is not None:
             local[placement.dim] //= size
         parts = []
-        for rank, source in enumerate(sources):
+        for rank, weights in enumerate(imported):
             rows = untrained.narrow(0, rank * local[0], local[0]) if shape[0] == padded else None
-            parts.append(source(name, _rows(rows)))
+            parts.append(weights(name, _rows(rows)))
             assert list(parts[-1].shape) == local
             assert parts[-1].dtype == torch.float32
         assert torch.equal(merge_slices(parts, placement), whole[name]), name
@@ -214,7 +214,7 @@ def test_each_rank_takes_its_slice(tmp_path: Path, tied: bool, size: int) -> Non
 
 
 def test_every_key_that_differs_is_named(llama: Path) -> None:
-    """One line with all keys, their values here and there, and the options that mend them."""
+    """One line with all keys, their values here and there, and the options that fix them."""
     config = ModelConfig(
         layers=9,
         hidden_size=64,

@@ -12,6 +12,7 @@ from pipeline.checkpoint.crash_points import (
     POINTS,
     VARIABLE,
     crash_point,
+    saving,
 )
 from pipeline.checkpoint.file_names import FOLDER, LATEST, committed
 from tests.support.crash_runs import assert_same_run, assert_whole, crash, go_on, kill_at_random
@@ -144,7 +145,8 @@ def test_points_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(POINTS)) == len(POINTS) >= 12
     monkeypatch.setenv(VARIABLE, "before-lunch")
     with pytest.raises(ValueError, match="before-lunch"):
-        crash_point("after-rename", 3)
+        crash_point("after-rename")
     for elsewhere in ("after-rename:1", "after-rename@4", "after-latest"):
         monkeypatch.setenv(VARIABLE, elsewhere)
-        crash_point("after-rename", 3)
+        with saving(3):
+            crash_point("after-rename")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine.staged_engine import build_engine
+from pipeline.engine.build import build_engine
 from tests.support.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.support.harness import run_ranks
 from tests.support.training_runs import metrics_without_times, run_job
@@ -59,7 +59,7 @@ def _train(case: Case, load: Path | None, save: Path | None, first: int, last: i
         )
         figures.append([*result.head_losses.tolist(), result.grad_norm])
     if save is not None:
-        engine.save(save)
+        engine.snapshot().write(save)
     return figures
 
 

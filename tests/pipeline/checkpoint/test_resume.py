@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.loading.loader import ShardSet
+from data_prep.shards.shard_set import ShardSet
 from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import read_config

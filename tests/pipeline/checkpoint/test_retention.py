@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import FOLDER, committed, step_folder, step_of
 from pipeline.checkpoint.files import verify
-from pipeline.checkpoint.retention import Kept, superfluous
+from pipeline.checkpoint.retention import Candidate, superfluous
 from pipeline.config.run_config import load_config
 from pipeline.config.sections import CheckpointSection
 from tests.support.checkpoint_cases import commit
@@ -24,7 +24,7 @@ def _steps(run_dir: Path) -> list[int | None]:
 def test_the_docstring_example() -> None:
     """The newest, every M-th and the best stay."""
     losses = {500: 3.1, 1000: 3.2, 1500: 3.0, 2000: 3.1, 2500: 3.3, 3000: 3.2}
-    found = [Kept(step, loss) for step, loss in losses.items()]
+    found = [Candidate(step, loss) for step, loss in losses.items()]
     options = CheckpointSection(every_steps=500, keep=2, keep_every=1000, keep_best=1)
     assert superfluous(found, options) == [500]
 
@@ -41,7 +41,7 @@ def test_what_stays(
     steps: set[int], losses: list[float | None], keep: int, every: int, best: int
 ) -> None:
     """The newest `keep` always; all multiples; and of those as good as one that goes, enough."""
-    found = [Kept(step, loss) for step, loss in zip(sorted(steps), losses, strict=False)]
+    found = [Candidate(step, loss) for step, loss in zip(sorted(steps), losses, strict=False)]
     options = CheckpointSection(every_steps=1, keep=keep, keep_every=every, keep_best=best)
     going = set(superfluous(found, options))
     assert not going & set(sorted(steps)[-keep:])

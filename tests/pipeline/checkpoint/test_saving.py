@@ -1,8 +1,10 @@
 """Saves in flight: what training changes meanwhile is not in them, and all ranks end them alike."""
 
+import functools
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.sharded_tensors import Snapshot
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import load_config
+from pipeline.distributed.agreement import RankFlags, agree
 from tests.support.checkpoint_cases import LAYOUT
 from tests.support.harness import run_ranks
 
@@ -43,13 +46,25 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def _saver(config_path: Path, tmp_path: Path) -> tuple[Saver, TrainState, int]:
+def _saver(
+    config_path: Path,
+    tmp_path: Path,
+    missing: Callable[[Path], list[str]] | None = lambda _: [],
+) -> tuple[Saver, TrainState, int]:
+    """The tensors of these tests are not a model's, so by default nothing is missing."""
     config = load_config(config_path, [f"run.dir={tmp_path / 'run'}"])
     folder = CheckpointFolder(config.run.dir, config.checkpoint)
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
     state = TrainState(step=3, data_fingerprint="", data_seed=0, sequence_length=16, layout=LAYOUT)
-    return Saver(folder, config, torch.device("cpu"), tokenizer, 0), state, int(os.environ["RANK"])
+    saver = Saver(folder, config, torch.device("cpu"), tokenizer, 0, missing=missing)
+    return saver, state, int(os.environ["RANK"])
+
+
+def _advance(saver: Saver) -> None:
+    """What the loop does after a step: the flags of all ranks, then the next part of the save."""
+    flags = RankFlags(save_done=saver.is_done)
+    saver.advance(all_done=agree(torch.tensor(True), flags).save_done)
 
 
 def _train_on(config_path: Path, tmp_path: Path) -> dict[str, Any]:
@@ -69,7 +84,7 @@ def _train_on(config_path: Path, tmp_path: Path) -> dict[str, Any]:
     state.advance(samples=4, applied=True)
     committed_meanwhile = []
     for _ in range(5):
-        saver.advance()
+        _advance(saver)
         committed_meanwhile.append(saver.saved_step)
     if rank == 1:
         threading.Timer(0.2, held.go.set).start()
@@ -129,6 +144,34 @@ def test_an_error_in_a_thread_fails_the_save_on_all_ranks(config: Path, tmp_path
         assert "saves again at step 6" in lines[-1]
     assert [step_of(path) for path in committed(tmp_path / "run" / FOLDER)] == [3]
     assert not list((tmp_path / "run" / FOLDER).glob("*.partial"))
+
+
+def _same(snapshot: Snapshot) -> Snapshot:
+    return snapshot
+
+
+def _save_what_is_no_model(config_path: Path, tmp_path: Path) -> tuple[Any, dict[str, Any], str]:
+    """A checkpoint that counts, then one whose files lack nearly everything of the model."""
+    log = _Lines()
+    logging.getLogger("pipeline.checkpoint.saving").addHandler(log)
+    nothing: Callable[[Path], list[str]] = lambda _: []  # noqa: E731
+    for missing in (nothing, None):  # None: what the configuration asks for
+        saver, state, rank = _saver(config_path, tmp_path, missing)
+        state.step = 3 if missing else 6
+        snapshot = Snapshot(rank, 0, 1, 3, {KEY: torch.zeros(4)})
+        saver.begin(state, functools.partial(_same, snapshot), asynchronous=True)
+        saver.finish()
+    return saver.saved_step, saver.figures(), log.lines[-1]
+
+
+def test_files_that_are_not_the_whole_model_are_no_checkpoint(config: Path, tmp_path: Path) -> None:
+    """Were the optimizer's states not found, the save would fail, and the one before would stay."""
+    for saved, figures, line in run_ranks(2, _save_what_is_no_model, config, tmp_path):
+        assert saved is None
+        assert figures == {"save_failed": 1}
+        assert "the files are not the whole model: weight of trunk.embedding.weight" in line
+        assert "is missing elements 0 to" in line
+    assert [step_of(path) for path in committed(tmp_path / "run" / FOLDER)] == [3]
 
 
 def _finish_half(config_path: Path, tmp_path: Path) -> tuple[int | None, int | None]:

@@ -13,8 +13,9 @@ from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.parameter_shapes import parameter_shapes
 from model.sharding import placement_of, take_slice
+from pipeline.checkpoint.coverage import KINDS
 from pipeline.checkpoint.host_copy import HostCopy
-from pipeline.checkpoint.sharded_tensors import KINDS, Snapshot, StateFiles, read_weights, run_key
+from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, read_weights, run_key
 
 MODEL = ModelConfig(
     layers=3,

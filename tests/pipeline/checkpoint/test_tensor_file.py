@@ -1,5 +1,9 @@
 """Tensor files: what the safetensors library reads is what was written, and the disk has it."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.files import BLOCK_BYTES, read_entry
+from foundation.durable_files import BLOCK_BYTES, read_entry
+from pipeline.checkpoint import tensor_file
+from pipeline.checkpoint.crash_points import VARIABLE
 from pipeline.checkpoint.tensor_file import write_tensors
 
 
@@ -28,30 +34,38 @@ def test_the_library_reads_it(tmp_path: Path, count: int, dtype: torch.dtype) ->
         assert file.metadata() == {"key": "value"}
 
 
-def test_a_disk_that_changes_what_it_is_given_is_found(tmp_path: Path) -> None:
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_disk_that_changes_what_it_is_given_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file is read back: a byte that came out differently is an error before anyone counts."""
     path = tmp_path / "x.safetensors"
 
-    def damage(point: str) -> None:
+    def damage(point: str, *, halve: Path | None = None) -> None:
         if point == "weights-before-check":
             with path.open("r+b") as file:
                 file.seek(-5, 2)
                 file.write(b"\x7f")
 
+    monkeypatch.setattr(tensor_file, "crash_point", damage)
     with pytest.raises(OSError, match=r"x\.safetensors reads back from the disk as something else"):
-        write_tensors(path, {"a": torch.zeros(100)}, {}, damage)
+        write_tensors(path, {"a": torch.zeros(100)}, {})
 
 
-def test_points_are_passed_in_order(tmp_path: Path) -> None:
-    """Half-written comes when half of the bytes are there, and the others after all are."""
-    path = tmp_path / "x.safetensors"
-    sizes: dict[str, int] = {}
-    tensors = {"a": torch.zeros(3 * BLOCK_BYTES // 4)}
-
-    def note(point: str) -> None:
-        sizes[point] = path.stat().st_size
-
-    entry = write_tensors(path, tensors, {}, note)
-    assert list(sizes) == ["weights-half-written", "weights-before-sync", "weights-before-check"]
-    assert entry.size // 2 <= sizes["weights-half-written"] < entry.size
-    assert sizes["weights-before-sync"] == entry.size
+def test_killed_while_it_writes_it_leaves_half_of_the_file(tmp_path: Path) -> None:
+    """The crash point of a torn write ends the process and leaves half of the bytes."""
+    whole, torn = tmp_path / "whole.safetensors", tmp_path / "torn.safetensors"
+    entry = write_tensors(whole, {"a": torch.zeros(1000)}, {})
+    code = (
+        "import sys, torch; from pathlib import Path; "
+        "from pipeline.checkpoint.tensor_file import write_tensors; "
+        "write_tensors(Path(sys.argv[1]), {'a': torch.zeros(1000)}, {})"
+    )
+    environment = os.environ | {VARIABLE: "weights-half-written"}
+    command = [sys.executable, "-c", code, str(torn)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert torn.stat().st_size == entry.size // 2
+    assert torn.read_bytes() == whole.read_bytes()[: entry.size // 2]

@@ -258,8 +258,8 @@ def test_missing_section_lists_the_keys_it_needs(small: Path) -> None:
         (b"# nothing\n", "is empty"),
         (b"- 1\n", "is not a mapping of sections"),
         (b"run: {name: a}\nmodel: [1\n", "is not valid YAML: line 3"),
-        (b"run:\n  name: a\n  name: b\n", "line 3, column 3: the key 'name' stands twice"),
-        (b"run: \xff\xfe\n", "cannot be read as text"),
+        (b"run:\n  name: a\n  name: b\n", "line 3, column 3: the key 'name' appears twice"),
+        (b"run: \xff\xfe\n", "line 1, column 6: byte 0xff is not UTF-8"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path: Path, content: bytes, part: str) -> None:

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batch_order import BatchPlace, batch_places
+from pipeline.data.batch_order import BatchPosition, batch_positions
 
 SIZE = 8
 
 
-def places(behind: int, skip: list[tuple[int, int]], count: int) -> list[BatchPlace]:
+def places(behind: int, skip: list[tuple[int, int]], count: int) -> list[BatchPosition]:
     """The next batches after `behind` batches of 8 samples."""
-    found = batch_places(
+    found = batch_positions(
         batches_behind=behind, next_sample=behind * SIZE, batch_samples=SIZE, skip=skip
     )
     return list(itertools.islice(found, count))
@@ -22,9 +22,9 @@ def places(behind: int, skip: list[tuple[int, int]], count: int) -> list[BatchPl
 def test_the_documented_example() -> None:
     """Three batches behind, 5 and 6 to skip: 4, 7, 8."""
     assert places(3, [(5, 6)], 3) == [
-        BatchPlace(4, 24, 0),
-        BatchPlace(7, 48, 2),
-        BatchPlace(8, 56, 0),
+        BatchPosition(4, 24, 0),
+        BatchPosition(7, 48, 2),
+        BatchPosition(8, 56, 0),
     ]
 
 
@@ -32,7 +32,7 @@ def test_the_documented_example() -> None:
 def test_a_position_within_a_range_goes_to_its_end(behind: int) -> None:
     """From within a range, or from between ranges that touch, the next batch is the one after."""
     (place,) = places(behind, [(9, 10), (6, 8)], 1)
-    assert place == BatchPlace(11, 80, 10 - behind)
+    assert place == BatchPosition(11, 80, 10 - behind)
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,8 +12,9 @@ from torch import Tensor
 from data_prep.loading.loader import Batch
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
-from pipeline.engine.engine import Engine
+from pipeline.engine.build import build_engine
 from tests.support.engine_cases import Case, engine_config, local_batches, whole
+from tests.support.engine_probes import parameters
 from tests.support.harness import run_ranks
 from tests.support.training_runs import last_step, run_job, start_job
 
@@ -62,33 +63,30 @@ def test_loss_that_stays_infinite_ends_the_run(config: Path, tmp_path: Path) -> 
     assert "lower optimizer.learning_rate" in outcome.errors[0]
 
 
-class _PoisonedEngine(Engine):
-    """Puts a NaN into one gradient on one rank, in the step it is told to."""
-
-    poison = False
-
-    def _micro_step(self, batch: Batch, scales: Tensor) -> Tensor:
-        poisoned = self.poison and self.topology.info.rank == 1
-        return super()._micro_step(batch, scales * float("nan") if poisoned else scales)
-
-
 def _weights_after(case: Case, steps: list[tuple[int, bool]]) -> tuple[list[bool], list[Tensor]]:
     """Which steps were taken, and the whole weights after them; true = the step is poisoned."""
     topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
-    engine = _PoisonedEngine(engine_config(case), topology, "fp32")
+    engine = build_engine(engine_config(case), topology, "fp32")
+    run, poisoned = engine.execution.run, False
+
+    def run_poisoned(batches: list[Batch], scales: Tensor) -> Tensor:
+        return run(batches, scales * float("nan") if poisoned else scales)
+
+    engine.execution.run = run_poisoned  # type: ignore[method-assign]
     applied = []
     for step, poison in steps:
-        engine.poison = poison
+        poisoned = poison and topology.info.rank == 1
         batches = local_batches(step, case, topology.data_rank)
         applied.append(engine.train_step(batches, learning_rate=1e-3).applied)
-    weights = [whole(name, weight.clone(), topology) for name, weight in engine.parameters()]
+    weights = [whole(name, weight.clone(), topology) for name, weight in parameters(engine)]
     return applied, weights
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_poisoned_step_leaves_no_trace(zero: int) -> None:
+def test_poisoned_step_leaves_no_trace(zero: int, accumulation: int) -> None:
     """A NaN on one rank: all ranks skip, and the weights are as if that step had not been."""
-    case = Case(world=2, zero=zero, bucket=100)
+    case = Case(world=2, zero=zero, bucket=100, accumulation=accumulation)
     results = run_ranks(2, _weights_after, case, [(0, False), (1, True), (2, False)])
     expected = run_ranks(2, _weights_after, case, [(0, False), (2, False)])[0][1]
     for applied, weights in results:

@@ -9,7 +9,8 @@ import torch
 from data_prep.loading.loader import Batch
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
-from pipeline.engine.engine import Engine, StepResult
+from pipeline.engine.build import build_engine
+from pipeline.engine.engine import StepResult
 from pipeline.engine.evaluation import EvalResult, agreement_counts
 from tests.support.engine_cases import (
     Case,
@@ -47,7 +48,7 @@ def test_agreement_ends_with_the_document() -> None:
 def _evaluate(case: Case) -> tuple[EvalResult, EvalResult]:
     """Of rows of several documents, and of the documents as rows of their own."""
     topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
-    engine = Engine(engine_config(case), topology, "fp32")
+    engine = build_engine(engine_config(case), topology, "fp32")
     tokens, labels = global_batch(0)
     documents = global_documents(0)
     labels = within_documents(labels, documents)
@@ -71,7 +72,7 @@ def _train(case: Case, blocks: bool) -> list[StepResult]:
     """Three steps, with masks as blocks or as a bias."""
     topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
     with blocks_on_cpu() if blocks else contextlib.nullcontext():
-        engine = Engine(engine_config(case), topology, "fp32")
+        engine = build_engine(engine_config(case), topology, "fp32")
         return [
             engine.train_step(local_batches(step, case, topology.data_rank), learning_rate=1e-3)
             for step in range(3)

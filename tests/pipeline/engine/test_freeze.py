@@ -14,9 +14,10 @@ from model.freezing import is_trained
 from model.hugging_face.loading import load_export
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
-from pipeline.engine.engine import Engine
+from pipeline.engine.build import build_engine
 from pipeline.export import main as export_main
 from tests.support.engine_cases import Case, engine_config, local_batches
+from tests.support.engine_probes import parameters
 from tests.support.harness import run_ranks
 from tests.support.tiny_llama import fitting_config, imported_model, save_llama
 from tests.support.training_runs import metrics_without_times, run_job
@@ -33,12 +34,12 @@ LAYOUTS = [(1, 1, 0), (2, 2, 2), (2, 1, 3)]  # ranks, tensor parallel, ZeRO
 def _steps(case: Case) -> tuple[dict[str, bool], dict[str, int]]:
     """Which parameters two steps have moved, and how many of Adam's numbers belong to each size."""
     topology = Topology(rank_info(os.environ), case.tensor, torch.device("cpu"))
-    engine = Engine(engine_config(case), topology, "fp32")
-    before = {name: part.clone() for name, part in engine.parameters()}
+    engine = build_engine(engine_config(case), topology, "fp32")
+    before = {name: part.clone() for name, part in parameters(engine)}
     for step in range(2):
         batches = local_batches(step, case, topology.data_rank)
         assert engine.train_step(batches, learning_rate=1e-2).applied
-    moved = {name: not torch.equal(part, before[name]) for name, part in engine.parameters()}
+    moved = {name: not torch.equal(part, before[name]) for name, part in parameters(engine)}
     optimizer = engine._engine.optimizer
     state = getattr(optimizer, "optimizer", optimizer).state
     sizes = {

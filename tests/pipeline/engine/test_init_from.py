@@ -16,10 +16,11 @@ from model.hugging_face.loading import load_export
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
-from pipeline.engine.engine import Engine
+from pipeline.engine.build import build_engine
 from pipeline.export import main as export_main
 from pipeline.train import main as train_main
 from tests.support.engine_cases import Case, engine_config, whole
+from tests.support.engine_probes import parameters
 from tests.support.harness import run_ranks
 from tests.support.tiny_llama import LLAMA3, imported_model, save_llama
 from tests.support.training_runs import metrics_without_times, run_job
@@ -62,10 +63,8 @@ def _begin(case: Case, settings: Settings) -> dict[str, Tensor]:
         tensor_rank=topology.tensor_rank,
         tensor_size=topology.tensor_size,
     )
-    engine = Engine(config, topology, "fp32", source)
-    return {
-        name: whole(name, part, topology).detach().clone() for name, part in engine.parameters()
-    }
+    engine = build_engine(config, topology, "fp32", source)
+    return {name: whole(name, part, topology).detach().clone() for name, part in parameters(engine)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.engine.staged_engine import StagedEngine
+from pipeline.engine.build import build_engine
 from pipeline.stages.links import IdleClock, StageLinks
 from tests.support.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.support.harness import run_ranks
@@ -36,7 +36,7 @@ def _train_over_slow_connections() -> list[float]:
 
     dist.isend, dist.irecv = connecting(dist.isend), connecting(dist.irecv)
     topology = build_topology(CASE)
-    engine = StagedEngine(engine_config(CASE), topology, "fp32")
+    engine = build_engine(engine_config(CASE), topology, "fp32")
     assert len(connected) == (4 if os.environ["RANK"] == "1" else 2)  # the middle one has two pairs
     batches = local_batches(0, CASE, topology.data_rank)
     return engine.train_step(batches, learning_rate=1e-3).head_losses.tolist()

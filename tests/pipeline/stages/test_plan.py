@@ -65,7 +65,7 @@ def test_every_automatic_plan_holds_the_model(model: ModelConfig, count: int) ->
     assert [head for part in plan for head in part.heads] == [1, 2, 3, 4]
     assert all(part.trunk_layers or part.heads for part in plan)
     assert sum(part.has_embedding for part in plan) == 1
-    assert sum(part.owns_readout for part in plan) == 1
+    assert sum(part.owns_lm_head for part in plan) == 1
     setting = tuple(
         {
             kind: f"{numbers[0]}-{numbers[-1]}"

@@ -17,9 +17,11 @@ from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import read_config
 from pipeline.checkpoint.sharded_tensors import read_weights
 from pipeline.checkpoint.train_state import read_state
-from pipeline.engine.staged_engine import StagedEngine
+from pipeline.engine.build import build_engine
+from pipeline.engine.pipeline_stage import PipelineStage
 from pipeline.export import export
 from tests.support.engine_cases import Case, build_topology, engine_config, local_batches
+from tests.support.engine_probes import parameters
 from tests.support.harness import run_ranks
 from tests.support.training_runs import last_step, metrics_without_times, run_job, start_job
 
@@ -183,20 +185,22 @@ def test_a_dead_or_frozen_rank_of_any_stage_ends_the_job(
 def _poisoned(case: Case, steps: list[tuple[int, bool]]) -> tuple[list[bool], list[Any]]:
     """Which steps were taken, and the weights after them; true = a NaN in the last stage."""
     topology = build_topology(case)
-    engine = StagedEngine(engine_config(case), topology, "fp32")
-    run = engine._runner.run
+    engine = build_engine(engine_config(case), topology, "fp32")
+    assert isinstance(engine.execution, PipelineStage)
+    runner = engine.execution.runner
+    run = runner.run
     poisoned = False
 
     def run_poisoned(batches: Sequence[Batch], scales: Tensor) -> Tensor:
         return run(batches, scales * float("nan") if poisoned else scales)
 
-    engine._runner.run = run_poisoned  # type: ignore[method-assign]
+    runner.run = run_poisoned  # type: ignore[method-assign]
     applied = []
     for step, poison in steps:
         poisoned = poison and topology.info.rank == case.world - 1
         batches = local_batches(step, case, topology.data_rank)
         applied.append(engine.train_step(batches, learning_rate=1e-3).applied)
-    return applied, [weight.clone() for _, weight in engine.parameters()]
+    return applied, [weight.clone() for _, weight in parameters(engine)]
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

@@ -1,4 +1,4 @@
-"""Inputs to files to units."""
+"""Inputs to files."""
 
 import os
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import DataError
+from data_prep.inputs.input_files import find_inputs
 from data_prep.inputs.reading import read_unit
 from data_prep.inputs.records import Reading
-from data_prep.inputs.sources import InputFile, choose_unit_bytes, find_inputs, plan_units
+from data_prep.inputs.units import plan_units
 
 
 def test_directory_is_walked_sorted_without_caches(tmp_path: Path) -> None:
@@ -34,46 +35,15 @@ def test_directory_is_walked_sorted_without_caches(tmp_path: Path) -> None:
     assert names(exclude=("sub", "*.jsonl")) == ["Makefile", "a.txt", "b.py"]
 
 
-def test_units_depend_on_sizes_alone() -> None:
-    """Small files are grouped, large .jsonl and .parquet files cut, all others left whole."""
-    files = [
-        InputFile("/a.jsonl", "jsonl", 3, 0),
-        InputFile("/b.txt", "text", 3, 0),
-        InputFile("/c.jsonl", "jsonl", 10, 0),
-        InputFile("/d.txt", "text", 10, 0),
-        InputFile("/e.txt", "text", 0, 0),
-        InputFile("/f.parquet", "parquet", 5, 0),
-        InputFile("/g.jsonl.gz", "jsonl", 9, 0),
-        InputFile("/h.arrow", "arrow", 9, 0),
-    ]
-    units = plan_units(files, 4)
-    assert [[(s.file, s.start, s.end) for s in unit.segments] for unit in units] == [
-        [(0, 0, 3), (1, 0, 3)],
-        [(2, 0, 4)],
-        [(2, 4, 8)],
-        [(2, 8, 10)],
-        [(3, 0, 10)],
-        [(4, 0, 0)],
-        [(5, 0, 4)],
-        [(5, 4, 5)],
-        [(6, 0, 9)],
-        [(7, 0, 9)],
-    ]
-    assert [unit.number for unit in units] == list(range(10))
-    assert choose_unit_bytes(0) == 1 << 20
-    assert choose_unit_bytes(1 << 31) == 1 << 25
-    assert choose_unit_bytes(1 << 50) == 1 << 26
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("missing.jsonl", "does not exist"),
         ("a.parquet", "not a whole .parquet file"),
-        ("a.tar.gz", "names no format that is"),
-        ("a.gz", "names no format that is"),
-        ("a.jsonl.bz2", "names no format that is"),
-        ("a.parquet.gz", "names no format that is"),
+        ("a.tar.gz", "is not a format that can be read"),
+        ("a.gz", "is not a format that can be read"),
+        ("a.jsonl.bz2", "is not a format that can be read"),
+        ("a.parquet.gz", "is not a format that can be read"),
         ("empty", "--glob"),
     ],
 )

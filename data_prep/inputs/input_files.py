@@ -1,16 +1,10 @@
-"""Input paths to files, and files to units of work.
-
-A unit is a run of byte ranges that depends on the inputs alone, never on the number of workers.
-A record starts in exactly one unit: a range of a .jsonl file holds the lines that START in it,
-wherever they end, and one of a .parquet file the row groups; every other file is in one unit.
-"""
+"""Input paths to input files: found, described, and opened only while they are unchanged."""
 
 import fnmatch
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -20,12 +14,9 @@ from data_prep.inputs.file_names import IGNORED_DIRECTORIES, FileFormat, Kind, f
 from data_prep.inputs.json_inputs import BLOCK_BYTES, starts_like_jsonl
 from data_prep.inputs.saved_dataset import files_of_saved_dataset
 
-SMALLEST_UNIT_BYTES = 1 << 20
-LARGEST_UNIT_BYTES = 1 << 26
-UNITS_WANTED = 64
 READ_FORMATS = (
     ".jsonl and .json (also .gz, .zst, .xz), .parquet, .arrow, text files (compressed: .txt and "
-    "source suffixes), saved Hugging Face datasets and directories"
+    "source code), saved Hugging Face datasets and directories"
 )
 
 
@@ -49,28 +40,6 @@ class InputFile(NamedTuple):
         return self.kind in ("jsonl", "parquet") and not self.codec
 
 
-class Segment(NamedTuple):
-    """The bytes [start, end) of input file number `file`."""
-
-    file: int
-    source: InputFile
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One claimable piece of work: its number names its shard files and its journal entry."""
-
-    number: int
-    segments: tuple[Segment, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Input bytes of this unit."""
-        return sum(segment.end - segment.start for segment in self.segments)
-
-
 def find_inputs(
     paths: Sequence[Path],
     globs: Sequence[str] = (),
@@ -83,9 +52,10 @@ def find_inputs(
         paths: Files, directories and saved Hugging Face datasets; files keep their given order,
             a directory is walked sorted.
         globs: Patterns for files in directories, matched against the name and the path below the
-            directory; none = names that look like text or source.
+            directory; none = names that look like text or source
+            code.
         exclude: Patterns of files and folders to leave out, matched in the same way.
-        output: The folder that the job writes; left out when it lies in an input directory.
+        output: The folder that the job writes; left out when it is inside an input directory.
 
     Returns:
         Every file once, with size and modification time.
@@ -110,49 +80,10 @@ def find_inputs(
     return list(found.values())
 
 
-def plan_units(files: Sequence[InputFile], unit_bytes: int) -> list[Unit]:
-    """Cut the inputs into units of about `unit_bytes`, from the inputs alone.
-
-    Example: files of 3, 3 and 10 MiB (jsonl) at 4 MiB give [0:3 + 3:6 of the first two],
-    [0:4], [4:8], [8:10] of the third.
-    """
-    units: list[Unit] = []
-    pending: list[Segment] = []
-    pending_bytes = 0
-
-    def close() -> None:
-        nonlocal pending_bytes
-        if pending:
-            units.append(Unit(len(units), tuple(pending)))
-            pending.clear()
-        pending_bytes = 0
-
-    for number, file in enumerate(files):
-        if file.bytes > unit_bytes:
-            close()
-            step = unit_bytes if file.is_splittable else file.bytes
-            for start in range(0, file.bytes, step):
-                pending.append(Segment(number, file, start, min(start + step, file.bytes)))
-                close()
-            continue
-        pending.append(Segment(number, file, 0, file.bytes))
-        pending_bytes += file.bytes
-        if pending_bytes >= unit_bytes:
-            close()
-    close()
-    return units
-
-
-def choose_unit_bytes(total_bytes: int) -> int:
-    """A power of two that gives about 64 units, between 1 MiB and 64 MiB."""
-    wanted = 1 << max(0, (total_bytes // UNITS_WANTED).bit_length() - 1)
-    return min(max(wanted, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
-
-
 def _list(
     path: Path, globs: Sequence[str], exclude: Sequence[str], output: Path | None
 ) -> Iterator[Path]:
-    """The files that one --input stands for."""
+    """The files of one --input."""
     if not path.is_dir():
         yield _explicit(path)
     elif (files := files_of_saved_dataset(path)) is not None:
@@ -219,8 +150,8 @@ def _describe(path: Path) -> InputFile | None:
     form = format_of(path.name)
     if form is None:
         raise DataError(
-            f"--input {path} is not read: {''.join(path.suffixes)} names no format that is. Read "
-            f"are {READ_FORMATS}; convert or rename it"
+            f"--input {path}: {''.join(path.suffixes)} is not a format that can be read; these "
+            f"are: {READ_FORMATS}. Convert or rename it"
         )
     kind = _look_inside(path, form)
     return InputFile(os.path.abspath(path), kind, status.st_size, status.st_mtime_ns)
@@ -250,15 +181,15 @@ def unreadable(path: Path | str, error: OSError) -> DataError:
     return DataError(f"cannot read {path}: {error.strerror or error}; fix the file or --exclude it")
 
 
-def open_unchanged(source: InputFile) -> BinaryIO:
+def open_unchanged(file: InputFile) -> BinaryIO:
     """Open a file, refusing it when it is not the one that was planned."""
     with ExitStack() as stack:
-        file = stack.enter_context(open(source.path, "rb"))
-        status = os.fstat(file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (source.bytes, source.mtime_ns):
+        opened = stack.enter_context(open(file.path, "rb"))
+        status = os.fstat(opened.fileno())
+        if (status.st_size, status.st_mtime_ns) != (file.bytes, file.mtime_ns):
             raise DataError(
-                f"{source.path} changed while the job was running; leave the inputs alone and "
+                f"{file.path} changed while the job was running; leave the inputs alone and "
                 "start again with a new --output"
             )
         stack.pop_all()
-        return file
+        return opened

@@ -1,0 +1,444 @@
+"""Everything that this project reads or changes inside DeepSpeed; no other file does.
+
+DeepSpeed has no public way to find a rank's own share of weights and Adam moments at every ZeRO
+level, to forget the gradients of a step that is not taken, or to keep several micro-batches
+between forward and backward. What is used instead is private, so it may change with any release:
+every private attribute is read by `_private`, which says what is missing and what to install, and
+`pipeline.engine.coverage` checks at start that the shares found here cover the model.
+
+Where a rank's share lies:
+
+    ZeRO 0, fp32   whole parameters on every data-parallel rank
+    ZeRO 0, bf16   whole fp32 copies, made by DeepSpeed's unfused optimizer
+    ZeRO 1, 2      one flat partition per parameter group; a parameter's fragment of it, if any
+    ZeRO 3         a padded share of every parameter
+"""
+
+import abc
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from torch import Tensor, nn
+
+from model.errors import ConfigError
+
+TESTED_VERSIONS = ">=0.19.8,<0.20"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Fragment(NamedTuple):
+    """This rank's run of a parameter's elements.
+
+    Attributes:
+        name: of the parameter.
+        start: first element, in the flattened tensor-parallel slice.
+        views: flat views by kind, `weight` and for trained parameters both moments; writing to
+            them changes the optimizer.
+        owned: the run of elements, within the views, that no other data-parallel rank holds as
+            well or that falls to this rank to save.
+    """
+
+    name: str
+    start: int
+    views: dict[str, Tensor]
+    owned: slice
+
+    @property
+    def stop(self) -> int:
+        """End of the run in the flattened tensor-parallel slice."""
+        return self.start + self.views["weight"].numel()
+
+
+class DeepSpeedInternals(abc.ABC):
+    """The private side of one rank's DeepSpeed engine; one subclass per kind of optimizer.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        data_rank: data-parallel rank.
+        data_size: number of data-parallel ranks.
+    """
+
+    def __init__(self, engine: Any, data_rank: int, data_size: int) -> None:
+        self._engine = engine
+        self._model: nn.Module = engine.module
+        self._optimizer: Any = engine.optimizer
+        self._data_rank = data_rank
+        self._data_size = data_size
+
+    @abc.abstractmethod
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's fragments of all parameters of its part of the model."""
+
+    @abc.abstractmethod
+    def refresh_weights(self) -> None:
+        """Copy loaded fp32 weights into those that the model computes with; a collective."""
+
+    @abc.abstractmethod
+    def gradients(self) -> Iterator[Tensor]:
+        """This rank's reduced gradients, at the end of a step's last backward."""
+
+    @abc.abstractmethod
+    def discard_gradients(self) -> None:
+        """Forget the gradients of a step that will not be taken."""
+
+    @abc.abstractmethod
+    def _adam(self) -> torch.optim.AdamW:
+        """The torch optimizer that DeepSpeed drives."""
+
+    def _stepped(self) -> Iterator[Tensor]:
+        """The tensors that Adam updates."""
+        for group in self._adam().param_groups:
+            yield from group["params"]
+
+    def states(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Adam's state of every tensor it updates; zeros, as before its first step, if none yet."""
+        adam = self._adam()
+        for tensor in self._stepped():
+            if not adam.state[tensor]:
+                device = tensor.device if adam.defaults["fused"] else "cpu"
+                adam.state[tensor] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    **{kind: torch.zeros_like(tensor.data) for kind in _MOMENTS},
+                }
+        return adam.state
+
+    @property
+    def adam_step(self) -> int:
+        """Steps that Adam has taken."""
+        return max((int(state["step"]) for state in self.states().values()), default=0)
+
+    @adam_step.setter
+    def adam_step(self, step: int) -> None:
+        for state in self.states().values():
+            state["step"].fill_(step)
+
+    def gradients_finite(self, device: torch.device) -> Tensor:
+        """Whether the gradients of this rank are finite: a bool on `device`, without a host sync.
+
+        The extremes of a tensor are finite only if all of it is, and need no copy of it.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        for gradient in self.gradients():
+            if gradient.numel():
+                low, high = torch.aminmax(gradient)
+                finite &= low.isfinite() & high.isfinite()
+        return finite
+
+    # With pipeline stages several micro-batches are between their forward and their backward. Only
+    # ZeRO counts on there being one, so without it there is nothing to do here.
+
+    def begin_backward(self) -> None:  # noqa: B027
+        """Let the coming backward add to the gradients of the step's earlier ones."""
+
+    def trace_whole_steps(self, group: dist.ProcessGroup) -> None:  # noqa: B027
+        """Let ZeRO-3 learn the order of modules of a whole step, compared within `group` only."""
+
+    def begin_trace(self) -> None:  # noqa: B027
+        """A step's first forward, or an evaluation's, is about to run."""
+
+    def gradients_to_come(self) -> list[tuple[nn.Module, int]]:
+        """What ZeRO-3 waits for, per module, before it frees weights in the coming backward.
+
+        Every forward sets it anew; the backward of an earlier micro-batch needs the earlier one.
+        """
+        return []
+
+    def expect_gradients(self, to_come: list[tuple[nn.Module, int]]) -> None:  # noqa: B027
+        """Restore what `gradients_to_come` gave after the forward of a micro-batch."""
+
+    def _whole(self, name: str, parameter: nn.Parameter, master: Tensor) -> Fragment:
+        """A parameter that every data-parallel rank holds whole: each saves its share of it."""
+        views = {"weight": master.data.view(-1)}
+        if parameter.requires_grad:
+            state = self._adam().state[master]
+            views |= {kind: state[kind].view(-1) for kind in _MOMENTS}
+        count = parameter.numel()
+        rank, size = self._data_rank, self._data_size
+        return Fragment(name, 0, views, slice(count * rank // size, count * (rank + 1) // size))
+
+
+class _WholeParameters(DeepSpeedInternals):
+    """ZeRO 0 in fp32: DeepSpeed's optimizer is torch's own, on the model's parameters."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's fragments of all parameters."""
+        self.states()
+        for name, parameter in self._model.named_parameters():
+            yield self._whole(name, parameter, parameter)
+
+    def refresh_weights(self) -> None:
+        """The weights that were loaded are those that the model computes with."""
+
+    def gradients(self) -> Iterator[Tensor]:
+        """This rank's reduced gradients."""
+        for parameter in self._model.parameters():
+            if parameter.grad is not None:
+                yield parameter.grad
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients of a step that will not be taken."""
+        self._engine.zero_grad()
+        self._optimizer.zero_grad()
+
+    def _adam(self) -> torch.optim.AdamW:
+        adam: torch.optim.AdamW = self._optimizer
+        return adam
+
+
+class _WholeMasters(_WholeParameters):
+    """ZeRO 0 in bf16: DeepSpeed's unfused optimizer trains fp32 copies of whole parameters."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's fragments of all parameters."""
+        self.states()
+        masters = self._masters()
+        for name, parameter in self._model.named_parameters():
+            master = masters[parameter] if parameter.requires_grad else parameter
+            yield self._whole(name, parameter, master)
+
+    def refresh_weights(self) -> None:
+        """Copy loaded fp32 weights into those that the model computes with; a collective."""
+        for weight, master in self._masters().items():
+            weight.data.copy_(master.data)
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        groups = zip(
+            _private(self._optimizer, "fp16_groups"),
+            _private(self._optimizer, "fp32_groups"),
+            strict=True,
+        )
+        return {p: master for group in groups for p, master in zip(*group, strict=True)}
+
+    def _adam(self) -> torch.optim.AdamW:
+        adam: torch.optim.AdamW = _private(self._optimizer, "optimizer")
+        return adam
+
+
+class _FlatPartitions(DeepSpeedInternals):
+    """ZeRO 1 and 2: one flat fp32 partition per parameter group on each data-parallel rank."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's fragments of all parameters."""
+        partitions = _private(self._optimizer, "single_partition_of_fp32_groups")
+        states = self.states()
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                yield self._whole(name, parameter, parameter)
+                continue
+            mapping = _private(parameter, "_hp_mapping")
+            if mapping is None:
+                continue  # all of it lies in other ranks' partitions
+            flat = partitions[_private(mapping, "param_group_index")]
+            address = _private(mapping, "hp_fragment_address")
+            run = slice(address.start, address.start + address.numel)
+            views = {"weight": flat.data[run]} | {k: states[flat][k][run] for k in _MOMENTS}
+            start = _private(mapping, "lp_fragment_address").start
+            yield Fragment(name, start, views, slice(None))
+
+    def refresh_weights(self) -> None:
+        """Copy loaded fp32 weights into those that the model computes with; a collective."""
+        partitions = _private(self._optimizer, "single_partition_of_fp32_groups")
+        groups = _private(self._optimizer, "real_dp_process_group")
+        for index, parts in enumerate(
+            _private(self._optimizer, "parallel_partitioned_bit16_groups")
+        ):
+            mine = parts[dist.get_rank(groups[index])]
+            mine.data.copy_(partitions[index].data)
+            dist.all_gather(list(parts), mine.clone(), group=groups[index])
+
+    def gradients(self) -> Iterator[Tensor]:
+        """This rank's reduced gradients."""
+        for gradients in _private(self._optimizer, "averaged_gradients").values():
+            yield from (gradient for gradient in gradients or () if gradient is not None)
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients of a step that will not be taken."""
+        self._optimizer.zero_grad()
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            sums = _private(self._optimizer, name)
+            for index in list(sums):
+                sums[index] = None
+        _private(self._optimizer, "micro_step_id")
+        self._optimizer.micro_step_id = -1  # DeepSpeed's value between steps
+
+    def begin_backward(self) -> None:
+        """Let the coming backward add to the step's earlier ones."""
+        # DeepSpeed counts a micro-batch when the next forward begins, which may be never.
+        _private(self._optimizer, "clear_backward_seen_flag")()
+
+    def _adam(self) -> torch.optim.AdamW:
+        adam: torch.optim.AdamW = _private(self._optimizer, "optimizer")
+        return adam
+
+
+class _ShardedParameters(DeepSpeedInternals):
+    """ZeRO 3: each data-parallel rank holds a padded share of every parameter."""
+
+    _TO_COME = "ds_grads_remaining"
+
+    def __init__(self, engine: Any, data_rank: int, data_size: int) -> None:
+        super().__init__(engine, data_rank, data_size)
+        self._begins_trace = True
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's fragments of all parameters."""
+        self.states()
+        for name, parameter in self._model.named_parameters():
+            share = _private(parameter, "ds_tensor")
+            length, count = _private(share, "ds_numel"), _private(parameter, "ds_numel")
+            start = min(self._data_rank * length, count)
+            run = slice(0, min(length, count - start))  # without the padding
+            if parameter.requires_grad:
+                views = {"weight": safe_get_local_fp32_param(parameter).data[run]}
+                for kind in _MOMENTS:
+                    views[kind] = safe_get_local_optimizer_state(parameter, kind)[run]
+            else:
+                views = {"weight": share.data[run]}
+            yield Fragment(name, start, views, slice(None))
+
+    def refresh_weights(self) -> None:
+        """Copy loaded fp32 weights into those that the model computes with; a collective."""
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                master = safe_get_local_fp32_param(parameter)
+                _private(parameter, "ds_tensor").data.copy_(master.data)
+        if whole := _private(self._optimizer, "persistent_parameters"):
+            _private(whole[0], "partition")(whole)
+            _private(whole[0], "all_gather")(whole)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """This rank's reduced gradients."""
+        yield _private(self._optimizer, "grad_partitions_flat_buffer")
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients of a step that will not be taken."""
+        self._optimizer.zero_grad()
+        _private(self._optimizer, "averaged_gradients")
+        self._optimizer.averaged_gradients = {}
+
+    def begin_backward(self) -> None:
+        """Let the coming backward add to the step's earlier ones."""
+        _private(self._optimizer, "clear_backward_seen_flag")()
+
+    def trace_whole_steps(self, group: dist.ProcessGroup) -> None:
+        """Begin the trace with a step, not with every forward, and compare it within `group`.
+
+        DeepSpeed's own trace begins anew with every forward and assumes that the backward of the
+        same micro-batch follows; with several in flight it would never hold.
+        """
+        _confine_trace_check(group)
+        offload = _private(self._optimizer, "parameter_offload")
+        _private(offload, "fwd_pre_hook").remove()
+        coordinator = _private(offload, "get_param_coordinator")
+
+        def begin(_module: nn.Module, _inputs: Any) -> None:
+            if self._begins_trace:
+                self._begins_trace = False
+                _private(coordinator(), "reset_step")()
+
+        self._model.register_forward_pre_hook(begin, prepend=True)
+
+    def begin_trace(self) -> None:
+        """A step's first forward is about to run."""
+        self._begins_trace = True
+
+    def gradients_to_come(self) -> list[tuple[nn.Module, int]]:
+        """What ZeRO-3 waits for, per module, in the coming backward."""
+        found = [
+            (module, module.__dict__[self._TO_COME])
+            for module in self._model.modules()
+            if self._TO_COME in module.__dict__
+        ]
+        if not found:
+            raise _missing("the modules of a ZeRO-3 model", self._TO_COME)
+        return found
+
+    def expect_gradients(self, to_come: list[tuple[nn.Module, int]]) -> None:
+        """Restore what `gradients_to_come` gave."""
+        for module, count in to_come:
+            module.__dict__[self._TO_COME] = count
+
+    def _stepped(self) -> Iterator[Tensor]:
+        # ZeRO-3 hands them to Adam only while it steps.
+        yield from _private(self._optimizer, "fp32_partitioned_groups_flat")
+
+    def _adam(self) -> torch.optim.AdamW:
+        adam: torch.optim.AdamW = _private(self._optimizer, "optimizer")
+        return adam
+
+
+def internals_of(engine: Any, *, zero: int, data_rank: int, data_size: int) -> DeepSpeedInternals:
+    """The private side of an engine.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        zero: its ZeRO level.
+        data_rank: data-parallel rank.
+        data_size: number of data-parallel ranks.
+
+    Raises:
+        ConfigError: this version of DeepSpeed is not the one that this file knows.
+    """
+    kind: type[DeepSpeedInternals]
+    if zero == 3:
+        kind = _ShardedParameters
+    elif zero:
+        kind = _FlatPartitions
+    elif isinstance(engine.optimizer, torch.optim.Optimizer):
+        kind = _WholeParameters
+    else:
+        kind = _WholeMasters
+    return kind(engine, data_rank, data_size)
+
+
+def keep_off_shared_memory() -> None:
+    """Let DeepSpeed communicate by torch.distributed alone.
+
+    On a CPU each rank would compile an op for it at start; a rank killed meanwhile leaves a lock
+    file behind that makes every later start on the machine wait without end.
+    """
+    _private(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False
+
+
+def _confine_trace_check(group: dist.ProcessGroup) -> None:
+    """Let ZeRO-3 compare the order of its modules among the ranks that run the same ones.
+
+    DeepSpeed compares it with world rank 0, which with pipeline stages runs other modules, or
+    none at that time: the comparison would never be answered. The replacement is for the whole
+    process, which has one engine.
+    """
+
+    def assert_same(numbers: list[int]) -> None:
+        gathered: list[list[int]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(gathered, numbers, group=group)
+        if any(other != numbers for other in gathered):
+            raise RuntimeError(f"data-parallel ranks disagree on a trace of {len(numbers)} entries")
+
+    _private(partitioned_param_coordinator, "assert_ints_same_as_other_ranks")
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = assert_same
+
+
+def _private(owner: Any, name: str) -> Any:
+    """A private attribute of DeepSpeed's.
+
+    Raises:
+        ConfigError: this version has no such attribute.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        what = owner.__name__ if hasattr(owner, "__name__") else type(owner).__name__
+        raise _missing(what, name) from None
+
+
+def _missing(owner: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"DeepSpeed {deepspeed.__version__} is not supported: {owner} has no {name!r}, which "
+        "checkpoints, skipped steps and pipeline stages need; install a tested version: "
+        f"pip install 'deepspeed{TESTED_VERSIONS}'"
+    )
