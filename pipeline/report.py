@@ -243,11 +243,9 @@ def _values(records: Sequence[Scalars], key: str) -> list[float]:
     return [float(value) for record in records if (value := record.get(key)) is not None]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.report") -> int:
     """Write the report of the run folder named on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.report", description="Write a report of a run."
-    )
+    parser = argparse.ArgumentParser(prog=prog, description="Write a report of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run, with metrics.jsonl")
     options = parser.parse_args(arguments)
     try:
