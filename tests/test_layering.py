@@ -26,7 +26,7 @@ def _module_files() -> dict[str, Path]:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return files
+    return files | {"headway": ROOT / "headway.py"}
 
 
 MODULES = _module_files()
@@ -63,8 +63,8 @@ def _package(module: str) -> str:
 
 
 def test_there_are_modules_to_look_at() -> None:
-    """The checks below see all three packages; a wrong path would make them pass on nothing."""
-    assert {_package(name) for name in MODULES} == set(PACKAGES)
+    """The checks below see all packages; a wrong path would make them pass on nothing."""
+    assert {_package(name) for name in MODULES} == {*PACKAGES, "headway"}
     assert any(found.imported.startswith("data_prep.") for found in IMPORTS)
 
 
@@ -78,6 +78,16 @@ def test_model_and_data_prep_import_nothing_of_ours_outside_themselves() -> None
         and _package(found.imported) != _package(found.importer)
     ]
     assert crossing == []
+
+
+def test_only_the_console_script_stands_above_the_pipeline() -> None:
+    """`headway` calls the list of commands; nothing calls `headway`."""
+    used = {found.imported for found in IMPORTS if found.importer == "headway"}
+    assert {name for name in used if _package(name) in PACKAGES} == {
+        "pipeline",
+        "pipeline.commands",
+    }
+    assert [found for found in IMPORTS if found.imported == "headway"] == []
 
 
 def test_nothing_imports_the_tests() -> None:
