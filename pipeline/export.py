@@ -37,9 +37,9 @@ EXIT_INTERRUPTED = 130
 WHOLE_MODEL_BYTES = 2 << 30
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.export") -> int:
     """Run the command; give its exit status."""
-    options = _parse(arguments)
+    options = _parse(arguments, prog)
     # megatron-core warns of parts that are not installed and that nothing here uses.
     warnings.filterwarnings("ignore", category=UserWarning)
     try:
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.export",
+        prog=prog,
         description=(
             "Write a checkpoint as a Hugging Face Llama with the extra heads beside it, and "
             "compare its logits with the checkpoint's."

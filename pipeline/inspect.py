@@ -26,10 +26,10 @@ from pipeline.checkpoint.files import (
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.inspect") -> int:
     """Run the command; give its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.inspect",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

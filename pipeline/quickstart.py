@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-import torch
 
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import FOLDER, LATEST
@@ -101,9 +100,11 @@ class Stages:
             _say(f"   done in {time.monotonic() - self._stage_start_s:.0f} s")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.quickstart"
+) -> int:
     """Run the quickstart; give its exit status."""
-    options = _parse(arguments)
+    options = _parse(arguments, prog)
     if not CONFIG.is_file():
         _say(f"error: {CONFIG} is not here; run `make quickstart` in the checkout")
         return 2
@@ -119,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.quickstart", description=__doc__)
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument(
         "--set",
         nargs="+",
@@ -133,6 +134,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _quickstart(config: RunConfig, overrides: Sequence[str]) -> None:
+    import torch  # late, so that --help and mistakes do not wait for it
+
     num_gpus = torch.cuda.device_count()
     ranks = num_gpus or CPU_RANKS
     cores = len(os.sched_getaffinity(0))
