@@ -97,7 +97,7 @@ def describe(checkpoint: Path, problems: Sequence[str], *, verified: bool) -> li
         lines += [
             f"step          {state['step']:,}, of which {state['skipped_steps']:,} were skipped",
             f"tokens        {state['tokens']:,}",
-            f"data          next sample {state['next_sample']:,} of rows of "
+            f"data          next sample {state['next_sample']:,} of sequences of "
             f"{state['sequence_length']:,} tokens, seed {state['data_seed']}, shard set "
             f"{state['data_fingerprint'] or 'unknown'}",
             f"layout        {layout['world_size']} ranks = {layout['data']} data x "

@@ -1,4 +1,4 @@
-"""Every mistake ends with one line that names the value, the rule and the way out."""
+"""Every mistake ends with one line that names the value, the rule and what to do."""
 
 import shutil
 import socket
@@ -107,7 +107,7 @@ def test_checkpoint_path_that_is_none(config: Path, tmp_path: Path) -> None:
 
 
 def test_port_taken(config: Path, tmp_path: Path) -> None:
-    """A rendezvous port that something else holds is named with a way out."""
+    """A rendezvous port that something else holds is named with a remedy."""
     port = free_port()
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", port))
