@@ -339,7 +339,7 @@ def test_things_that_are_no_checkpoint_are_refused(
     """A folder without checkpoints and a target that is no export are refused."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "is no checkpoint" in _fails(tmp_path / "mine", tmp_path / "export", capsys)
+    assert "is not a checkpoint" in _fails(tmp_path / "mine", tmp_path / "export", capsys)
     assert "is not an earlier export" in _fails(small.checkpoint, tmp_path / "mine", capsys)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 

@@ -103,7 +103,7 @@ def test_checkpoint_path_that_is_none(config: Path, tmp_path: Path) -> None:
     """A path without a checkpoint is named, with what one looks like."""
     outcome = run_job(tmp_path, [str(config), "--resume", str(tmp_path / "nothing")])
     assert outcome.codes == [2]
-    assert "nothing is no checkpoint" in outcome.errors[0]
+    assert "nothing is not a checkpoint" in outcome.errors[0]
 
 
 def test_port_taken(config: Path, tmp_path: Path) -> None:
