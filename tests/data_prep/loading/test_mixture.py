@@ -13,11 +13,11 @@ NAMES = ("a", "b", "c", "d")
 WEIGHTS = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda w: sum(w) > 1e-6)
 
 
-def make_mixture(*stages: tuple[int, dict[str, float]]) -> Mixture:
-    """A mixture of the four sources with (first sample, weights) stages."""
+def make_mixture(*segments: tuple[int, dict[str, float]]) -> Mixture:
+    """A mixture of the four sources with (first sample, weights) segments."""
     return Mixture(
         NAMES,
-        [MixtureSegment(first_sample=first, counts=block_counts(w)) for first, w in stages],
+        [MixtureSegment(first_sample=first, counts=block_counts(w)) for first, w in segments],
     )
 
 
