@@ -16,6 +16,7 @@ from rich.console import Console
 
 from data_prep.building.build import REJECTS, build
 from data_prep.building.data_config import read_config
+from data_prep.building.journal import claims_folder
 from data_prep.building.options import BuildOptions
 from data_prep.errors import BadRecordsError, DataError
 from data_prep.inputs.file_names import IGNORED_DIRECTORIES
@@ -77,7 +78,7 @@ def _choose_workers(options: BuildOptions, task: str | None, world: World | None
         return MpiWorkers(world)
     array_task = find_array_task(task, os.environ)
     if array_task is not None:
-        return ArrayWorkers(array_task, options.output, options.workers)
+        return ArrayWorkers(array_task, claims_folder(options.output), options.workers)
     return LocalWorkers(options.workers)
 
 
