@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from data_prep.errors import DataError
 from data_prep.inputs.arrow_inputs import read_arrow, read_parquet, read_parquet_row
 from data_prep.inputs.codecs import open_stream
+from data_prep.inputs.hub_dataset import fetch, local_path
 from data_prep.inputs.json_inputs import read_json
 from data_prep.inputs.jsonl_inputs import read_lines, skip_line
 from data_prep.inputs.records import Reading, RecordBatch
@@ -19,6 +20,7 @@ def read_unit(unit: Unit, reading: Reading) -> Iterator[RecordBatch]:
         DataError: A file changed after the job was planned, or a file of records cannot be read.
     """
     for segment in unit.segments:
+        fetch(segment.source.path)
         try:
             yield from _read_segment(segment, reading)
         except OSError as error:
@@ -41,7 +43,7 @@ def read_text(source: InputFile, offset: int, reading: Reading) -> bytes | None:
     try:
         if source.kind == "parquet":
             with open_unchanged(source):
-                batches = read_parquet_row(source.path, offset, reading)
+                batches = read_parquet_row(local_path(source.path), offset, reading)
         else:
             batches = _read_segment(Segment(0, source, offset, offset + 1), reading)
         for batch in batches:
@@ -56,10 +58,11 @@ def _read_segment(segment: Segment, reading: Reading) -> Iterator[RecordBatch]:
     source, number = segment.source, segment.file
     with open_unchanged(source) as file:
         if source.kind == "parquet":
-            yield from read_parquet(source.path, number, segment.start, segment.end, reading)
+            path = local_path(source.path)
+            yield from read_parquet(path, number, segment.start, segment.end, reading)
         elif source.kind == "arrow":
             if source.bytes:
-                yield from read_arrow(source.path, number, reading)
+                yield from read_arrow(local_path(source.path), number, reading)
         elif source.kind == "text":
             yield read_document(open_stream(file, source.codec), number, reading)
         elif source.kind == "json":
