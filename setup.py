@@ -46,6 +46,7 @@ setup(
         "datasets>=3.0",
         "deepspeed>=0.18",
         "gigatoken>=0.10",
+        "huggingface_hub>=0.25",
         "jinja2>=3.1",
         "markupsafe>=2.1",
         "matplotlib>=3.8",

@@ -121,7 +121,16 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="YAML with any of these options, and sources")
-    add("--input", dest="inputs", nargs="+", type=Path, metavar="PATH", action="extend")
+    add(
+        "--input",
+        dest="inputs",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        action="extend",
+        help="files, directories, and datasets of the Hugging Face Hub or of folders laid out like "
+        "those there: hf:NAME[:CONFIG][@SPLIT][#REVISION]",
+    )
     add("--output", type=Path, metavar="DIR")
     add(
         "--tokenizer",
