@@ -44,13 +44,15 @@ setup(
     install_requires=[
         "backports.zstd>=1.0; python_version<'3.14'",
         "datasets>=3.0",
-        "deepspeed>=0.18",
+        # Bounded to what has passed tests/pipeline/engine/test_library_versions.py: private parts of
+        # DeepSpeed are used (pipeline/engine/deepspeed_internals.py).
+        "deepspeed>=0.19.0,<=0.19.8",
         "gigatoken>=0.10",
         "huggingface_hub>=0.25",
         "jinja2>=3.1",
         "markupsafe>=2.1",
         "matplotlib>=3.8",
-        "megatron-core>=0.15",
+        "megatron-core>=0.15.0,<=0.16.1",
         "mpi4py>=4.0",
         "numpy>=1.26",
         "orjson>=3.9",
