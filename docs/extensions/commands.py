@@ -12,20 +12,10 @@ from unittest.mock import patch
 from sphinx.application import Sphinx
 
 from docs.extensions.markdown import MarkdownDirective, table
+from pipeline.commands import COMMANDS
 
-COMMANDS = (
-    "data_prep.shard",
-    "data_prep.inspect",
-    "data_prep.report",
-    "data_prep.verify",
-    "data_prep.export_megatron",
-    "pipeline.train",
-    "pipeline.inspect",
-    "pipeline.report",
-    "pipeline.export",
-    "pipeline.quickstart",
-    "model.generate",
-)
+# The module of each command, as `headway` knows them; two of its names stand for two modules each.
+MODULES = tuple(module for command in COMMANDS.values() for module in command.modules)
 
 
 class _ParserFoundError(Exception):

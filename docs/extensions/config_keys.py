@@ -24,7 +24,7 @@ from data_prep.building.options import BuildOptions, Source
 from docs.extensions.docstrings import attribute_descriptions
 from docs.extensions.markdown import MarkdownDirective, table
 from model.rope_scaling import RopeScaling
-from pipeline.config.data_section import WeightStage
+from pipeline.config.data_section import WeightPhase
 from pipeline.config.run_config import RunConfig
 
 _KINDS: dict[Any, str] = {
@@ -104,7 +104,7 @@ def _run_classes() -> dict[str, type[BaseModel]]:
         assert isinstance(field.annotation, type)
         assert issubclass(field.annotation, BaseModel)
         classes[name] = field.annotation
-    return {**classes, "rope_scaling": RopeScaling, "weight_schedule": WeightStage}
+    return {**classes, "rope_scaling": RopeScaling, "weight_schedule": WeightPhase}
 
 
 def _data_keys(section: str) -> Iterator[Key]:

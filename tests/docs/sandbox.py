@@ -18,8 +18,25 @@ from tests.support.tiny_llama import LLAMA3, save_llama
 VOCABULARY = 4096
 STEPS = 4
 TIMEOUT_S = 300
-_LINKED = ("benchmarks", "data_prep", "docs", "foundation", "model", "pipeline", "slurm", "tests")
-_LINKED_FILES = ("Makefile", "README.md", "pyproject.toml", "setup.py", "constraints.txt")
+_LINKED = (
+    "benchmarks",
+    "data_prep",
+    "docs",
+    "examples",
+    "foundation",
+    "model",
+    "pipeline",
+    "slurm",
+    "tests",
+)
+_LINKED_FILES = (
+    "headway.py",
+    "Makefile",
+    "README.md",
+    "pyproject.toml",
+    "setup.py",
+    "constraints.txt",
+)
 _MODEL = {
     "hidden_size": 32,
     "attention_heads": 4,

@@ -12,7 +12,7 @@ import yaml
 
 from data_prep.building.data_config import read_config
 from data_prep.errors import DataError
-from docs.extensions.commands import COMMANDS, refusal
+from docs.extensions.commands import MODULES, refusal
 from model.errors import ConfigError
 from pipeline.config.run_config import known_keys, load_config
 from tests.support.page_blocks import (
@@ -61,6 +61,7 @@ def test_every_block_has_a_language_and_a_marker(path: Path) -> None:
     """What a reader may type or copy says whether it is run, and if not, why."""
     faults = [fault for block in blocks_of(path) if (fault := _fault(block))]
     assert faults == []
+    assert re.findall(r"(?<=\n\n)    \S.*", prose(path)) == [], "indented code has no marker"
 
 
 def _fault(block: Block) -> str | None:
@@ -192,7 +193,7 @@ def _module_faults(module: str, arguments: list[str]) -> Iterator[str]:
     path = f"{module.replace('.', '/')}.py"
     if path not in _tree() and f"{module.replace('.', '/')}/__main__.py" not in _tree():
         yield f"{module} does not exist"
-    if module not in COMMANDS or "--help" in arguments:
+    if module not in MODULES or "--help" in arguments:
         return
     if refused := refusal(module, arguments):
         yield f"{module} {shlex.join(arguments)}: {refused}"

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from data_prep.building.options import BuildOptions
-from docs.extensions.commands import COMMANDS, parser_of, refusal
+from docs.extensions.commands import MODULES, parser_of, refusal
 from docs.extensions.config_keys import keys_of, sections, unit, words
 from docs.extensions.docstrings import attribute_descriptions
 from docs.extensions.markdown import table
@@ -90,7 +90,7 @@ def test_descriptions_may_take_several_lines() -> None:
     assert "sources" in described
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", MODULES)
 def test_every_argument_has_help(command: str) -> None:
     """An option without words is a guess."""
     silent = [
@@ -105,7 +105,7 @@ def test_the_page_has_every_command() -> None:
     """A new command gets its table and an example that is run or says why not."""
     text = (REFERENCE / "commands.md").read_text()
     shown = re.findall(r"^```\{command\} ([\w.]+)$", text, re.MULTILINE)
-    assert sorted(shown) == sorted(COMMANDS)
+    assert sorted(shown) == sorted(MODULES)
     mains = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for package in ("data_prep", "model", "pipeline")
@@ -114,7 +114,7 @@ def test_the_page_has_every_command() -> None:
             r"^if __name__ == .__main__.:\n(?!    # Run by)", path.read_text(), re.MULTILINE
         )
     }
-    assert mains == set(COMMANDS)
+    assert mains == set(MODULES)
 
 
 def test_arguments_are_refused_as_the_command_refuses_them() -> None:

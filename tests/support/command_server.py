@@ -117,6 +117,8 @@ def serve(address: str) -> None:
     import matplotlib.figure  # noqa: F401
     import transformers  # noqa: F401
 
+    import pipeline.engine.build
+    import pipeline.job  # noqa: F401
     import tests.support.harness_preload  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
