@@ -114,7 +114,7 @@ def test_the_page_has_every_command() -> None:
             r"^if __name__ == .__main__.:\n(?!    # Run by)", path.read_text(), re.MULTILINE
         )
     }
-    assert mains == set(MODULES)
+    assert mains - {"pipeline.commands"} == set(MODULES)  # which calls the others
 
 
 def test_arguments_are_refused_as_the_command_refuses_them() -> None:
