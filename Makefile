@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv hooks quickstart test stress check bench clean
+.PHONY: help venv hooks quickstart test stress check docs bench clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -44,11 +44,14 @@ test: $(installed) ## run all tests
 stress: $(installed) ## run the long forms of tests (hours): every layout, every point of failure
 	$(python) -m pytest -m stress $(ARGS)
 
-check: $(installed) ## ruff, mypy --strict, the layering of imports, the README and project files
+check: $(installed) docs ## ruff, mypy --strict, the layering of imports, the pages and project files
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
-	$(python) -m pytest -q tests/test_layering.py tests/test_readme.py tests/test_project_files.py
+	$(python) -m pytest -q tests/test_layering.py tests/docs/test_blocks.py tests/docs/test_architecture.py tests/test_project_files.py
+
+docs: $(installed) ## build the pages into docs/_build; warnings are errors
+	$(python) -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 bench: $(installed) ## run every benchmark
 	@for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(python) "$$file"; done

@@ -44,8 +44,8 @@ setup(
     install_requires=[
         "backports.zstd>=1.0; python_version<'3.14'",
         "datasets>=3.0",
-        # Bounded to what passed tests/pipeline/engine/test_library_versions.py: private parts of
-        # DeepSpeed are used (pipeline/engine/deepspeed_internals.py).
+        # Bounded to what has passed tests/pipeline/engine/test_library_versions.py: private parts
+        # of DeepSpeed are used (pipeline/engine/deepspeed_internals.py).
         "deepspeed>=0.19.0,<=0.19.8",
         "gigatoken>=0.10",
         "huggingface_hub>=0.25",
@@ -70,13 +70,17 @@ setup(
     ],
     extras_require={
         "dev": [
+            "furo>=2024.8",
             "hypothesis>=6.100",
             "mpich>=5.0",
             "mypy>=1.15",
+            "myst-parser>=4.0",
             "pre-commit>=4.0",
             "pytest>=8.3",
             "ruff>=0.9",
+            "sphinx>=8.0",
             "types-PyYAML>=6.0",
+            "types-docutils>=0.21",
             "types-setuptools>=75",
         ],
         "wandb": ["wandb>=0.19"],

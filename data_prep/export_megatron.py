@@ -41,7 +41,7 @@ def main(
         prog=prog,
         description="Write a split of a shard set as PREFIX.bin and PREFIX.idx.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument("prefix", metavar="PREFIX", help="path of the files without .bin and .idx")
     parser.add_argument("--split", default="train", metavar="NAME", help="train or validation")
     parser.add_argument("--source", metavar="NAME", help="only this source")

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
         description="Show what a shard set holds: a summary, a document, or where a text occurs.",
     )
     add = parser.add_argument
-    add("directory", type=Path, metavar="DIR")
+    add("directory", type=Path, metavar="DIR", help="a shard set")
     add("--split", default="train", metavar="NAME", help="train (default) or validation")
     add("--source", metavar="NAME", help="only this source")
     add("--document", type=int, metavar="N", help="show document N of the split, from 0")

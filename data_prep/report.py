@@ -29,9 +29,13 @@ Cells = Sequence[object]
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_prep.report") -> int:
     """Run the command; give its exit status."""
     parser = argparse.ArgumentParser(prog=prog, description="Write a page about a shard set.")
-    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)"
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page (report.html)",
     )
     given = parser.parse_args(arguments)
     try:

@@ -131,7 +131,7 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
         help="files, directories, and datasets of the Hugging Face Hub or of folders laid out like "
         "those there: hf:NAME[:CONFIG][@SPLIT][#REVISION]",
     )
-    add("--output", type=Path, metavar="DIR")
+    add("--output", type=Path, metavar="DIR", help="folder of the shard set")
     add(
         "--tokenizer",
         metavar="FILE|train:8192|bytes",
@@ -144,7 +144,12 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
         help="be one of N processes, maybe on other machines, that share --output and nothing else "
         "(in a Slurm array: by itself)",
     )
-    add("--validation-fraction", type=float, metavar="F", help="(0.01)")
+    add(
+        "--validation-fraction",
+        type=float,
+        metavar="F",
+        help="share of the documents that is held out (0.01)",
+    )
     add(
         "--glob",
         dest="globs",
@@ -179,9 +184,9 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
         metavar="F",
         help="largest share of bad records in files of records that is still accepted (0.001)",
     )
-    add("--shard-tokens", type=int, metavar="N", help="(16777216)")
+    add("--shard-tokens", type=int, metavar="N", help="most tokens of one shard (16777216)")
     add("--unit-bytes", type=int, metavar="N", help="input bytes per unit of work (by input size)")
-    add("--eos-token", metavar="TOKEN", help="end of document (the usual names)")
+    add("--eos-token", metavar="TOKEN", help="name of the end-of-document token (the usual names)")
     add("--source", metavar="NAME", help="folder name in shards/SPLIT for --input (corpus)")
     add(
         "--special-tokens",

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
         prog=prog,
         description="Check the files, counts, ids and documents of a shard set.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument(
         "--sample",
         type=int,

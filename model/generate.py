@@ -79,7 +79,7 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
     add("--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (0)")
     add("--dtype", choices=("fp32", "bf16"), help="arithmetic (as exported)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (auto)")
     add("--ids", action="store_true", help="print the ids of the new tokens, too")
     add(
         "--compare",

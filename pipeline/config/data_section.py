@@ -14,7 +14,12 @@ BatchRange = Annotated[tuple[int, int], Strict(False)]
 
 
 class WeightPhase(Section):
-    """Weights of the sources from a step on: after `step` steps, until the next phase."""
+    """Weights of the sources from a step on: after `step` steps, until the next phase.
+
+    Attributes:
+        step: steps after which these weights begin; 0 in the first one.
+        weights: share of samples of each source.
+    """
 
     step: Count
     weights: dict[str, Weight]

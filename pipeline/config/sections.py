@@ -39,7 +39,13 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Name, folder and seed of a run."""
+    """Name, folder and seed of a run.
+
+    Attributes:
+        name: of the run; letters, digits, - and _.
+        dir: folder of everything that the run writes; runs/NAME unless given.
+        seed: of initial weights and data order.
+    """
 
     name: str
     dir: FilePath = Field(default_factory=_run_dir)
@@ -56,7 +62,17 @@ class RunSection(Section):
 
 
 class ParallelSection(Section):
-    """How the model is spread over ranks; data parallelism takes the ranks that are left."""
+    """How the model is spread over ranks; data parallelism takes the ranks that are left.
+
+    Attributes:
+        tensor: tensor-parallel ranks; must divide attention_heads, kv_heads, ffn_hidden_size and
+            vocab_size of the model.
+        zero: ZeRO level of the data-parallel ranks: 0 = everything on each; 1 = optimizer states
+            divided; 2 = gradients, too; 3 = weights, too.
+        stages: pipeline stages: 1, auto:S, or what each stage holds, such as
+            [trunk: 0-13, trunk: 14-27, heads: 1-2, heads: 3-4].
+        reduce_bucket_size: gradient elements that ZeRO reduces at once.
+    """
 
     tensor: PositiveInt = 1
     zero: int = Field(default=3, ge=0, le=3)
@@ -78,7 +94,12 @@ class ParallelSection(Section):
 
 
 class BatchSection(Section):
-    """Samples of a step: micro_size * accumulation on each data-parallel rank."""
+    """Samples of a step: micro_size * accumulation on each data-parallel rank.
+
+    Attributes:
+        micro_size: samples of one forward on a data-parallel rank.
+        accumulation: micro-batches of a step on a data-parallel rank.
+    """
 
     micro_size: PositiveInt
     accumulation: PositiveInt = 1
@@ -145,7 +166,15 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW and gradient clipping (gradient_clipping 0 switches it off)."""
+    """AdamW and gradient clipping.
+
+    Attributes:
+        learning_rate: peak of the schedule.
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, of matrices; norms have none.
+        gradient_clipping: largest global gradient norm; 0 = no clipping.
+    """
 
     learning_rate: PositiveFloat
     betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.95)
@@ -165,7 +194,15 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """Learning rate over the run, as a share of optimizer.learning_rate."""
+    """Learning rate over the run, as a share of optimizer.learning_rate.
+
+    Attributes:
+        kind: shape after the warm-up: cosine or linear = falls to the end; wsd = holds, then falls
+            over decay_steps.
+        warmup_steps: steps of linear warm-up from 0.
+        final_ratio: the last step's rate over the peak.
+        decay_steps: length of the fall at the end of a wsd schedule; for wsd only.
+    """
 
     kind: Literal["cosine", "linear", "wsd"] = "cosine"
     warmup_steps: Count
@@ -190,7 +227,12 @@ class ScheduleSection(Section):
 
 
 class EvalSection(Section):
-    """Validation in the loop (every_steps 0 switches it off)."""
+    """Validation in the loop.
+
+    Attributes:
+        every_steps: steps between validations, and once at the end; 0 = no validation.
+        samples: of the validation split, the same ones each time.
+    """
 
     every_steps: Count = 0
     samples: PositiveInt = 64
@@ -247,7 +289,14 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """What is written while the run goes on; metrics.jsonl always is."""
+    """What is written while the run goes on; metrics.jsonl always is.
+
+    Attributes:
+        interval: steps between two lines of metrics.
+        tensorboard: write TensorBoard events into the run's folder.
+        wandb_project: also log to this project of Weights & Biases; null = do not.
+        progress: show a line of progress where the console is a terminal.
+    """
 
     interval: PositiveInt = 1
     tensorboard: bool = True

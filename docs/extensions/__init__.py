@@ -1,0 +1,1 @@
+"""Extensions of Sphinx: reference pages made from what the code declares."""

@@ -1,0 +1,1 @@
+"""Pictures of the documentation, each drawn by a script of its own."""
