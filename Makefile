@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test stress check bench clean
+.PHONY: help venv hooks quickstart test stress check bench clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -32,6 +32,9 @@ $(installed): setup.py constraints.txt
 	$(python) -m pip install --disable-pip-version-check --prefer-binary $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+hooks: $(installed) ## install git hooks: ruff before each commit, mypy before each push
+	$(python) -m pre_commit install
+
 quickstart: $(installed) ## shards, training, kill, resume, export, generation, report: everything, in minutes
 	$(python) -m pipeline.quickstart
 
@@ -41,11 +44,11 @@ test: $(installed) ## run all tests
 stress: $(installed) ## run the long forms of tests (hours): every layout, every point of failure
 	$(python) -m pytest -m stress $(ARGS)
 
-check: $(installed) ## ruff, mypy --strict, the layering of imports, the README
+check: $(installed) ## ruff, mypy --strict, the layering of imports, the README and project files
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
-	$(python) -m pytest -q tests/test_layering.py tests/test_readme.py
+	$(python) -m pytest -q tests/test_layering.py tests/test_readme.py tests/test_project_files.py
 
 bench: $(installed) ## run every benchmark
 	@for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(python) "$$file"; done

@@ -1,30 +1,58 @@
 """Metadata of the distribution; what was tested together stands in constraints.txt."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("foundation", "data_prep", "model", "pipeline")
+
+
+def _version() -> str:
+    text = (ROOT / "pipeline" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    assert found, "pipeline/__init__.py has the version"
+    return found[1]
+
 
 setup(
     name="headway",
-    version="0.1.0",
+    version=_version(),
     description="Pretraining of language models that predict several future tokens at once.",
+    author="The Headway contributors",
     license="Apache-2.0",
+    keywords="pretraining, multi-token prediction, speculative decoding, DeepSpeed, ZeRO",
+    classifiers=[
+        # The names of the packages are common ones: on an index, they would collide with others.
+        "Private :: Do Not Upload",
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(
-        include=[
-            f"{name}{below}"
-            for name in ("data_prep", "foundation", "model", "pipeline")
-            for below in ("", ".*")
-        ]
-    ),
-    package_data={"foundation": ["templates/*.j2"]},
+    packages=find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]),
+    package_data={"": ["py.typed"], "foundation": ["templates/*.j2"]},
+    py_modules=["headway"],
+    entry_points={"console_scripts": ["headway = headway:main"]},
     install_requires=[
         "backports.zstd>=1.0; python_version<'3.14'",
         "datasets>=3.0",
-        "deepspeed>=0.18",
+        # Bounded to what passed tests/pipeline/engine/test_library_versions.py: private parts of
+        # DeepSpeed are used (pipeline/engine/deepspeed_internals.py).
+        "deepspeed>=0.19.0,<=0.19.8",
         "gigatoken>=0.10",
+        "huggingface_hub>=0.25",
         "jinja2>=3.1",
         "markupsafe>=2.1",
         "matplotlib>=3.8",
-        "megatron-core>=0.15",
+        "megatron-core>=0.15.0,<=0.16.1",
         "mpi4py>=4.0",
         "numpy>=1.26",
         "orjson>=3.9",
@@ -45,6 +73,7 @@ setup(
             "hypothesis>=6.100",
             "mpich>=5.0",
             "mypy>=1.15",
+            "pre-commit>=4.0",
             "pytest>=8.3",
             "ruff>=0.9",
             "types-PyYAML>=6.0",

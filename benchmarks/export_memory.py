@@ -26,6 +26,7 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 import pipeline.export
+import pipeline.exporting.exporter
 from benchmarks.memory_vs_heads import hardware
 from data_prep.tokenization.tokenizer import bytes_tokenizer
 from foundation.durable_files import write_synced
@@ -167,7 +168,7 @@ def _child(sender: Connection, run_dir: Path, target: Path, whole_model_bytes: i
         "pipeline.exporting.layer_by_layer",
     ):
         importlib.import_module(name)
-    pipeline.export.WHOLE_MODEL_BYTES = whole_model_bytes
+    pipeline.exporting.exporter.WHOLE_MODEL_BYTES = whole_model_bytes
     sender.send(_own_bytes(None))
     started = time.perf_counter()
     pipeline.export.export(run_dir, target, report=lambda _: None)

@@ -100,7 +100,7 @@ class Layout:
         plan: what each stage holds.
         data: data-parallel size.
         tensor: tensor-parallel size.
-        zero: ZeRO stage, 1 or 3.
+        zero: ZeRO level, 1 or 3.
         micro_size: samples of a micro-batch.
         accumulation: micro-batches of a step.
         recompute: whether layers run again in backward.

@@ -1,6 +1,6 @@
 """One rank's part of a training arm: Headway in some layout, or DeepSpeed's own PipelineModule.
 
-Both train the same model on the same batches. The textbook's way under PipelineModule: the last
+Both train the same model on the same batches. The usual way under PipelineModule: the last
 stage forms the whole logits of every head and one loss of them all.
 
 Legend: B batch, S sequence, V vocabulary, n heads.
@@ -71,7 +71,7 @@ class Arm:
         name: for tables.
         world: ranks.
         stages: what each stage holds of the model, as in a configuration; `1` = one stage.
-        zero: ZeRO stage.
+        zero: ZeRO level.
         engine: ours, or DeepSpeed's PipelineModule with the layers cut as `stages` says.
     """
 

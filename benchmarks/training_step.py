@@ -88,7 +88,7 @@ def _step(
 
 
 def _joint_loss(model: MultiTokenModel, tokens: Tensor, labels: Tensor) -> Tensor:
-    """The textbook's loss: whole logits of every head, torch's cross-entropy, one sum."""
+    """The usual loss: whole logits of every head, torch's cross-entropy, one sum."""
     norm, unembedding = model.heads.lm_head()
     trunk_output = model(tokens)
     context = model.context(tokens.shape[1], tokens.device)

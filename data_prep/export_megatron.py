@@ -33,10 +33,12 @@ TYPES: dict[str, tuple[int, np.dtype[Any]]] = {
 COPIED_TOKENS = 1 << 22
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m data_prep.export_megatron"
+) -> int:
     """Run the command; give its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.export_megatron",
+        prog=prog,
         description="Write a split of a shard set as PREFIX.bin and PREFIX.idx.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR")

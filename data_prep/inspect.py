@@ -32,10 +32,10 @@ class Document(NamedTuple):
     text: str
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_prep.inspect") -> int:
     """Run the command; exit status 1 when something asked for is not there."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.inspect",
+        prog=prog,
         description="Show what a shard set holds: a summary, a document, or where a text occurs.",
     )
     add = parser.add_argument

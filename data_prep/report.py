@@ -26,11 +26,9 @@ LISTED_FILES = 10
 Cells = Sequence[object]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_prep.report") -> int:
     """Run the command; give its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.report", description="Write a page about a shard set."
-    )
+    parser = argparse.ArgumentParser(prog=prog, description="Write a page about a shard set.")
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument(
         "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)"

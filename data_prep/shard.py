@@ -16,6 +16,7 @@ from rich.console import Console
 
 from data_prep.building.build import REJECTS, build
 from data_prep.building.data_config import read_config
+from data_prep.building.journal import claims_folder
 from data_prep.building.options import BuildOptions
 from data_prep.errors import BadRecordsError, DataError
 from data_prep.inputs.file_names import IGNORED_DIRECTORIES
@@ -31,7 +32,7 @@ EXIT_BAD_RECORDS = 3
 EXIT_INTERRUPTED = 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python data_prep/shard.py") -> int:
     """Run the command on every rank that was started; give its exit status."""
     try:
         world = join_world(os.environ)
@@ -39,16 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(error)
         return EXIT_DATA_ERROR
     if world is None:
-        return _run(arguments, None)
-    return world.run(lambda: _run(arguments, world))
+        return _run(arguments, prog, None)
+    return world.run(lambda: _run(arguments, prog, world))
 
 
-def _run(arguments: Sequence[str] | None, world: World | None) -> int:
+def _run(arguments: Sequence[str] | None, prog: str, world: World | None) -> int:
     """Build the set; under MPI on rank 0, which coordinates the others."""
     progress = ProgressLine(Console(stderr=True))
     try:
         try:
-            options, task = parse_options(arguments)
+            options, task = parse_options(arguments, prog)
             manifest = build(options, progress, _choose_workers(options, task, world))
         finally:
             progress.close()
@@ -77,17 +78,19 @@ def _choose_workers(options: BuildOptions, task: str | None, world: World | None
         return MpiWorkers(world)
     array_task = find_array_task(task, os.environ)
     if array_task is not None:
-        return ArrayWorkers(array_task, options.output, options.workers)
+        return ArrayWorkers(array_task, claims_folder(options.output), options.workers)
     return LocalWorkers(options.workers)
 
 
-def parse_options(arguments: Sequence[str] | None) -> tuple[BuildOptions, str | None]:
+def parse_options(
+    arguments: Sequence[str] | None, prog: str = "python data_prep/shard.py"
+) -> tuple[BuildOptions, str | None]:
     """Turn the command line, and the file that it names, into options and --array-task.
 
     Raises:
         DataError: The file is at fault, or the output or the tokenizer is not named.
     """
-    given = vars(_make_parser().parse_args(arguments))
+    given = vars(_make_parser(prog).parse_args(arguments))
     config: Path | None = given.pop("config", None)
     task: str | None = given.pop("array_task", None)
     options = read_config(config) if config else {}
@@ -103,10 +106,10 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[BuildOptions, str | 
     return BuildOptions(**options), task
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _make_parser(prog: str) -> argparse.ArgumentParser:
     """The options; those that are not given stay out, so that a file or a default can say."""
     parser = argparse.ArgumentParser(
-        prog="python data_prep/shard.py",
+        prog=prog,
         argument_default=argparse.SUPPRESS,
         description=(
             "Tokenize .jsonl, .json and text files (also .gz, .zst, .xz), .parquet, .arrow, saved "
@@ -118,7 +121,16 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="YAML with any of these options, and sources")
-    add("--input", dest="inputs", nargs="+", type=Path, metavar="PATH", action="extend")
+    add(
+        "--input",
+        dest="inputs",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        action="extend",
+        help="files, directories, and datasets of the Hugging Face Hub or of folders laid out like "
+        "those there: hf:NAME[:CONFIG][@SPLIT][#REVISION]",
+    )
     add("--output", type=Path, metavar="DIR")
     add(
         "--tokenizer",

@@ -15,10 +15,10 @@ from data_prep.tokenization.tokenizer import Tokenizer
 SAMPLED_DOCUMENTS = 1000
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_prep.verify") -> int:
     """Run the command: one line per problem, exit status 1 when there is any."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify",
+        prog=prog,
         description="Check the files, counts, ids and documents of a shard set.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR")

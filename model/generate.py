@@ -51,9 +51,9 @@ class Run(NamedTuple):
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.generate") -> int:
     """Run the command; give its exit status."""
-    options = _parse(arguments)
+    options = _parse(arguments, prog)
     # megatron-core warns of parts that are not installed and that nothing here uses.
     warnings.filterwarnings("ignore", category=UserWarning)
     try:
@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m model.generate",
+        prog=prog,
         description="Continue prompts with an exported model; its own heads speed it up.",
     )
     add = parser.add_argument

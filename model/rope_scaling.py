@@ -5,11 +5,12 @@ The kinds, their parameters' names and their formulas are those of Hugging Face'
 """
 
 import math
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+
+if TYPE_CHECKING:  # configurations are read without waiting for torch
+    from torch import Tensor
 
 _OF_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -62,7 +63,7 @@ class RopeScaling(BaseModel):
         """The parameters that this kind has, under Hugging Face's names."""
         return self.model_dump(exclude_none=True)
 
-    def apply(self, frequencies: Tensor) -> Tensor:
+    def apply(self, frequencies: "Tensor") -> "Tensor":
         """Scaled frequencies, in radians per position, from unscaled ones of the same shape.
 
         Example, llama3 with factor 8, low 1, high 4, original length 8192: a frequency of more
@@ -79,5 +80,5 @@ class RopeScaling(BaseModel):
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         scaled = (1 - kept) * frequencies / self.factor + kept * frequencies
         # Outside the band exactly one of the two, without the rounding of a sum.
-        scaled = torch.where(turns <= low, frequencies / self.factor, scaled)
-        return torch.where(turns >= high, frequencies, scaled)
+        scaled = (frequencies / self.factor).where(turns <= low, scaled)
+        return frequencies.where(turns >= high, scaled)

@@ -7,24 +7,19 @@ the folder gets its name the command checks it:
 - every tensor is the checkpoint's, rounded once, bit by bit;
 - logits of every head, layer by layer: transformers' layers with the folder's tensors against
   training's layers with the checkpoint's;
-- for models up to `WHOLE_MODEL_BYTES`, logits again with whole models: transformers on the folder
+- for models up to 2 GiB in fp32, logits again with whole models: transformers on the folder
   as a plain Llama, the class of all heads, and our model on the folder.
 """
 
 import argparse
-import hashlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import DataError
-from data_prep.shards.manifest import load_manifest
-from data_prep.tokenization.tokenizer import Tokenizer
 from model.errors import CheckpointError, ConfigError
-from model.hugging_face.folder import ExportDescription
-from pipeline.config.run_config import RunConfig
 from pipeline.exporting.target import check_target
 
 if TYPE_CHECKING:
@@ -33,13 +28,10 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
-# Models of more bytes in fp32 are compared layer by layer only.
-WHOLE_MODEL_BYTES = 2 << 30
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.export") -> int:
     """Run the command; give its exit status."""
-    options = _parse(arguments)
+    options = _parse(arguments, prog)
     # megatron-core warns of parts that are not installed and that nothing here uses.
     warnings.filterwarnings("ignore", category=UserWarning)
     try:
@@ -59,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.export",
+        prog=prog,
         description=(
             "Write a checkpoint as a Hugging Face Llama with the extra heads beside it, and "
             "compare its logits with the checkpoint's."
@@ -102,97 +94,9 @@ def export(
     """
     check_target(directory)
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
-    from pipeline.checkpoint.file_names import TOKENIZER, WEIGHTS
-    from pipeline.checkpoint.files import checkpoint_path, verify
-    from pipeline.checkpoint.folder import read_config
-    from pipeline.checkpoint.sharded_tensors import read_weights
-    from pipeline.checkpoint.train_state import read_state
-    from pipeline.exporting.model_card import metrics_until, model_card
-    from pipeline.exporting.whole_model import RELATIVE_TOLERANCE
-    from pipeline.exporting.writing import write_export
+    from pipeline.exporting.exporter import export_checkpoint
 
-    checkpoint = checkpoint_path(checkpoint)
-    if problems := verify(checkpoint):
-        raise CheckpointError(
-            f"{checkpoint} is damaged: {'; '.join(problems[:3])}; export another checkpoint"
-        )
-    config, state = read_config(checkpoint), read_state(checkpoint)
-    tokenizer = _tokenizer(checkpoint / TOKENIZER, config, eos_token)
-    description = ExportDescription.model_validate(
-        {
-            "model": config.model,
-            "dtype": dtype or state.layout.precision,
-            "sequence_length": config.data.sequence_length,
-            "eos_token": tokenizer.eos_token,
-            "eos_id": tokenizer.eos_id,
-            "run": config.run.name,
-            "step": state.step,
-        }
-    )
-    results: list[Parity] = []
-
-    def check(folder: Path) -> None:
-        for parity in _checks(folder, description, checkpoint / WEIGHTS):
-            if not parity.holds:
-                raise CheckpointError(
-                    f"{checkpoint} was not exported: the written model differs from it, "
-                    f"{parity.summary()}; allowed is {RELATIVE_TOLERANCE:g} of the largest logit"
-                )
-            results.append(parity)
-
-    records = metrics_until(checkpoint.absolute().parents[1], state.step)
-    write_export(
-        directory,
-        description,
-        read_weights(checkpoint / WEIGHTS, config.model),
-        tokenizer=tokenizer.content,
-        card=model_card(config, state, description, records),
-        check=check,
-    )
-    report(
-        f"exported {checkpoint} (step {state.step}) to {directory}: "
-        f"{config.model.num_parameters():,} parameters in {description.dtype}, "
-        f"{config.model.future_tokens} heads"
-    )
-    report("every tensor is the checkpoint's, names and shapes are those of transformers' classes")
-    for parity in results:
-        report(parity.summary())
-    return tuple(results)
-
-
-def _checks(folder: Path, description: ExportDescription, weights: Path) -> "Iterator[Parity]":
-    """Check a finished folder's tensors, then give its logits' differences in one or two ways."""
-    from pipeline.checkpoint.sharded_tensors import StateFiles, read_weights
-    from pipeline.exporting.layer_by_layer import compare_layers
-    from pipeline.exporting.tensors import check_names, check_values
-    from pipeline.exporting.whole_model import compare
-
-    files = StateFiles(weights, description.model)
-    check_names(folder)
-    check_values(folder, description, files)
-    yield compare_layers(folder, description, files)
-    if 4 * description.model.num_parameters() <= WHOLE_MODEL_BYTES:
-        yield compare(folder, description, read_weights(weights, description.model))
-
-
-def _tokenizer(path: Path, config: RunConfig, eos_token: str | None) -> Tokenizer:
-    """The checkpoint's tokenizer with the end-of-document token that its shards were made with."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); export another checkpoint"
-        ) from error
-    return Tokenizer(content, eos_token or _eos_of_shards(config, content), str(path))
-
-
-def _eos_of_shards(config: RunConfig, tokenizer: bytes) -> str | None:
-    """What the shard set says; None when it is gone or was made anew with another tokenizer."""
-    try:
-        entry = load_manifest(config.data.shards).tokenizer
-    except DataError:
-        return None
-    return entry.eos_token if entry.sha256 == hashlib.sha256(tokenizer).hexdigest() else None
+    return export_checkpoint(checkpoint, directory, dtype=dtype, eos_token=eos_token, report=report)
 
 
 if __name__ == "__main__":

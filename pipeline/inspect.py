@@ -26,10 +26,10 @@ from pipeline.checkpoint.files import (
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.inspect") -> int:
     """Run the command; give its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.inspect",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -97,7 +97,7 @@ def describe(checkpoint: Path, problems: Sequence[str], *, verified: bool) -> li
         lines += [
             f"step          {state['step']:,}, of which {state['skipped_steps']:,} were skipped",
             f"tokens        {state['tokens']:,}",
-            f"data          next sample {state['next_sample']:,} of rows of "
+            f"data          next sample {state['next_sample']:,} of sequences of "
             f"{state['sequence_length']:,} tokens, seed {state['data_seed']}, shard set "
             f"{state['data_fingerprint'] or 'unknown'}",
             f"layout        {layout['world_size']} ranks = {layout['data']} data x "

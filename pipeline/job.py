@@ -19,13 +19,13 @@ from pipeline.checkpoint.resume_point import ResumePoint, find_resume_point
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import Layout, TrainState
 from pipeline.config.run_config import Device, Precision, RunConfig, to_yaml
-from pipeline.data.mixture_plan import follow_plan
+from pipeline.data.mixture_plan import plan_mixture
 from pipeline.data.samples import (
     describe_samples,
     open_shards,
     training_samples,
     validation_samples,
-    weight_stages,
+    weight_phases,
 )
 from pipeline.data.validation import ValidationSamples
 from pipeline.distributed.agreement import on_all_ranks
@@ -168,7 +168,11 @@ class Job:
             state = point.state_now(fresh)
             self._checkpoints.set_aside_after(state.step)
         self._state = state
-        follow_plan(data.training, weight_stages(config, data.training), state)
+        mixture = plan_mixture(data.training, weight_phases(config, data.training), state)
+        if mixture is not None:
+            data.training.mixture = mixture
+            state.mixture = list(mixture.segments)
+            state.samples_by_source = mixture.counts(state.next_sample)
         if topology.is_main:
             self._announce(state, point, describe_samples(config, data.training, state))
         return engine, state

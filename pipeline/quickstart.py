@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-import torch
 
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import FOLDER, LATEST
@@ -36,7 +35,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class QuickstartError(Exception):
-    """A stage did not do what it should; says which, and what to look at."""
+    """A part did not do what it should; says which, and what to look at."""
 
 
 class HeldOutLoss(NamedTuple):
@@ -52,11 +51,11 @@ class HeldOutLoss(NamedTuple):
         return 1 - self.final / self.early
 
 
-class Stages:
-    """Prints and times the stages of the quickstart and runs their commands.
+class Parts:
+    """Prints and times the parts of the quickstart and runs their commands.
 
     Args:
-        total: how many stages there are.
+        total: how many parts there are.
         environment: variables of the commands, beside those of this process.
     """
 
@@ -64,13 +63,13 @@ class Stages:
         self._total = total
         self._environment = {**os.environ, **environment}
         self._titles: list[str] = []
-        self._start_s = self._stage_start_s = time.monotonic()
+        self._start_s = self._part_start_s = time.monotonic()
 
     def begin(self, title: str) -> None:
-        """Announce the next stage."""
+        """Announce the next part."""
         self._end()
         self._titles.append(title)
-        self._stage_start_s = time.monotonic()
+        self._part_start_s = time.monotonic()
         _say(f"\n== [{len(self._titles)}/{self._total}] {title}")
 
     def run(self, *command: str) -> None:
@@ -92,18 +91,20 @@ class Stages:
         return subprocess.Popen(command, env=self._environment)
 
     def finish(self) -> float:
-        """End the last stage; seconds since the beginning."""
+        """End the last part; seconds since the beginning."""
         self._end()
         return time.monotonic() - self._start_s
 
     def _end(self) -> None:
         if self._titles:
-            _say(f"   done in {time.monotonic() - self._stage_start_s:.0f} s")
+            _say(f"   done in {time.monotonic() - self._part_start_s:.0f} s")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.quickstart"
+) -> int:
     """Run the quickstart; give its exit status."""
-    options = _parse(arguments)
+    options = _parse(arguments, prog)
     if not CONFIG.is_file():
         _say(f"error: {CONFIG} is not here; run `make quickstart` in the checkout")
         return 2
@@ -119,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.quickstart", description=__doc__)
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument(
         "--set",
         nargs="+",
@@ -133,6 +134,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _quickstart(config: RunConfig, overrides: Sequence[str]) -> None:
+    import torch  # late, so that --help and mistakes do not wait for it
+
     num_gpus = torch.cuda.device_count()
     ranks = num_gpus or CPU_RANKS
     cores = len(os.sched_getaffinity(0))
@@ -141,36 +144,36 @@ def _quickstart(config: RunConfig, overrides: Sequence[str]) -> None:
         "they can be typed as they stand."
     )
     environment = {"OMP_NUM_THREADS": str(max(cores // ranks, 1)), "PYTHONUNBUFFERED": "1"}
-    stages = Stages(7, environment)
+    parts = Parts(7, environment)
     run_dir, python = config.run.dir, _shown_python()
     export_dir = run_dir / "export"
 
-    stages.begin("Shards of the Python standard library, with a tokenizer trained on it")
-    stages.run(python, *_shard_arguments(config))
+    parts.begin("Shards of the Python standard library, with a tokenizer trained on it")
+    parts.run(python, *_shard_arguments(config))
     train = [python, "-m", "torch.distributed.run", "--standalone"]
     train += ["--nproc-per-node", str(ranks), "-m", "pipeline.train", str(CONFIG)]
     settings = ["--set", *overrides] if overrides else []
 
-    stages.begin(f"Pretraining of {config.model.future_tokens} heads; to be killed part way")
-    killed_step = kill_part_way(stages, (*train, "--resume", "none", *settings), config)
-    stages.begin(f"Resuming the run that was killed after step {killed_step}")
-    stages.run(*train, "--resume", "auto", *settings)
+    parts.begin(f"Pretraining of {config.model.future_tokens} heads; to be killed part way")
+    killed_step = kill_part_way(parts, (*train, "--resume", "none", *settings), config)
+    parts.begin(f"Resuming the run that was killed after step {killed_step}")
+    parts.run(*train, "--resume", "auto", *settings)
 
-    stages.begin("Held-out loss")
+    parts.begin("Held-out loss")
     losses = held_out_losses(read_metrics(run_dir))
     _say(describe_losses(losses, config.last_step))
     check_fall(losses)
 
-    stages.begin("Export to the Hugging Face format")
-    stages.run(python, "-m", "pipeline.export", str(run_dir), str(export_dir))
-    stages.begin("Generation: head 1 alone, then all heads (the outputs must be equal)")
+    parts.begin("Export to the Hugging Face format")
+    parts.run(python, "-m", "pipeline.export", str(run_dir), str(export_dir))
+    parts.begin("Generation: head 1 alone, then all heads (the outputs must be equal)")
     generation = (python, "-m", "model.generate", str(export_dir), "--compare")
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    stages.run(*generation, "--max-new-tokens", str(NEW_TOKENS), *prompts)
+    parts.run(*generation, "--max-new-tokens", str(NEW_TOKENS), *prompts)
 
-    stages.begin("Report")
-    stages.run(python, "-m", "pipeline.report", str(run_dir))
-    seconds = stages.finish()
+    parts.begin("Report")
+    parts.run(python, "-m", "pipeline.report", str(run_dir))
+    seconds = parts.finish()
     _say(f"\nquickstart: everything worked, in {seconds // 60:.0f} min {seconds % 60:02.0f} s")
     _say(f"  model   {export_dir}\n  report  {run_dir / REPORT_NAME}")
 
@@ -189,7 +192,7 @@ def _shard_arguments(config: RunConfig) -> list[str]:
     return [*command, "--exclude", "site-packages", "dist-packages"]
 
 
-def kill_part_way(stages: Stages, command: Sequence[str], config: RunConfig) -> int:
+def kill_part_way(parts: Parts, command: Sequence[str], config: RunConfig) -> int:
     """Start a training run and end it with SIGKILL, as a power cut would, after a checkpoint.
 
     Returns:
@@ -200,7 +203,7 @@ def kill_part_way(stages: Stages, command: Sequence[str], config: RunConfig) -> 
     """
     started_s = time.time()
     run_dir, kill_step = config.run.dir, int(config.last_step * KILL_AFTER)
-    process = stages.start(*command)
+    process = parts.start(*command)
     try:
         while process.poll() is None:
             time.sleep(_POLL_S)

@@ -153,11 +153,9 @@ def _draw(axes: Any, curve: Curve, records: Sequence[Scalars]) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.report") -> int:
     """Write the report of the run folder named on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.report", description="Write a report of a run."
-    )
+    parser = argparse.ArgumentParser(prog=prog, description="Write a report of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run, with metrics.jsonl")
     options = parser.parse_args(arguments)
     try:

@@ -10,9 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.errors import DataError
 from model.errors import CheckpointError, ConfigError, TrainingError
@@ -25,24 +23,23 @@ from pipeline.config.run_config import (
     resolve_device,
     resolve_precision,
 )
-from pipeline.distributed.agreement import AgreedByAllRanks
-from pipeline.distributed.rendezvous import RankInfo, rank_info
-from pipeline.distributed.signals import EXIT_STOPPED
-from pipeline.engine.init_from import planned_import
 from pipeline.reporting.run_log import quieten_libraries
-from pipeline.reporting.run_summary import summarize_run
 
 if TYPE_CHECKING:
+    from pipeline.distributed.rendezvous import RankInfo
     from pipeline.job import Job
 
 EXIT_FAILED, EXIT_USER_FAULT = 1, 2
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.train") -> int:
     """Run the command line; returns the exit code."""
-    options = _parse(arguments)
-    info = rank_info(os.environ)
+    options = _parse(arguments, prog)
     quieten_libraries()
+    # Imported here so that --help does not wait for torch.
+    from pipeline.distributed.rendezvous import rank_info
+
+    info = rank_info(os.environ)
     try:
         config = load_config(options.config, options.set)
         if options.dry_run:
@@ -62,8 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(Job(config, options.resume, info, device, precision), info)
 
 
-def _run(job: "Job", info: RankInfo) -> int:
+def _run(job: "Job", info: "RankInfo") -> int:
     """Run the job; errors become one line that names the rank, and an exit code."""
+    from pipeline.distributed.agreement import AgreedByAllRanks
+    from pipeline.distributed.signals import EXIT_STOPPED
+
     try:
         stopped_by = job.run()
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
@@ -79,8 +79,8 @@ def _run(job: "Job", info: RankInfo) -> int:
     return 0 if stopped_by is None else EXIT_STOPPED
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__)
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("config", type=Path, help="the run's YAML file")
     parser.add_argument(
         "--set",
@@ -105,6 +105,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _resolve(config: RunConfig) -> tuple[Device, Precision]:
+    import torch
+
     device = resolve_device(config, torch.cuda.is_available())
     bf16_supported = device == "cpu" or torch.cuda.is_bf16_supported()
     return device, resolve_precision(config, device, bf16_supported)
@@ -112,6 +114,11 @@ def _resolve(config: RunConfig) -> tuple[Device, Precision]:
 
 def _print_dry_run(config: RunConfig, world_size: int) -> None:
     """Describe the run as on the machine it is meant for: a laptop may ask about a cluster."""
+    import torch
+
+    from pipeline.engine.init_from import planned_import
+    from pipeline.reporting.run_summary import summarize_run
+
     device = resolve_device(config, torch.cuda.is_available() or config.train.device == "cuda")
     precision = resolve_precision(config, device)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is not an error
@@ -127,9 +134,16 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
-    code = main()
+def run(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.train") -> NoReturn:
+    """Run the command line, then end this process with its exit code.
+
+    Not by sys.exit: destructors of process groups whose peers are gone can wait forever.
+    """
+    code = main(arguments, prog)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: destructors of process groups whose peers are gone can wait for ever.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    run()

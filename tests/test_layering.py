@@ -41,7 +41,7 @@ def _module_files() -> dict[str, Path]:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return files
+    return files | {"headway": ROOT / "headway.py"}
 
 
 MODULES = _module_files()
@@ -95,7 +95,7 @@ COMMANDS = {
 
 def test_there_are_modules_to_look_at() -> None:
     """The checks below see every package; a wrong path would make them pass on nothing."""
-    assert {_package(name) for name in MODULES} == set(PACKAGES)
+    assert {_package(name) for name in MODULES} == {*PACKAGES, "headway"}
     assert any(found.imported.startswith("data_prep.") for found in IMPORTS)
 
 
@@ -109,6 +109,16 @@ def test_model_and_data_prep_import_nothing_of_ours_outside_themselves() -> None
         and _package(found.imported) not in ("foundation", _package(found.importer))
     ]
     assert crossing == []
+
+
+def test_only_the_console_script_stands_above_the_pipeline() -> None:
+    """`headway` calls the list of commands; nothing calls `headway`."""
+    used = {found.imported for found in IMPORTS if found.importer == "headway"}
+    assert {name for name in used if _package(name) in PACKAGES} == {
+        "pipeline",
+        "pipeline.commands",
+    }
+    assert [found for found in IMPORTS if found.imported == "headway"] == []
 
 
 def test_nothing_imports_the_tests() -> None:

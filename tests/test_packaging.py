@@ -1,4 +1,4 @@
-"""What an installation holds: exactly the four packages, and all that they import."""
+"""What an installation holds: the packages, the console script, and all that they import."""
 
 import ast
 import re
@@ -11,6 +11,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from pipeline import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("foundation", "data_prep", "model", "pipeline")
@@ -25,10 +27,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for neighbour in ("tests", "benchmarks", "configs", "slurm"):
+    for neighbour in ("tests", "benchmarks", "examples", "configs", "slurm"):
         (source / neighbour).mkdir()
         (source / neighbour / "__init__.py").touch()
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "headway.py", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
@@ -37,7 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_exactly_the_four_packages(wheel: Path) -> None:
+def test_the_wheel_holds_exactly_the_packages_and_the_script(wheel: Path) -> None:
     """Tests, configurations and scripts stay outside; no module or template is forgotten."""
     with zipfile.ZipFile(wheel) as content:
         modules = {name for name in content.namelist() if ".dist-info/" not in name}
@@ -47,17 +49,30 @@ def test_the_wheel_holds_exactly_the_four_packages(wheel: Path) -> None:
         for pattern in ("*.py", "*.j2")
         for path in (ROOT / package).rglob(pattern)
     }
-    assert modules == expected
+    typed = {f"{package}/py.typed" for package in PACKAGES}
+    assert modules == expected | typed | {"headway.py"}
+
+
+def test_the_wheel_has_the_console_script(wheel: Path) -> None:
+    """`headway` is the one program of an installation."""
+    with zipfile.ZipFile(wheel) as content:
+        (name,) = (n for n in content.namelist() if n.endswith(".dist-info/entry_points.txt"))
+        lines = content.read(name).decode().split("\n")
+    assert [line for line in lines if line] == ["[console_scripts]", "headway = headway:main"]
 
 
 def test_the_wheel_carries_its_license_and_version(wheel: Path) -> None:
-    """The metadata name the project, its Python and its license, and the text is in it."""
+    """The metadata name the project, its Python and its license, and the text is in it.
+
+    The classifier makes an index refuse an upload: the packages' names are common ones.
+    """
     with zipfile.ZipFile(wheel) as content:
         (metadata,) = (n for n in content.namelist() if n.endswith(".dist-info/METADATA"))
         text = content.read(metadata).decode()
         assert any(name.endswith("LICENSE") for name in content.namelist())
     assert re.search(r"^Name: headway$", text, re.MULTILINE)
-    assert re.search(r"^Version: 0\.1\.0$", text, re.MULTILINE)
+    assert re.search(rf"^Version: {re.escape(__version__)}$", text, re.MULTILINE)
+    assert re.search(r"^Classifier: Private :: Do Not Upload$", text, re.MULTILINE)
     assert re.search(r"^Requires-Python: >=3\.11$", text, re.MULTILINE)
     assert re.search(r"^License(-Expression)?: Apache-2\.0$", text, re.MULTILINE)
 

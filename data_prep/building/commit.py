@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.building.dedup import forget_duplicates
-from data_prep.building.journal import CLAIMS, COMMITTED, JOURNAL, find_finished, rejects_path
+from data_prep.building.journal import (
+    COMMITTED,
+    JOURNAL,
+    claims_folder,
+    find_finished,
+    rejects_path,
+)
 from data_prep.building.options import BuildOptions
 from data_prep.building.prepare import PreparedJob
 from data_prep.errors import BadRecordsError, DataError
@@ -64,7 +70,7 @@ def commit(job: PreparedJob, observer: Observer) -> Manifest:
         write_whole(output / JOURNAL / COMMITTED, note)
     # In this order: tasks that still look for work must see that there is none.
     forget_duplicates(output)
-    shutil.rmtree(output / JOURNAL / CLAIMS, ignore_errors=True)
+    shutil.rmtree(claims_folder(output), ignore_errors=True)
     remove_leftovers(output)
     return manifest
 

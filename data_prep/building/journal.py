@@ -46,6 +46,11 @@ def is_unit_finished(output: Path, job_id: str, unit: int) -> bool:
     return find_finished(output, job_id, unit) is not None
 
 
+def claims_folder(output: Path) -> Path:
+    """Where the tasks of a job array claim their work."""
+    return output / JOURNAL / CLAIMS
+
+
 def is_committed(output: Path) -> bool:
     """Whether a job was committed here and no build has found anything to do since."""
     return (output / JOURNAL / COMMITTED).is_file()

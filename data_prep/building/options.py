@@ -25,7 +25,7 @@ class Source:
 
     Attributes:
         name: The folder of its shards below each split.
-        inputs: Files and directories.
+        inputs: Files, directories and names of datasets (hf:NAME).
         weight: Its share of a mixture, relative to the other sources; None = by tokens. It goes
             into the manifest and changes no shard.
         globs: Patterns of the files to take from directories; None = those of the job.

@@ -11,6 +11,12 @@ from typing import BinaryIO, NamedTuple
 from data_prep.errors import DataError
 from data_prep.inputs.arrow_inputs import check_parquet
 from data_prep.inputs.file_names import IGNORED_DIRECTORIES, FileFormat, Kind, format_of, is_taken
+from data_prep.inputs.hub_dataset import (
+    find_dataset_files,
+    is_dataset_name,
+    is_pinned,
+    local_path,
+)
 from data_prep.inputs.json_inputs import BLOCK_BYTES, starts_like_jsonl
 from data_prep.inputs.saved_dataset import files_of_saved_dataset
 
@@ -49,8 +55,8 @@ def find_inputs(
     """List the input files in the order in which their records are stored.
 
     Args:
-        paths: Files, directories and saved Hugging Face datasets; files keep their given order,
-            a directory is walked sorted.
+        paths: Files, directories, saved Hugging Face datasets and names of datasets (hf:NAME);
+            files keep their given order, a directory is walked sorted.
         globs: Patterns for files in directories, matched against the name and the path below the
             directory; none = names that look like text or source
             code.
@@ -65,10 +71,7 @@ def find_inputs(
     """
     found: dict[str, InputFile] = {}
     for path in paths:
-        for name in _list(path, globs, exclude, output):
-            entry = _describe(name)
-            if entry is None:
-                continue
+        for entry in _files_of(path, globs, exclude, output):
             if entry.path in found:
                 raise DataError(f"{entry.path} is given twice by --input; give each file once")
             found[entry.path] = entry
@@ -78,6 +81,22 @@ def find_inputs(
             f"no input files in {given}: no file name matches; name the files with --glob '*.ext'"
         )
     return list(found.values())
+
+
+def _files_of(
+    path: Path, globs: Sequence[str], exclude: Sequence[str], output: Path | None
+) -> Iterator[InputFile]:
+    """The files that one --input stands for, described."""
+    if not is_dataset_name(path):
+        described = map(_describe, _list(path, globs, exclude, output))
+        yield from (entry for entry in described if entry is not None)
+        return
+    for name in find_dataset_files(path):
+        entry = _describe(Path(local_path(name)))
+        if entry is None:
+            raise DataError(f"--input {path} names {name}, which is not a file; check the dataset")
+        # A commit never changes, but every machine has its own copy of its own age.
+        yield entry._replace(path=name, mtime_ns=0) if is_pinned(name) else entry
 
 
 def _list(
@@ -184,9 +203,10 @@ def unreadable(path: Path | str, error: OSError) -> DataError:
 def open_unchanged(file: InputFile) -> BinaryIO:
     """Open a file, refusing it when it is not the one that was planned."""
     with ExitStack() as stack:
-        opened = stack.enter_context(open(file.path, "rb"))
+        opened = stack.enter_context(open(local_path(file.path), "rb"))
         status = os.fstat(opened.fileno())
-        if (status.st_size, status.st_mtime_ns) != (file.bytes, file.mtime_ns):
+        mtime_ns = 0 if is_pinned(file.path) else status.st_mtime_ns
+        if (status.st_size, mtime_ns) != (file.bytes, file.mtime_ns):
             raise DataError(
                 f"{file.path} changed while the job was running; leave the inputs alone and "
                 "start again with a new --output"

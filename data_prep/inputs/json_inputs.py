@@ -7,6 +7,10 @@ line that begins like it (same indent, an object); without such a line the rest 
 part of the reject.
 """
 
+# ijson was tried instead (3.6, yajl2_c): it stops at the first fault, so of 20 good records around
+# a malformed one it gives the 10 before it (all 20 here), and it tells no byte offset of a value.
+# Where nothing is malformed it is faster: 273 MB/s of CPU time against 32 on records of 500 bytes.
+
 import re
 from collections.abc import Iterator
 

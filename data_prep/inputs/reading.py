@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from data_prep.errors import DataError
 from data_prep.inputs.arrow_inputs import read_arrow, read_parquet, read_parquet_row
 from data_prep.inputs.codecs import open_stream
+from data_prep.inputs.hub_dataset import fetch, local_path
 from data_prep.inputs.input_files import InputFile, open_unchanged, unreadable
 from data_prep.inputs.json_inputs import read_json
 from data_prep.inputs.jsonl_inputs import read_lines, skip_line
@@ -20,6 +21,7 @@ def read_unit(unit: Unit, reading: Reading) -> Iterator[RecordBatch]:
         DataError: A file changed after the job was planned, or a file of records cannot be read.
     """
     for segment in unit.segments:
+        fetch(segment.input.path)
         try:
             yield from _read_segment(segment, reading)
         except OSError as error:
@@ -42,7 +44,7 @@ def read_text(file: InputFile, offset: int, reading: Reading) -> bytes | None:
     try:
         if file.kind == "parquet":
             with open_unchanged(file):
-                batches = read_parquet_row(file.path, offset, reading)
+                batches = read_parquet_row(local_path(file.path), offset, reading)
         else:
             batches = _read_segment(Segment(0, file, offset, offset + 1), reading)
         for batch in batches:
@@ -57,10 +59,11 @@ def _read_segment(segment: Segment, reading: Reading) -> Iterator[RecordBatch]:
     file, number = segment.input, segment.file
     with open_unchanged(file) as opened:
         if file.kind == "parquet":
-            yield from read_parquet(file.path, number, segment.start, segment.end, reading)
+            path = local_path(file.path)
+            yield from read_parquet(path, number, segment.start, segment.end, reading)
         elif file.kind == "arrow":
             if file.bytes:
-                yield from read_arrow(file.path, number, reading)
+                yield from read_arrow(local_path(file.path), number, reading)
         elif file.kind == "text":
             yield read_document(open_stream(opened, file.codec), number, reading)
         elif file.kind == "json":

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import psutil
 
-from data_prep.building.journal import CLAIMS, JOURNAL
 from data_prep.errors import DataError
 from data_prep.shards.atomic import unwritable
 from data_prep.workers.phase import Done, Observer, Phase
@@ -66,16 +65,16 @@ class ArrayWorkers:
 
     Args:
         task: Its number says where this task begins to look for items.
-        output: Folder of the shard set, which all tasks reach under some path.
+        claims: Folder for their claims, which all tasks reach under some path.
         processes: Worker processes of this task; None = the cores it may use.
     """
 
     shares_output = True
 
-    def __init__(self, task: ArrayTask, output: Path, processes: int | None = None) -> None:
+    def __init__(self, task: ArrayTask, claims: Path, processes: int | None = None) -> None:
         self._task = task
         self._processes = processes or default_processes()
-        self._claims = Claims(output / JOURNAL / CLAIMS)
+        self._claims = Claims(claims)
 
     def run(self, phase: Phase, observer: Observer) -> None:
         """Do items until all are on disk, whoever did them; see `Workers.run`."""

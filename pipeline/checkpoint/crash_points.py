@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from pathlib import Path
 
-import torch.distributed as dist
-
 VARIABLE = "HEADWAY_CRASH_AT"
 # In the order in which a save passes them. Those of the second group are rank 0's alone, those of
 # the third too, but only a save that has something to delete passes them.
@@ -79,6 +77,8 @@ def crash_point(point: str, *, halve: Path | None = None) -> None:
     asked = os.environ.get(VARIABLE)
     if asked is None:
         return
+    import torch.distributed as dist  # late: whoever only looks at checkpoints needs no torch
+
     assert point in POINTS, f"{point} is not a known point"
     found = _FORM.fullmatch(asked)
     if found is None or found["point"] not in POINTS:

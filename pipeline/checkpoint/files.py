@@ -119,7 +119,7 @@ def checkpoint_path(path: Path) -> Path:
         if newest is not None:
             return newest
     raise CheckpointError(
-        f"{path} is no checkpoint: it has neither {STATE_NAME} nor {LATEST}; give a folder such "
+        f"{path} is not a checkpoint: it has neither {STATE_NAME} nor {LATEST}; give a folder such "
         "as runs/NAME/checkpoints/step_00000100, or the run's folder"
     )
 

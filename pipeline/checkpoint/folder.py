@@ -34,7 +34,7 @@ from pipeline.checkpoint.files import (
 from pipeline.checkpoint.retention import Retention
 from pipeline.config.run_config import RunConfig, load_config
 from pipeline.config.sections import CheckpointSection
-from pipeline.distributed.agreement import from_all, from_main, place
+from pipeline.distributed.agreement import from_all, from_main, rank_and_world
 
 _RUN_FILES = (FOLDER, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
 
@@ -232,7 +232,7 @@ def verify_together(checkpoint: Path) -> list[str]:
     if problems:
         return problems
     entries = from_main(lambda: read_manifest(checkpoint), CheckpointError)
-    rank, world = place()
+    rank, world = rank_and_world()
     found = from_all(content_problems(checkpoint, entries, sorted(entries)[rank::world]))
     return [problem for part in found for problem in part]
 

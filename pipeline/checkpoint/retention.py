@@ -89,7 +89,7 @@ class Retention:
             self._thread.start()
 
     def _take_names(self, newest: Path) -> list[Path]:
-        """Rename what goes, so that it is no checkpoint any more; the new paths."""
+        """Rename what goes, so that it is not a checkpoint any more; the new paths."""
         last = step_of(newest) or 0
         older = [path for path in committed(self._directory) if (step_of(path) or 0) <= last]
         whole = [path for path in older if path == newest or not size_problems(path)]
@@ -141,7 +141,7 @@ def _delete(folders: Sequence[Path]) -> None:
             shutil.rmtree(folder)
         except OSError as error:
             logger.warning(
-                "%s cannot be deleted (%s); it is no checkpoint any more: delete it by hand",
+                "%s cannot be deleted (%s); it is not a checkpoint any more: delete it by hand",
                 folder,
                 error.strerror,
             )

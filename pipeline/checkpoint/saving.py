@@ -279,15 +279,15 @@ class Saver:
         self._figures["save_failed"], step = 1, flight.step
         message = f"step {step} could not be saved below {self.checkpoints.directory}: {problem} "
         message += from_main(lambda: self.checkpoints.discard(step), OSError)
-        way_out = "make room there or mend the folder"
+        remedy = "make room there or make the folder writable"
         if flight.last:
             raise CheckpointError(
-                f"{message}; it was the last save of the run: {way_out}, then run the same command "
+                f"{message}; it was the last save of the run: {remedy}, then run the same command "
                 "again: it resumes from the newest checkpoint and trains anew what came after it"
             )
         if self._config.checkpoint.on_error == "stop":
             raise CheckpointError(
-                f"{message}; checkpoint.on_error=stop, so the run stops: {way_out}, then start it "
+                f"{message}; checkpoint.on_error=stop, so the run stops: {remedy}, then start it "
                 "again"
             )
         every = self._config.checkpoint.every_steps
@@ -297,7 +297,7 @@ class Saver:
             "it ends: %s before then",
             message,
             again,
-            way_out,
+            remedy,
         )
 
 

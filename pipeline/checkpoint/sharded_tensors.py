@@ -10,7 +10,7 @@ parameter and where it starts in the flattened slice of its tensor-parallel rank
       exp_avg_sq/heads.readout.weight@4096
 
 A reader asks for elements of a parameter's slice in its own layout. Only what overlaps them is
-read, so any data-parallel size, tensor-parallel size, ZeRO stage and plan of stages can take over
+read, so any data-parallel size, tensor-parallel size, ZeRO level and plan of stages can take over
 from any other, every rank reading its own share.
 
 Nothing here is pickled: files hold numbers and strings only.
@@ -273,7 +273,7 @@ class StateFiles:
     def _check_size(self, kind: str, name: str, stored: int) -> None:
         """Refuse more elements than the parameter has: they would be another model's."""
         if name not in self._shapes:
-            return  # said when it is read
+            return  # an error when it is read
         placement, shape = self._placed(name)
         expected = math.prod(_slice_shape(shape, placement, self.tensor_size))
         if stored > expected:

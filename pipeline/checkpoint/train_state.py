@@ -39,8 +39,8 @@ class TrainState(BaseModel):
         skipped_steps: steps whose gradients were not finite.
         data_fingerprint: of the training split that `next_sample` counts in.
         data_seed: seed of the order that `next_sample` counts in.
-        sequence_length: length of the rows that `next_sample` counts.
-        packing: how those rows are cut.
+        sequence_length: length of the sequences that `next_sample` counts.
+        packing: how those sequences are cut.
         skipped_batches: batches jumped over by data.skip_batches.
         mixture: shares of the sources, from the first sample on; empty with one source.
         samples_by_source: samples of each source before `next_sample`, skipped ones included.
@@ -97,7 +97,7 @@ def read_state(directory: Path) -> TrainState:
         return TrainState.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{directory} has no {STATE_NAME}, so it is no checkpoint; give a folder such as "
+            f"{directory} has no {STATE_NAME}, so it is not a checkpoint; give a folder such as "
             "runs/NAME/checkpoints/step_00000100, or the run's folder"
         ) from None
     except (ValueError, ValidationError) as error:

@@ -13,8 +13,8 @@ Weight = Annotated[float, Field(ge=0)]
 BatchRange = Annotated[tuple[int, int], Strict(False)]
 
 
-class WeightStage(Section):
-    """Weights of the sources from a step on: after `step` steps, until the next stage."""
+class WeightPhase(Section):
+    """Weights of the sources from a step on: after `step` steps, until the next phase."""
 
     step: Count
     weights: dict[str, Weight]
@@ -25,16 +25,16 @@ class DataSection(Section):
 
     Attributes:
         shards: a directory that data_prep/shard.py made.
-        sequence_length: tokens of a row.
+        sequence_length: input tokens of a training sequence.
         tokenizer: refuse shards of another one; null = take theirs.
         train_split: split to train on.
         eval_split: split to validate on.
         prefetch_steps: steps read ahead.
         document_mask: attention, positions and targets stay within a document.
         packing: concat = the stream is cut every sequence_length tokens; best_fit = whole
-            documents are packed into rows, and only longer ones than a row are cut.
+            documents are packed into sequences, and only longer ones than a sequence are cut.
         weights: share of samples of each source; null = the set's own, else by tokens.
-        weight_schedule: weights that change during the run, as stages of step and weights.
+        weight_schedule: weights that change during the run, as phases of step and weights.
         skip_batches: global batches never to train on, as [first, last] pairs; the first batch of
             the run is 1.
     """
@@ -48,7 +48,7 @@ class DataSection(Section):
     document_mask: bool = False
     packing: Literal["concat", "best_fit"] = "concat"
     weights: dict[str, Weight] | None = None
-    weight_schedule: Annotated[tuple[WeightStage, ...], Strict(False)] = ()
+    weight_schedule: Annotated[tuple[WeightPhase, ...], Strict(False)] = ()
     skip_batches: Annotated[tuple[BatchRange, ...], Strict(False)] = ()
 
     @field_validator("weights")
@@ -61,31 +61,31 @@ class DataSection(Section):
     @field_validator("weight_schedule")
     @classmethod
     def _stages_follow_each_other(
-        cls, stages: tuple[WeightStage, ...], info: ValidationInfo
-    ) -> tuple[WeightStage, ...]:
+        cls, phases: tuple[WeightPhase, ...], info: ValidationInfo
+    ) -> tuple[WeightPhase, ...]:
         problems = []
-        if stages and info.data.get("weights") is not None:
+        if phases and info.data.get("weights") is not None:
             problems.append(
                 "weight_schedule and data.weights are both given; keep one (weights is short for "
-                "a schedule with the one stage of step 0)"
+                "a schedule with the one phase of step 0)"
             )
-        if stages and stages[0].step != 0:
+        if phases and phases[0].step != 0:
             problems.append(
-                f"weight_schedule starts at step {stages[0].step}; its first stage must have "
+                f"weight_schedule starts at step {phases[0].step}; its first phase must have "
                 "step: 0, the weights at the start of the run"
             )
         problems += [
-            f"weight_schedule has step {after.step} after step {before.step}; put the stages in "
+            f"weight_schedule has step {after.step} after step {before.step}; put the phases in "
             "the order of their steps, each once"
-            for before, after in pairwise(stages)
+            for before, after in pairwise(phases)
             if after.step <= before.step
         ]
-        for index, stage in enumerate(stages):
-            if problem := _weights_problem(f"weight_schedule[{index}].weights", stage.weights):
+        for index, phase in enumerate(phases):
+            if problem := _weights_problem(f"weight_schedule[{index}].weights", phase.weights):
                 problems.append(problem)
         if problems:
             raise ValueError("\n".join(problems))
-        return stages
+        return phases
 
     @field_validator("skip_batches")
     @classmethod
@@ -107,10 +107,10 @@ class DataSection(Section):
         return ranges
 
     @property
-    def weight_stages(self) -> tuple[WeightStage, ...]:
+    def weight_phases(self) -> tuple[WeightPhase, ...]:
         """The schedule of weights; empty when the set's own weights hold for the whole run."""
         if self.weights is not None:
-            return (WeightStage(step=0, weights=self.weights),)
+            return (WeightPhase(step=0, weights=self.weights),)
         return self.weight_schedule
 
 

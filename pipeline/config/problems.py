@@ -1,4 +1,4 @@
-"""Configuration problems in plain words: the value, the rule, the way out, one line each."""
+"""Configuration problems in plain words: the value, the rule, what to do, one line each."""
 
 import difflib
 import json
@@ -135,7 +135,7 @@ def _kind_of(value: object) -> str:
 
 
 def _rewrite(kind: str, value: object) -> str:
-    """The way out of a wrong type, where the value shows what was meant."""
+    """What to write instead of a wrong type, where the value shows what was meant."""
     if kind in {"int_type", "float_type"} and isinstance(value, str):
         number = value.strip().replace("_", "").removeprefix("-")
         if number.isdecimal():

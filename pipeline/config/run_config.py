@@ -340,7 +340,7 @@ def resolve_precision(config: RunConfig, device: Device, bf16_supported: bool = 
 def settings_without_effect(
     config: RunConfig, *, data_parallel_size: int, device: Device
 ) -> list[str]:
-    """Settings that change nothing in this run, one line each, to be said at its start."""
+    """Settings that change nothing in this run, one line each, to be reported at its start."""
     lines = []
     zero, last_step = config.parallel.zero, config.last_step
     if zero and data_parallel_size == 1:

@@ -100,7 +100,7 @@ class TrainSection(Section):
         timeout_s: after this an unanswered collective fails.
         heartbeat_timeout_s: silence after which a rank counts as dead.
         max_skipped_steps: steps in a row with gradients that are not finite before giving up.
-        init_from: folder of a Hugging Face Llama, or of an export of ours, whose weights a new
+        init_from: folder of a Hugging Face Llama, or of an export of Headway, whose weights a new
             run begins with; without effect on a resumed one.
         init_heads: heads that the folder lacks: copy = of its last layer; fresh = untrained.
         freeze: trunk = train heads 2 .. n alone and leave the next-token model (embedding, trunk,
@@ -205,7 +205,7 @@ class CheckpointSection(Section):
         on_error: a save fails: warn = say so and go on; stop = end the run. The last save of a
             run ends it with an error either way.
         keep: how many of the newest stay.
-        keep_every: those of every so many steps stay for ever; 0 = none.
+        keep_every: those of every so many steps stay for good; 0 = none.
         keep_best: how many of the lowest validation loss stay; 0 = none.
     """
 

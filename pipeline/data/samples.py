@@ -9,7 +9,7 @@ from data_prep.loading.sequences import SequenceFormat, cut_sequences
 from data_prep.shards.shard_set import ShardSet
 from model.errors import ConfigError
 from pipeline.checkpoint.train_state import TrainState
-from pipeline.config.data_section import WeightStage
+from pipeline.config.data_section import WeightPhase
 from pipeline.config.run_config import RunConfig
 from pipeline.data.mixture_plan import weight_problems
 from pipeline.data.validation import ValidationSamples
@@ -71,9 +71,9 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
         ),
         seed=config.run.seed,
     )
-    stages, rows = weight_stages(config, loader), loader.sequences_by_source
+    phases, sequences = weight_phases(config, loader), loader.sequences_by_source
     where = f"{config.data.shards} ({config.data.train_split})"
-    problems = weight_problems(stages, rows, where)
+    problems = weight_problems(phases, sequences, where)
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -91,16 +91,16 @@ def sequence_format(config: RunConfig) -> SequenceFormat:
     )
 
 
-def weight_stages(config: RunConfig, loader: TokenLoader) -> tuple[WeightStage, ...]:
+def weight_phases(config: RunConfig, loader: TokenLoader) -> tuple[WeightPhase, ...]:
     """The schedule of weights: the configuration's, else the set's own, else by tokens."""
-    if config.data.weight_stages:
-        return config.data.weight_stages
+    if config.data.weight_phases:
+        return config.data.weight_phases
     weights = loader.weights_by_tokens()
     for source in loader.shards.manifest.sources:
         # All sources of a set have weights or none has.
         if source.weight is not None and source.name in weights:
             weights[source.name] = source.weight
-    return (WeightStage(step=0, weights=weights),)
+    return (WeightPhase(step=0, weights=weights),)
 
 
 def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) -> list[str]:
@@ -112,19 +112,22 @@ def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) 
         state: where the run is.
     """
     lines = []
-    data, rows = config.data, loader.sequences_by_source
-    if len(rows) == 1 and data.weight_stages:
-        (name,) = rows
+    data, sequences = config.data, loader.sequences_by_source
+    if len(sequences) == 1 and data.weight_phases:
+        (name,) = sequences
         lines.append(f"no effect     data weights: {name} is the only source of these shards")
-    if len(rows) > 1:
+    if len(sequences) > 1:
         for segment in loader.mixture.segments:
-            shares = ", ".join(f"{name} {segment.share(name):.2%}" for name in rows)
+            shares = ", ".join(f"{name} {segment.share(name):.2%}" for name in sequences)
             lines.append(f"mixture from sample {segment.first_sample:,}: {shares}")
-        sizes = ", ".join(f"{name} {count:,}" for name, count in rows.items())
-        lines.append(f"rows of {data.sequence_length:,} tokens in an epoch of each source: {sizes}")
+        sizes = ", ".join(f"{name} {count:,}" for name, count in sequences.items())
+        lines.append(
+            f"sequences of {data.sequence_length:,} tokens in an epoch of each source: {sizes}"
+        )
     if data.packing == "best_fit":
         lines.append(
-            f"best-fit packing: {loader.num_samples:,} rows, {loader.padding_share:.2%} padding"
+            f"best-fit packing: {loader.num_samples:,} sequences, "
+            f"{loader.padding_share:.2%} padding"
         )
     lines += [
         f"data.skip_batches: batches {first} to {last} of the data order "
@@ -133,7 +136,9 @@ def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) 
     ]
     if state.next_sample:
         counts = loader.mixture.counts(state.next_sample)
-        epochs = ", ".join(f"{name} {counts[name] / max(rows[name], 1):.3f}" for name in rows)
+        epochs = ", ".join(
+            f"{name} {counts[name] / max(sequences[name], 1):.3f}" for name in sequences
+        )
         lines.append(f"epochs behind: {epochs}")
     return lines
 
@@ -154,17 +159,17 @@ def validation_samples(
     if not config.eval.every_steps:
         return None
     data, name = config.data, config.data.eval_split
-    rows = tokens = 0
+    sequences = tokens = 0
     held_out: ShardSet | None = None
     if name in shards.manifest.splits:
         held_out = ShardSet.open(data.shards, name)
         tokens = held_out.num_tokens
-        rows = sum(
+        sequences = sum(
             cut_sequences(held_out.of_source(source), sequence_format(config)).count
             for source in held_out.sources
         )
     # The same on all ranks, which have read the same files.
-    if held_out is None or rows < topology.data_size:
+    if held_out is None or sequences < topology.data_size:
         logger.warning(
             "training without validation: %s has %d tokens in its split %r, less than a window of "
             "data.sequence_length=%d for each of %d data-parallel ranks; make the shards again "

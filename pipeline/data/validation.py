@@ -12,20 +12,20 @@ from pipeline.config.run_config import RunConfig
 
 
 class ValidationSamples:
-    """The first `eval.samples` rows of the validation split, the same in every layout.
+    """The first `eval.samples` sequences of the validation split, the same in every layout.
 
-    Concatenated rows come in stream order. Packed ones, whose stream order has all long documents
-    first, come in an order that depends on nothing but the shards. Several sources are mixed by
-    their tokens in this split, whatever the training weights are.
+    Concatenated sequences come in stream order. Packed ones, whose stream order has all long
+    documents first, come in an order that depends on nothing but the shards. Several sources are
+    mixed by their tokens in this split, whatever the training weights are.
 
     Args:
         config: the run.
         shards: its validation split.
-        data_rank: this rank's place among those that hold different data.
+        data_rank: this rank's index among those that hold different data.
         data_size: how many such ranks there are.
 
     Raises:
-        DataError: the split is smaller than one row per rank.
+        DataError: the split is smaller than one sequence per rank.
     """
 
     def __init__(

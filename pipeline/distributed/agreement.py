@@ -14,14 +14,14 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """This process's rank, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_main() -> bool:
     """Whether this is rank 0, or the only process."""
-    return place()[0] == 0
+    return rank_and_world()[0] == 0
 
 
 class AgreedByAllRanks(Exception):

@@ -1,4 +1,4 @@
-"""How a process joins its job: its place from the launcher's variables, and the rendezvous."""
+"""How a process joins its job: its rank from the launcher's variables, and the rendezvous."""
 
 import os
 import subprocess
@@ -13,11 +13,11 @@ from model.errors import ConfigError
 
 
 class RankInfo(NamedTuple):
-    """This process's place in the job.
+    """This process's rank position in the job.
 
     Attributes:
         rank: from 0 to world_size - 1.
-        local_rank: place among the ranks of this node; chooses the GPU.
+        local_rank: index among the ranks of this node; chooses the GPU.
         world_size: number of ranks.
     """
 
@@ -34,7 +34,7 @@ _LAUNCHERS = (
 
 
 def rank_info(environment: Mapping[str, str]) -> RankInfo:
-    """Read the place of this process from torchrun's or Slurm's variables.
+    """Read the rank position of this process from torchrun's or Slurm's variables.
 
     Without either it is a job of one process. A Slurm batch script outside `srun` has
     SLURM_NTASKS but no step; it too is one process.

@@ -19,10 +19,10 @@ class Topology:
     same data and tensor rank in every stage, form a chain along which activations and gradients
     travel.
 
-    Also the `mpu` object that DeepSpeed asks for groups (megatron's own lacks names it wants).
+    Also the `mpu` object that DeepSpeed asks for groups (megatron's own lacks names that it needs).
 
     Args:
-        info: this rank's place.
+        info: this rank's position.
         tensor_size: tensor-parallel size.
         device: where this rank computes.
         plan: what each stage holds; None = one stage that holds everything. The number of stages
@@ -30,7 +30,7 @@ class Topology:
         timeout_s: after this a collective that is not answered fails.
 
     Attributes:
-        info: this rank's place.
+        info: this rank's position.
         tensor_size: tensor-parallel size.
         data_size: data-parallel size.
         num_stages: pipeline stages.
@@ -120,12 +120,12 @@ class Topology:
 
     @property
     def tensor_rank(self) -> int:
-        """Place among the tensor-parallel ranks that share this model copy."""
+        """Index among the tensor-parallel ranks that share this model copy."""
         return int(parallel_state.get_tensor_model_parallel_rank())
 
     @property
     def data_rank(self) -> int:
-        """Place among the ranks that hold the same tensor-parallel part."""
+        """Index among the ranks that hold the same tensor-parallel part."""
         return int(parallel_state.get_data_parallel_rank())
 
     @property

@@ -1,6 +1,6 @@
 """A heartbeat per rank, so that a dead or stuck rank ends the job and is named.
 
-A collective waits for ever (NCCL) or fails without saying who is missing (gloo). Here each rank
+A collective waits without end (NCCL) or fails without saying who is missing (gloo). Here each rank
 writes a sign of life into the job's key-value store every second or two and watches its right
 neighbour; whoever finds a silent one publishes the verdict, and all ranks stop.
 """

@@ -1,4 +1,4 @@
-"""The one place that writes DeepSpeed's keys.
+"""The one file that writes DeepSpeed's keys.
 
 DeepSpeed's defaults change between releases (gradient clipping became 1.0 in one of them), so every
 value that this project depends on is written out, also where it equals today's default.
@@ -64,14 +64,14 @@ def _clipping(config: RunConfig) -> float:
     return config.optimizer.gradient_clipping if config.parallel.zero else 0.0
 
 
-def _accumulation_dtype(zero_stage: int, precision: Precision) -> Precision:
+def _accumulation_dtype(zero_level: int, precision: Precision) -> Precision:
     """Type in which a parameter's gradients are added up over heads and micro-batches.
 
     ZeRO-3 adds into its partitions in fp32, at 4 bytes per parameter and data-parallel share.
     Below it bf16 runs add in bf16: without ZeRO nothing else is supported, and with ZeRO-1 fp32
     would select another optimizer class.
     """
-    return "fp32" if zero_stage == 3 else precision
+    return "fp32" if zero_level == 3 else precision
 
 
 def _zero_optimization(config: RunConfig, device: Device) -> dict[str, Any]:

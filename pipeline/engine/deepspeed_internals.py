@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from model.errors import ConfigError
 
-TESTED_VERSIONS = ">=0.19.8,<0.20"
+TESTED_VERSIONS = ">=0.19.0,<=0.19.8"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

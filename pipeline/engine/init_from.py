@@ -1,4 +1,4 @@
-"""What a new run begins with when `train.init_from` names a model: checked, and said."""
+"""What a new run begins with when `train.init_from` names a model: checked and reported."""
 
 import logging
 

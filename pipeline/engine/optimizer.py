@@ -12,7 +12,7 @@ def build_adamw(model: nn.Module, options: OptimizerSection, *, fused: bool) -> 
     """AdamW in two groups: matrices decay, norm weights do not.
 
     Args:
-        model: its parameters that want gradients are trained.
+        model: its parameters that require gradients are trained.
         options: of the run.
         fused: one kernel for all parameters, on a GPU.
     """

@@ -14,7 +14,7 @@ from model.hugging_face.names import EXTRA_HEADS
 from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, MODEL_INDEX_NAME
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     """Where a tensor's bytes begin."""
 
     file_name: str
@@ -25,7 +25,7 @@ class WeightFiles:
     """Files of a Llama's tensors, and files of the extra heads', written tensor by tensor.
 
     What each file holds, and where, follows from names and shapes alone, so headers are written
-    first and every tensor goes to its place when it comes: none is held.
+    first and every tensor is written to its position when it comes: none is held.
 
     With extra heads there are two indexes. `model.safetensors.index.json` leaves them out, also
     where the model is one file: loaders that would read every safetensors file of a folder keep to
@@ -48,7 +48,7 @@ class WeightFiles:
         self._folder = folder
         self._shapes = shapes
         self._dtype = dtype
-        self._places: dict[str, _Place] = {}
+        self._positions: dict[str, _Position] = {}
         extra = {name for name in shapes if name.startswith(f"{EXTRA_HEADS}.")}
         self._model = [name for name in shapes if name not in extra]
         self._extra_heads = [name for name in shapes if name in extra]
@@ -61,15 +61,15 @@ class WeightFiles:
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor."""
         assert (tuple(tensor.shape), tensor.dtype) == (self._shapes[name], self._dtype), name
-        place = self._places[name]
+        position = self._positions[name]
         content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        with (self._folder / place.file_name).open("r+b") as file:
-            file.seek(place.offset)
+        with (self._folder / position.file_name).open("r+b") as file:
+            file.seek(position.offset)
             file.write(content.data)
 
     def close(self) -> None:
         """Write the indexes, all tensors being there."""
-        model_files = {self._places[name].file_name for name in self._model}
+        model_files = {self._positions[name].file_name for name in self._model}
         if self._extra_heads or len(model_files) > 1:
             self._write_index(MODEL_INDEX_NAME, self._model)
         if self._extra_heads:
@@ -96,7 +96,7 @@ class WeightFiles:
         with (self._folder / file_name).open("wb") as file:
             file.write(header.content)
             file.truncate(header.file_bytes)
-        self._places |= {name: _Place(file_name, at) for name, at in header.offsets.items()}
+        self._positions |= {name: _Position(file_name, at) for name, at in header.offsets.items()}
 
     def _bytes(self, name: str) -> int:
         return math.prod(self._shapes[name]) * self._dtype.itemsize
@@ -104,6 +104,6 @@ class WeightFiles:
     def _write_index(self, file_name: str, names: Sequence[str]) -> None:
         index = {
             "metadata": {"total_size": sum(self._bytes(name) for name in names)},
-            "weight_map": {name: self._places[name].file_name for name in names},
+            "weight_map": {name: self._positions[name].file_name for name in names},
         }
         (self._folder / file_name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

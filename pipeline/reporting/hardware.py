@@ -1,7 +1,7 @@
 """Peak arithmetic of known GPUs, for model FLOPS utilisation."""
 
 # Dense bf16 tensor-core FLOP/s from the makers' data sheets (V100: fp16, it has no bf16). The first
-# entry whose words all stand in the device name counts, so the particular come before the general.
+# entry whose words are all in the device name counts, so the particular come before the general.
 _PEAK_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("GB200",), 2500e12),
     (("GB300",), 2500e12),

@@ -12,7 +12,7 @@ class _RankFile(logging.FileHandler):
     """A rank's file; lines that do not fit on a full disk are lost, and do not fill stderr."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say nothing when the disk is full; what matters is said elsewhere, too."""
+        """Say nothing when the disk is full; what matters is logged elsewhere, too."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 

@@ -89,7 +89,7 @@ def summarize_run(
         form = "torch's flex attention" if takes_blocks(device, model.head_dim) else "a bias"
         lines.append(
             f"documents     kept apart in attention (by {form}), positions and targets; FLOPs are "
-            "counted as if each row were one text"
+            "counted as if each sequence were one text"
         )
     if len(config.stage_plan) > 1:
         lines += _stages(config, data_size)

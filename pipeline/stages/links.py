@@ -238,7 +238,7 @@ class StageLinks:
 
         NCCL connects two ranks in their first transfer and holds both processes up until it has.
         In a step each of two neighbours begins by receiving what the other sends later: connecting
-        there, both would wait for ever.
+        there, both would wait without end.
         """
         before = (self.activations_in, self.gradients_out)
         after = (self.activations_out, self.gradients_in)

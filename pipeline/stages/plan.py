@@ -26,27 +26,25 @@ _WORTH_SHARING = 0.25
 
 def setting_problem(stages: StagesSetting) -> str | None:
     """What is wrong with the form of `parallel.stages`, before any model is looked at."""
-    way_out = f"write auto:4, or a list such as {_EXAMPLE}"
+    remedy = f"write auto:4, or a list such as {_EXAMPLE}"
     if isinstance(stages, int):
-        return None if stages > 0 else f"stages={stages} must be at least 1; {way_out}"
+        return None if stages > 0 else f"stages={stages} must be at least 1; {remedy}"
     if isinstance(stages, str):
-        return None if _AUTO.fullmatch(stages) else f"stages={stages!r} is no stage plan; {way_out}"
+        return None if _AUTO.fullmatch(stages) else f"stages={stages!r} is not a plan; {remedy}"
     if not stages:
-        return f"stages=[] has no stage; {way_out}"
+        return f"stages=[] has no stage; {remedy}"
     for number, stage in enumerate(stages):
         for kind, span in stage.items():
             if kind not in _KINDS:
-                return (
-                    f"stages: stage {number} holds {kind!r}, known are trunk and heads; {way_out}"
-                )
+                return f"stages: stage {number} holds {kind!r}, known are trunk and heads; {remedy}"
             match = _SPAN.fullmatch(str(span).strip())
             if match is None or int(match[2] or match[1]) < int(match[1]):
                 return (
-                    f"stages: stage {number} has {kind}: {span}, which is no number and no rising "
-                    f"span such as 0-13; {way_out}"
+                    f"stages: stage {number} has {kind}: {span}, which is not a number or a rising "
+                    f"span such as 0-13; {remedy}"
                 )
         if not stage:
-            return f"stages: stage {number} is empty; {way_out}"
+            return f"stages: stage {number} is empty; {remedy}"
     return None
 
 
@@ -216,7 +214,7 @@ def _coverage(what: str, spans: Sequence[range], wanted: range) -> list[str]:
 
 
 def depths(plan: Sequence[ModelPart]) -> list[int]:
-    """Each stage's place in the chain of computing: stages of heads only share the last one.
+    """Each stage's depth in the chain of computing: stages of heads only share the last one.
 
     A head stage hands the trunk's output on before it computes, so all of them work on the same
     micro-batch at the same time and need no further micro-batches in flight.

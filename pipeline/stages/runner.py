@@ -2,7 +2,7 @@
 
 A stage of the trunk runs its layers forward, sends what they give to the next stage, and later
 takes the gradient that comes back through them. The stages with heads hand the trunk's output on
-down their chain; on the way back each adds what its own heads want of it, head by head, so that
+down their chain; on the way back each adds the gradient of its own heads, head by head, so that
 the trunk receives one gradient.
 
 The heads' forward and backward both happen in a micro-batch's backward turn: until then a stage of
@@ -34,7 +34,7 @@ class MicroBatchEngine(NamedTuple):
 
     Attributes:
         forward: runs the stage's part of the trunk on tokens or activations; gives its output and
-            whatever `begin_backward` wants back.
+            whatever `begin_backward` takes back.
         begin_backward: told what forward gave, and whether the micro-batch is the step's last,
             before any of its gradients arise.
         backward: takes the scalar that carries the gradients that are still to be delivered.
@@ -227,5 +227,5 @@ class StageRunner:
 
 def activation_shape(batch: Batch, model: MultiTokenModel) -> tuple[int, int, int]:
     """`(S, B, H)` of what stages send each other for a batch."""
-    rows, length = batch.tokens.shape
-    return length, rows, model.config.hidden_size
+    size, length = batch.tokens.shape
+    return length, size, model.config.hidden_size

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _documents(number: int) -> Iterator[str]:
-    """Made-up sentences, the same ones for ever: some words follow others more often."""
+    """Made-up sentences, the same ones forever: some words follow others more often."""
     generator = random.Random(20)
     words = ["".join(generator.choices("abcdefghij", k=1 + i % 7)) for i in range(50)]
     for _ in range(number):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import pipeline.export
+import pipeline.exporting.exporter
 import pipeline.exporting.writing
 from data_prep.loading.loader import Batch
 from data_prep.tokenization.tokenizer import bytes_tokenizer
@@ -229,7 +229,7 @@ def test_a_large_model_is_compared_layer_by_layer_only(
     small: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Past the limit no whole model is built; wrong settings are refused all the same."""
-    monkeypatch.setattr(pipeline.export, "WHOLE_MODEL_BYTES", 100_000)
+    monkeypatch.setattr(pipeline.exporting.exporter, "WHOLE_MODEL_BYTES", 100_000)
     lines: list[str] = []
     (parity,) = export(small.checkpoint, tmp_path / "export", report=lines.append)
     assert parity.way == "layer by layer"
@@ -339,7 +339,7 @@ def test_things_that_are_no_checkpoint_are_refused(
     """A folder without checkpoints and a target that is no export are refused."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "is no checkpoint" in _fails(tmp_path / "mine", tmp_path / "export", capsys)
+    assert "is not a checkpoint" in _fails(tmp_path / "mine", tmp_path / "export", capsys)
     assert "is not an earlier export" in _fails(small.checkpoint, tmp_path / "mine", capsys)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 

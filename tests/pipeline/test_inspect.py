@@ -46,7 +46,7 @@ def test_a_checkpoint_is_described(run_dir: Path, capsys: pytest.CaptureFixture[
     for words in (
         "step          4, of which 0 were skipped",
         "tokens        4,000",
-        "next sample 40 of rows of 100 tokens, seed 3, shard set abc",
+        "next sample 40 of sequences of 100 tokens, seed 3, shard set abc",
         "2 ranks = 2 data x 1 tensor x 1 stages, ZeRO 3, fp32",
         "validation    loss 2.500000",
         "2 of ranks",
@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_damaged(run_dir: Path, capsys: pytest.CaptureFix
 def test_no_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line, exit code 2."""
     assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no checkpoint")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is not a checkpoint")
 
 
 def test_it_needs_no_torch(run_dir: Path) -> None:

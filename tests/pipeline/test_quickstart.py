@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.config.run_config import RunConfig, load_config
 from pipeline.quickstart import (
+    Parts,
     QuickstartError,
-    Stages,
     check_fall,
     describe_losses,
     held_out_losses,
@@ -44,10 +44,10 @@ def _config(run_dir: Path) -> RunConfig:
     return load_config(path, [f"run.dir={run_dir}", "train.steps=100"])
 
 
-def _stages() -> Stages:
-    stages = Stages(1, {})
-    stages.begin("a stage")
-    return stages
+def _parts() -> Parts:
+    parts = Parts(1, {})
+    parts.begin("a part")
+    return parts
 
 
 def _records(early: float, final: float) -> list[Scalars]:
@@ -79,7 +79,7 @@ def test_kill_reaches_grandchildren_with_sessions_of_their_own() -> None:
 def test_run_is_killed_past_half_of_its_steps_and_after_a_checkpoint(tmp_path: Path) -> None:
     """The step that is reported is the last one the metrics have; the run did not end by itself."""
     command = [sys.executable, "-c", FAKE_RUN, str(tmp_path), "100"]
-    step = kill_part_way(_stages(), command, _config(tmp_path))
+    step = kill_part_way(_parts(), command, _config(tmp_path))
     written = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert 55 <= step <= len(written) < 100
 
@@ -91,7 +91,7 @@ def test_metrics_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text + "\n")
         os.utime(tmp_path / name, (1_000_000, 1_000_000))
     command = [sys.executable, "-c", "import time; time.sleep(0.5)\n" + FAKE_RUN, str(tmp_path)]
-    step = kill_part_way(_stages(), [*command, "100"], _config(tmp_path))
+    step = kill_part_way(_parts(), [*command, "100"], _config(tmp_path))
     assert 55 <= step < 100
 
 
@@ -99,13 +99,13 @@ def test_run_that_fails_by_itself_is_an_error_with_its_status(tmp_path: Path) ->
     """Training that ends before the kill is not passed over in silence."""
     command = [sys.executable, "-c", "raise SystemExit(7)"]
     with pytest.raises(QuickstartError, match="ended with status 7 before it could be killed"):
-        kill_part_way(_stages(), command, _config(tmp_path))
+        kill_part_way(_parts(), command, _config(tmp_path))
 
 
 def test_failing_command_ends_the_quickstart() -> None:
     """The stage and the status are named."""
     with pytest.raises(QuickstartError, match="a stage: the command ended with status 3"):
-        _stages().run(sys.executable, "-c", "raise SystemExit(3)")
+        _parts().run(sys.executable, "-c", "raise SystemExit(3)")
 
 
 def test_losses_are_those_of_step_10_and_of_the_end() -> None:

@@ -88,7 +88,7 @@ def test_validation_does_not_touch_training(config: Path, tmp_path: Path) -> Non
 
 
 def test_bf16_on_cpu_follows_fp32(config: Path, tmp_path: Path) -> None:
-    """bf16 training runs on a CPU in each ZeRO stage and stays near the fp32 losses."""
+    """bf16 training runs on a CPU in each ZeRO level and stays near the fp32 losses."""
     settings = ["train.precision=fp32", f"run.dir={tmp_path / 'fp32'}"]
     assert run_job(tmp_path, [str(config), "--set", *settings]).codes == [0]
     expected = _figures(tmp_path / "fp32")[-1]

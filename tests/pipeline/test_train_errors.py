@@ -1,4 +1,4 @@
-"""Every mistake ends with one line that names the value, the rule and the way out."""
+"""Every mistake ends with one line that names the value, the rule and what to do."""
 
 import shutil
 import socket
@@ -103,11 +103,11 @@ def test_checkpoint_path_that_is_none(config: Path, tmp_path: Path) -> None:
     """A path without a checkpoint is named, with what one looks like."""
     outcome = run_job(tmp_path, [str(config), "--resume", str(tmp_path / "nothing")])
     assert outcome.codes == [2]
-    assert "nothing is no checkpoint" in outcome.errors[0]
+    assert "nothing is not a checkpoint" in outcome.errors[0]
 
 
 def test_port_taken(config: Path, tmp_path: Path) -> None:
-    """A rendezvous port that something else holds is named with a way out."""
+    """A rendezvous port that something else holds is named with a remedy."""
     port = free_port()
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", port))

@@ -285,7 +285,7 @@ def test_cancelling_waits_for_the_save_and_does_not_queue_again(pretrain: Job) -
 def test_pretrain_says_what_is_missing(
     pretrain: Job, environment: dict[str, str], named: str
 ) -> None:
-    """One line that names the way out, before any node starts."""
+    """One line that names what to do, before any node starts."""
     status, output = pretrain.run(**environment)
     assert status == 2
     assert named in output

@@ -1,4 +1,4 @@
-"""Engines for tests in any layout, on batches that are the same ones for ever."""
+"""Engines for tests in any layout, on batches that are the same ones forever."""
 
 import os
 from dataclasses import dataclass

@@ -58,7 +58,7 @@ def make_loader(
 
 
 def test_labels_are_the_tokens_ahead(shards: ShardSet) -> None:
-    """T1: labels[k-1, b, t] is token t + k of its sequence, border included, never -100."""
+    """labels[k-1, b, t] is token t + k of its sequence, border included, never -100."""
     loader = make_loader(shards, shuffle=False)
     stream = torch.from_numpy(shards.read(0, shards.num_tokens).astype("int64"))
     (batch,) = loader.step_batches(6)
@@ -72,7 +72,7 @@ def test_labels_are_the_tokens_ahead(shards: ShardSet) -> None:
 
 
 def test_sequences_overlap_so_that_no_target_is_missing(shards: ShardSet) -> None:
-    """T13: an epoch has n targets for each input position, and its inputs tile the stream."""
+    """An epoch has n targets for each input position, and its inputs tile the stream."""
     loader = make_loader(shards, micro=1)
     stream = shards.read(0, shards.num_tokens).tolist()
     assert loader.num_samples == (len(stream) - N) // S

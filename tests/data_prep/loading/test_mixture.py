@@ -13,11 +13,11 @@ NAMES = ("a", "b", "c", "d")
 WEIGHTS = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda w: sum(w) > 1e-6)
 
 
-def make_mixture(*stages: tuple[int, dict[str, float]]) -> Mixture:
-    """A mixture of the four sources with (first sample, weights) stages."""
+def make_mixture(*segments: tuple[int, dict[str, float]]) -> Mixture:
+    """A mixture of the four sources with (first sample, weights) segments."""
     return Mixture(
         NAMES,
-        [MixtureSegment(first_sample=first, counts=block_counts(w)) for first, w in stages],
+        [MixtureSegment(first_sample=first, counts=block_counts(w)) for first, w in segments],
     )
 
 
@@ -42,14 +42,14 @@ def test_documented_counts() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(WEIGHTS, min_size=1, max_size=4), st.integers(1, 90_000), st.integers(0, 200_000))
-def test_counters_go_on_over_changes_of_weights(
-    stages: list[list[float]], stage_samples: int, sample: int
+def test_counters_continue_over_changes_of_weights(
+    segments: list[list[float]], segment_samples: int, sample: int
 ) -> None:
     """Each source's samples are numbered 0, 1, 2, ... over all segments, and counts are exact."""
     mixture = make_mixture(
         *(
-            (index * stage_samples, dict(zip(NAMES, weights, strict=True)))
-            for index, weights in enumerate(stages)
+            (index * segment_samples, dict(zip(NAMES, weights, strict=True)))
+            for index, weights in enumerate(segments)
         )
     )
     end = max(sample, 2 * BLOCK_SAMPLES)

@@ -95,9 +95,10 @@ def test_a_failing_task_gives_its_claims_back(
     options = BuildOptions(
         tmp_path / "out", "bytes", inputs=(path,), unit_bytes=2000, on_bad="fail"
     )
+    claims = tmp_path / "out" / "journal" / "claims"
     with pytest.raises(DataError, match="malformed JSON"):
-        build(options, Silence(), ArrayWorkers(ArrayTask(0, 2), options.output, processes=1))
-    assert not (tmp_path / "out" / "journal" / "claims").exists()
+        build(options, Silence(), ArrayWorkers(ArrayTask(0, 2), claims, processes=1))
+    assert not claims.exists()
 
 
 def test_a_silent_holder_on_another_machine_loses_its_claim(

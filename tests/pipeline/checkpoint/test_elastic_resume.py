@@ -1,7 +1,7 @@
 """A checkpoint of any layout goes on in any other, and the curve does not notice.
 
-`make stress` takes every pair of layouts and ZeRO stages; `make test` a part of them in which each
-layout is left once and entered once under every ZeRO stage.
+`make stress` takes every pair of layouts and ZeRO levels; `make test` a part of them in which each
+layout is left once and entered once under every ZeRO level.
 """
 
 from functools import cache
@@ -30,7 +30,7 @@ LAYOUTS = {
         world=6, tensor=2, accumulation=2, stages="trunk 0-1|trunk 2+heads 1|heads 2-3"
     ),
 }
-Place = tuple[str, int]  # layout, ZeRO stage
+Place = tuple[str, int]  # layout, ZeRO level
 PLACES: list[Place] = [(name, zero) for name in LAYOUTS for zero in (1, 2, 3)]
 
 

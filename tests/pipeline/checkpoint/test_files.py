@@ -98,7 +98,7 @@ def test_a_path_names_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoint_path(run) == checkpoint_path(run / FOLDER) == newest
     older = step_folder(run / FOLDER, 2)
     assert checkpoint_path(older) == older
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: .*give a folder such as"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: .*give a folder such as"):
         checkpoint_path(tmp_path)
 
 

@@ -134,7 +134,7 @@ def test_leftovers_of_kills_go_before_a_save(tmp_path: Path) -> None:
     ],
 )
 def test_policies_that_cannot_be_kept_are_refused(settings: list[str], words: list[str]) -> None:
-    """Each with its reason and the way out."""
+    """Each with its reason and what to do."""
     quickstart = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
     with pytest.raises(ConfigError) as caught:
         load_config(quickstart, settings)

@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_one_rank_that_cannot_write_is_told_to_all(config: Path, tmp_path: Path) -> None:
     """Rank 1 cannot write its file: the save fails on all, the run goes on, and a later one works.
 
-    The reason, the rank and the way out are in the log, the failure in the metrics.
+    The reason, the rank and what to do are in the log, the failure in the metrics.
     """
     run_dir = tmp_path / "run"
     settings = ["train.steps=24", "checkpoint.every_steps=2", "eval.every_steps=0"]
@@ -92,7 +92,7 @@ def _fill(path: Path) -> None:
 def test_policy_stop_ends_the_run(config: Path, tmp_path: Path) -> None:
     """A file where the checkpoints' folder should be: all ranks stop with exit code 2.
 
-    The error has the reason and the way out. With the file gone the same command trains from the
+    The error has the reason and what to do. With the file gone the same command trains from the
     beginning to the end.
     """
     run_dir = tmp_path / "run"

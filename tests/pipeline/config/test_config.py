@@ -111,7 +111,7 @@ def test_overrides_reach_every_kind_of_value_and_the_later_wins(small: Path) -> 
     ],
 )
 def test_malformed_overrides_are_refused(small: Path, override: str, parts: list[str]) -> None:
-    """One line that names the override and the way out."""
+    """One line that names the override and what to do."""
     lines = refusal(small, override)
     assert len(lines) == 1
     assert all(part in lines[0] for part in parts), lines[0]
@@ -155,7 +155,7 @@ def test_wrong_types_are_named_in_plain_words(small: Path, override: str, expect
         ("schedule.kind=wsd", ["schedule.decay_steps is missing"]),
         ("schedule.decay_steps=5", ["no effect", "kind=cosine", "wsd"]),
         ("checkpoint.keep=1", ["keep=1", "deleted only after a new one has been verified"]),
-        ("parallel.stages=auto", ["stages='auto'", "is no stage plan", "auto:4"]),
+        ("parallel.stages=auto", ["stages='auto'", "is not a plan", "auto:4"]),
         (
             "parallel.stages=[trunk: 0-2, heads: 1-4]",
             ["layers 2 do not exist", "the balanced plan is [trunk: 0-1"],
@@ -306,7 +306,7 @@ def test_configuration_built_in_python_obeys_the_same_rules(small: Path) -> None
 
 
 def test_data_parallel_size_follows_from_the_world(small: Path) -> None:
-    """World size over tensor size; a world that does not divide is refused with a way out."""
+    """World size over tensor size; a world that does not divide is refused with a remedy."""
     config = load_config(small, ["parallel.tensor=4"])
     assert data_parallel_size(config, 8) == 2
     assert world_problems(config, 8) == []
@@ -332,7 +332,7 @@ def test_device_and_precision_follow_from_the_machine(small: Path) -> None:
 
 
 def test_device_or_precision_that_is_not_there_is_refused(small: Path) -> None:
-    """CUDA without a GPU and bf16 on a GPU without it are the user's to mend."""
+    """CUDA without a GPU and bf16 on a GPU without it are the user's to fix."""
     cuda = load_config(small, ["train.device=cuda", "train.precision=bf16"])
     with pytest.raises(ConfigError, match=r"train\.device=cuda.*set train\.device=cpu"):
         resolve_device(cuda, cuda_available=False)

@@ -27,16 +27,16 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_weights_of_sources_are_a_mapping_or_a_schedule(small: Path) -> None:
-    """The short form is a schedule of one stage; both survive the resolved file."""
+    """The short form is a schedule of one phase; both survive the resolved file."""
     config = load_config(small, ["data.weights={web: 3, code: 1}"])
-    assert [(s.step, s.weights) for s in config.data.weight_stages] == [(0, {"web": 3, "code": 1})]
+    assert [(s.step, s.weights) for s in config.data.weight_phases] == [(0, {"web": 3, "code": 1})]
     schedule = "[{step: 0, weights: {web: 1}}, {step: 9, weights: {web: 0.5, code: 0.5}}]"
     config = load_config(small, [f"data.weight_schedule={schedule}", "data.skip_batches=[[3, 4]]"])
-    assert [stage.step for stage in config.data.weight_stages] == [0, 9]
+    assert [phase.step for phase in config.data.weight_phases] == [0, 9]
     assert config.data.skip_batches == ((3, 4),)
     small.write_text(to_yaml(config))
     assert load_config(small) == config
-    assert load_config(small, ["data.weight_schedule=[]"]).data.weight_stages == ()
+    assert load_config(small, ["data.weight_schedule=[]"]).data.weight_phases == ()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_weights_of_sources_are_a_mapping_or_a_schedule(small: Path) -> None:
 def test_impossible_mixtures_and_ranges_are_refused(
     small: Path, overrides: list[str], parts: list[str]
 ) -> None:
-    """Each broken rule of the data section is one line with its value and the way out."""
+    """Each broken rule of the data section is one line with its value and what to do."""
     with pytest.raises(ConfigError) as caught:
         load_config(small, overrides)
     (line,) = str(caught.value).splitlines()

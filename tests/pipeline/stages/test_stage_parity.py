@@ -1,6 +1,6 @@
 """Pipeline stages train the model that one process trains: gradients, losses, norms and weights.
 
-Every plan of stages with every ZeRO stage, accumulation and tensor-parallel size is in `ALL`, which
+Every plan of stages with every ZeRO level, accumulation and tensor-parallel size is in `ALL`, which
 `make stress` runs; `make test` runs a part of it in which every pair of settings occurs.
 """
 
@@ -45,7 +45,7 @@ ALL = [
         PLANS, (1, 2, 3), (1, 2, 4), (1, 2), (DEFAULT_BUCKET, TINY_BUCKET), ("none", "full")
     )
 ]
-# Rows: every plan with every ZeRO stage; the other settings turn so that each pair occurs.
+# Rows: every plan with every ZeRO level; the other settings turn so that each pair occurs.
 PAIRWISE = [
     _case(
         plan,

@@ -1,0 +1,133 @@
+"""From a checkpoint to a checked export folder."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.errors import DataError
+from data_prep.shards.manifest import load_manifest
+from data_prep.tokenization.tokenizer import Tokenizer
+from model.errors import CheckpointError
+from model.hugging_face.folder import ExportDescription
+from pipeline.checkpoint.file_names import TOKENIZER, WEIGHTS
+from pipeline.checkpoint.files import checkpoint_path, verify
+from pipeline.checkpoint.folder import read_config
+from pipeline.checkpoint.sharded_tensors import StateFiles, read_weights
+from pipeline.checkpoint.train_state import TrainState, read_state
+from pipeline.config.run_config import RunConfig
+from pipeline.exporting.layer_by_layer import compare_layers
+from pipeline.exporting.model_card import metrics_until, model_card
+from pipeline.exporting.tensors import check_names, check_values
+from pipeline.exporting.whole_model import RELATIVE_TOLERANCE, Parity, compare
+from pipeline.exporting.writing import write_export
+
+# Models of more bytes in fp32 are compared layer by layer only.
+WHOLE_MODEL_BYTES = 2 << 30
+
+
+class _Trained(NamedTuple):
+    """What is exported."""
+
+    checkpoint: Path
+    config: RunConfig
+    state: TrainState
+    tokenizer: Tokenizer
+    description: ExportDescription
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    directory: Path,
+    *,
+    dtype: str | None,
+    eos_token: str | None,
+    report: Callable[[str], None],
+) -> tuple[Parity, ...]:
+    """Export a checkpoint and compare the result with it; see `pipeline.export.export`."""
+    trained = _read(checkpoint_path(checkpoint), dtype, eos_token)
+    results: list[Parity] = []
+    records = metrics_until(trained.checkpoint.absolute().parents[1], trained.state.step)
+    write_export(
+        directory,
+        trained.description,
+        read_weights(trained.checkpoint / WEIGHTS, trained.config.model),
+        tokenizer=trained.tokenizer.content,
+        card=model_card(trained.config, trained.state, trained.description, records),
+        check=lambda folder: results.extend(_checked(folder, trained)),
+    )
+    report(
+        f"exported {trained.checkpoint} (step {trained.state.step}) to {directory}: "
+        f"{trained.config.model.num_parameters():,} parameters in {trained.description.dtype}, "
+        f"{trained.config.model.future_tokens} heads"
+    )
+    report("every tensor is the checkpoint's, names and shapes are those of transformers' classes")
+    for parity in results:
+        report(parity.summary())
+    return tuple(results)
+
+
+def _read(checkpoint: Path, dtype: str | None, eos_token: str | None) -> _Trained:
+    """Everything but the weights, of a checkpoint that is whole."""
+    if problems := verify(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {'; '.join(problems[:3])}; export another checkpoint"
+        )
+    config, state = read_config(checkpoint), read_state(checkpoint)
+    tokenizer = _tokenizer(checkpoint / TOKENIZER, config, eos_token)
+    description = ExportDescription.model_validate(
+        {
+            "model": config.model,
+            "dtype": dtype or state.layout.precision,
+            "sequence_length": config.data.sequence_length,
+            "eos_token": tokenizer.eos_token,
+            "eos_id": tokenizer.eos_id,
+            "run": config.run.name,
+            "step": state.step,
+        }
+    )
+    return _Trained(checkpoint, config, state, tokenizer, description)
+
+
+def _checked(folder: Path, trained: _Trained) -> Iterator[Parity]:
+    """Check a finished folder's tensors, then its logits in one or two ways.
+
+    Raises:
+        CheckpointError: they are not the checkpoint's.
+    """
+    for parity in _compared(folder, trained.description, trained.checkpoint / WEIGHTS):
+        if not parity.holds:
+            raise CheckpointError(
+                f"{trained.checkpoint} was not exported: the written model differs from it, "
+                f"{parity.summary()}; allowed is {RELATIVE_TOLERANCE:g} of the largest logit"
+            )
+        yield parity
+
+
+def _compared(folder: Path, description: ExportDescription, weights: Path) -> Iterator[Parity]:
+    files = StateFiles(weights, description.model)
+    check_names(folder)
+    check_values(folder, description, files)
+    yield compare_layers(folder, description, files)
+    if 4 * description.model.num_parameters() <= WHOLE_MODEL_BYTES:
+        yield compare(folder, description, read_weights(weights, description.model))
+
+
+def _tokenizer(path: Path, config: RunConfig, eos_token: str | None) -> Tokenizer:
+    """The checkpoint's tokenizer with the end-of-document token that its shards were made with."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); export another checkpoint"
+        ) from error
+    return Tokenizer(content, eos_token or _eos_of_shards(config, content), str(path))
+
+
+def _eos_of_shards(config: RunConfig, tokenizer: bytes) -> str | None:
+    """What the shard set says; None when it is gone or was made anew with another tokenizer."""
+    try:
+        entry = load_manifest(config.data.shards).tokenizer
+    except DataError:
+        return None
+    return entry.eos_token if entry.sha256 == hashlib.sha256(tokenizer).hexdigest() else None
