@@ -82,9 +82,18 @@ def _reference(documents: bool, freeze: str) -> Course:
     return train_in_ranks(reference, STEPS)
 
 
+# Four ranks once in `make test`; masked documents and frozen trunks on four in `make stress`.
+SLOW_CASES = [case for case in DOCUMENT_CASES + FROZEN_CASES if case.world == 4]
+CASES = [
+    case
+    for case in ZERO_CASES + TENSOR_CASES + OTHER_CASES + DOCUMENT_CASES + FROZEN_CASES
+    if case not in SLOW_CASES
+]
+
+
 @pytest.mark.parametrize(
     "case",
-    ZERO_CASES + TENSOR_CASES + OTHER_CASES + DOCUMENT_CASES + FROZEN_CASES,
+    [*CASES, *(pytest.param(case, marks=pytest.mark.stress) for case in SLOW_CASES)],
     ids=_name,
 )
 def test_layout_gives_the_gradients_of_one_process(case: Case) -> None:
