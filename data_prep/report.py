@@ -65,7 +65,7 @@ def make_page(directory: Path) -> str:
         Section("Splits", [_splits(manifest)]),
         Section("Sources", [_sources(manifest)]),
         Section("Lengths of documents", _lengths(parts)),
-        Section("Rows of a length", [_rows(parts[TRAIN])]),
+        Section("Sequences of a length", [_rows(parts[TRAIN])]),
         Section("Rejected records", _rejects(manifest)),
     ]
     lead = f"fingerprint {manifest.fingerprint}"

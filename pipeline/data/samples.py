@@ -5,13 +5,14 @@ import logging
 
 from data_prep.errors import DataError
 from data_prep.loading.loader import BatchLayout, TokenLoader
-from data_prep.loading.sequences import SequenceFormat, cut_sequences
+from data_prep.loading.sequences import cut_sequences
 from data_prep.shards.shard_set import ShardSet
 from model.errors import ConfigError
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.data_section import WeightPhase
 from pipeline.config.run_config import RunConfig
 from pipeline.data.mixture_plan import weight_problems
+from pipeline.data.sequence_format import sequence_format
 from pipeline.data.validation import ValidationSamples
 from pipeline.distributed.topology import Topology
 
@@ -79,16 +80,6 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
     if problems:
         raise ConfigError("\n  - ".join([f"{len(problems)} problems", *problems]))
     return loader
-
-
-def sequence_format(config: RunConfig) -> SequenceFormat:
-    """How the streams of the run's splits become sequences."""
-    return SequenceFormat(
-        sequence_length=config.data.sequence_length,
-        future_tokens=config.model.future_tokens,
-        packing=config.data.packing,
-        documents=config.data.document_mask,
-    )
 
 
 def weight_phases(config: RunConfig, loader: TokenLoader) -> tuple[WeightPhase, ...]:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
-from data_prep.loading.sequences import SequenceFormat
 from data_prep.shards.shard_set import ShardSet
 from model.loss import IGNORED
 from pipeline.config.run_config import RunConfig
+from pipeline.data.sequence_format import sequence_format
 
 
 class ValidationSamples:
@@ -33,12 +33,7 @@ class ValidationSamples:
     ) -> None:
         self._loader = TokenLoader(
             shards,
-            SequenceFormat(
-                sequence_length=config.data.sequence_length,
-                future_tokens=config.model.future_tokens,
-                packing=config.data.packing,
-                documents=config.data.document_mask,
-            ),
+            sequence_format(config),
             BatchLayout(micro_size=1, data_rank=data_rank, data_size=data_size),
             seed=0,
             shuffle=config.data.packing == "best_fit",

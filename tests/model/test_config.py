@@ -60,7 +60,7 @@ def test_config_is_frozen() -> None:
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], parts: list[str]) -> None:
-    """A refusal is one line with the value, the rule and the way out."""
+    """A refusal is one line with the value, the rule and what to do."""
     lines = problems(**changes)
     assert len(lines) == 1
     assert all(part in lines[0] for part in parts), lines[0]

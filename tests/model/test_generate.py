@@ -100,7 +100,7 @@ def test_bf16_runs(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_one_line(
     export: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
-    """A value out of range is named with its rule and the way out, and nothing is printed."""
+    """A value out of range is named with its rule and what to do, and nothing is printed."""
     assert main([str(export), "--prompt", "ab", *arguments]) == EXIT_USER_ERROR
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -112,7 +112,7 @@ class CommandServer:
 
 
 def serve(address: str) -> None:
-    """Load the libraries, then fork a process for each client that connects, for ever."""
+    """Load the libraries, then fork a process for each client that connects, until it is ended."""
     import gigatoken  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import transformers  # noqa: F401

@@ -79,7 +79,7 @@ def test_paths_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    """Each with the key, the value and the way out, one line per problem."""
+    """Each with the key, the value and what to do, one line per problem."""
     path = write(
         tmp_path,
         """

@@ -132,7 +132,7 @@ def test_eos_is_found_or_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, b"{}", b"not json"])
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    """A missing file and one of another format each give one line with the way out."""
+    """A missing file and one of another format each give one line with what to do."""
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)

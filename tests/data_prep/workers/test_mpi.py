@@ -155,7 +155,7 @@ def test_a_killed_rank_ends_the_job_and_a_rerun_finishes_it(
 
 
 def test_many_worlds_of_one_rank_are_refused(tmp_path: Path) -> None:
-    """Where the launcher says 3 and MPI says 1, nothing is written and the way out is named."""
+    """Where the launcher says 3 and MPI says 1, nothing is written and what to do is named."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n')
     done = subprocess.run(
         [
