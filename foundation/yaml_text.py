@@ -116,7 +116,7 @@ def dump_yaml(value: Any) -> str:
 
 
 class _Built(NamedTuple):
-    """A value with what it counts towards the bounds."""
+    """A value with what it counts toward the bounds."""
 
     value: Any
     size: int = _VALUE_CHARACTERS

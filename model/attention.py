@@ -1,6 +1,6 @@
 """Core attention on torch's scaled_dot_product_attention, instead of megatron's.
 
-Megatron's `DotProductAttention` needs CUDA and materialises the scores. This one runs torch's flash
+Megatron's `DotProductAttention` needs CUDA and materializes the scores. This one runs torch's flash
 kernels on GPU and CPU, torch's flex attention for sequences of several documents on a GPU, and
 reads a KV cache when decoding.
 

@@ -205,7 +205,7 @@ class ModelConfig(BaseModel):
         Attention forms queries x keys and weights x values, 2 * S * H each per layer and token,
         three times over for forward and backward: 12 * L * H * S, halved because a position sees
         on average half of the sequence. The embedding is a look-up. Recomputation under
-        activation checkpointing is not counted: utilisation from this figure is of useful work.
+        activation checkpointing is not counted: utilization from this figure is of useful work.
 
         With all but heads 2 .. n frozen, only their layers cost a whole backward. Their products
         with the unembedding cost half of one (the gradient of the hidden states), and everything

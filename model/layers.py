@@ -39,7 +39,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration for a Llama-style layer on CPU or GPU.
 
-    Weights are made on the CPU and left uninitialised (`model.initialization` fills them). The
+    Weights are made on the CPU and left uninitialized (`model.initialization` fills them). The
     fused kernels of megatron need apex or CUDA and are off.
     """
     return TransformerConfig(

@@ -27,9 +27,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for neighbour in ("tests", "benchmarks", "examples", "configs", "slurm"):
-        (source / neighbour).mkdir()
-        (source / neighbour / "__init__.py").touch()
+    for neighbor in ("tests", "benchmarks", "examples", "configs", "slurm"):
+        (source / neighbor).mkdir()
+        (source / neighbor / "__init__.py").touch()
     for name in ("setup.py", "pyproject.toml", "headway.py", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     target = tmp_path_factory.mktemp("wheel")

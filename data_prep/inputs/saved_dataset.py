@@ -1,4 +1,4 @@
-"""Folders that Hugging Face `datasets` wrote with save_to_disk, recognised by their own files."""
+"""Folders that Hugging Face `datasets` wrote with save_to_disk, recognized by their own files."""
 
 import json
 from pathlib import Path

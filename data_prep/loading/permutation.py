@@ -35,7 +35,7 @@ class Permutation:
         self._keys = np.frombuffer(material, dtype="<u8")[:NUM_ROUNDS].astype(np.uint64)
 
     def __call__(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Map `indices` (each in 0..size-1) to their positions in the order; vectorised."""
+        """Map `indices` (each in 0..size-1) to their positions in the order; vectorized."""
         values = np.asarray(indices).astype(np.uint64)
         assert values.size == 0 or int(values.max()) < self.size, (values.max(), self.size)
         result = self._encrypt(values)

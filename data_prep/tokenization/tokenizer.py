@@ -74,7 +74,7 @@ class Tokenizer:
             raise DataError(
                 f"--tokenizer {origin} is not a Hugging Face tokenizer.json ({error})"
             ) from error
-        # The library's flag says "encode them as text", not "recognise them".
+        # The library's flag says "encode them as text", not "recognize them".
         self._backend.encode_special_tokens = special_tokens != "id"
         self._backend.no_truncation()
         self._backend.no_padding()

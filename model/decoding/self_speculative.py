@@ -110,7 +110,7 @@ def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainProbabil
     """How drafts are accepted so that what is committed has the target's distribution.
 
     Draft j is kept with probability min(1, p_j(d_j) / q_j(d_j)); at the first that is not, the
-    next token comes from the normalised positive part of p_j - q_j; after the last, from p_{g+1}.
+    next token comes from the normalized positive part of p_j - q_j; after the last, from p_{g+1}.
     Exact for any q that was fixed before its draw.
 
     Args:

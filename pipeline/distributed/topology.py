@@ -37,7 +37,7 @@ class Topology:
         device: where this rank computes.
         plan: what each stage holds; empty for one stage.
         activation_group: the chain, for what goes to the next stage; None for one stage.
-        gradient_group: the chain again, for what comes back: neighbours that send to each other
+        gradient_group: the chain again, for what comes back: neighbors that send to each other
             at the same time must not wait in one queue.
         head_group: the ranks of the chain whose stages have heads; None if this one has not, or
             it is the only one.

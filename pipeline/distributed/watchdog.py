@@ -2,7 +2,7 @@
 
 A collective waits without end (NCCL) or fails without saying who is missing (gloo). Here each rank
 writes a sign of life into the job's key-value store every second or two and watches its right
-neighbour; whoever finds a silent one publishes the verdict, and all ranks stop.
+neighbor; whoever finds a silent one publishes the verdict, and all ranks stop.
 """
 
 import json
@@ -80,7 +80,7 @@ class Watchdog:
         return self.verdict
 
     def close(self) -> None:
-        """This rank is done and will fall silent; its neighbour is told."""
+        """This rank is done and will fall silent; its neighbor is told."""
         if self._thread is not None:
             self._finished = True
             self._stop.set()
@@ -88,7 +88,7 @@ class Watchdog:
 
     def _run(self) -> None:
         count, seen, seen_s = 0, None, time.monotonic()
-        neighbour = (self._info.rank + 1) % self._info.world_size
+        neighbor = (self._info.rank + 1) % self._info.world_size
         try:
             while not self._wait():
                 count += 1
@@ -96,7 +96,7 @@ class Watchdog:
                 if self._store.check([_VERDICT]):
                     self._decide(self._store.get(_VERDICT).decode())
                     return
-                beat = json.loads(self._store.get(_key(neighbour)))
+                beat = json.loads(self._store.get(_key(neighbor)))
                 if beat != seen or self._woke_s > seen_s:
                     seen, seen_s = beat, time.monotonic()
                 self._answered_s = time.monotonic()

@@ -27,7 +27,7 @@ def final_figures(records: Sequence[Scalars], num_heads: int) -> list[tuple[str,
             rows.append((name, f"{values[-1]:{form}}"))
     for name, key, form in (
         ("Tokens per second, median", "tokens_per_s", ",.0f"),
-        ("Model FLOPS utilisation, median", "mfu", ".1%"),
+        ("Model FLOPS utilization, median", "mfu", ".1%"),
     ):
         values = values_of(records, key)
         if values:

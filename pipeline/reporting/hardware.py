@@ -1,4 +1,4 @@
-"""Peak arithmetic of known GPUs, for model FLOPS utilisation."""
+"""Peak arithmetic of known GPUs, for model FLOPS utilization."""
 
 # Dense bf16 tensor-core FLOP/s from the makers' data sheets (V100: fp16, it has no bf16). The first
 # entry whose words are all in the device name counts, so the particular come before the general.

@@ -1,4 +1,4 @@
-"""What travels between neighbouring stages, and how long a stage waits for it.
+"""What travels between neighboring stages, and how long a stage waits for it.
 
 Transfers do not block: a send goes on in the background while the stage computes, and the next
 receive is posted before it is needed. A stage therefore waits only for what is not there yet, and
@@ -199,7 +199,7 @@ class Receiver:
 
 
 class StageLinks:
-    """The links of this rank's stage to its neighbours; those that do not exist are None.
+    """The links of this rank's stage to its neighbors; those that do not exist are None.
 
     Args:
         topology: the grid of ranks, with more than one stage.
@@ -237,7 +237,7 @@ class StageLinks:
         """A first transfer over every link, in one order along the chain.
 
         NCCL connects two ranks in their first transfer and holds both processes up until it has.
-        In a step each of two neighbours begins by receiving what the other sends later: connecting
+        In a step each of two neighbors begins by receiving what the other sends later: connecting
         there, both would wait without end.
         """
         before = (self.activations_in, self.gradients_out)

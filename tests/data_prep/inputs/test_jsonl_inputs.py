@@ -58,7 +58,7 @@ def test_every_cut_gives_every_line_once(
 
 
 @pytest.mark.parametrize("unit_bytes", [7, 1 << 20])
-def test_a_bad_record_costs_no_neighbour(
+def test_a_bad_record_costs_no_neighbor(
     tmp_path: Path, read_records: Read, unit_bytes: int
 ) -> None:
     """Between any bad lines all good ones survive, and each bad one has its reason and offset."""
@@ -89,7 +89,7 @@ def test_odd_but_good_records_are_kept(tmp_path: Path, read_records: Read) -> No
 
 
 @pytest.mark.parametrize("unit_bytes", [16, 1 << 20])
-def test_giant_lines_are_rejected_and_cost_no_neighbour(
+def test_giant_lines_are_rejected_and_cost_no_neighbor(
     tmp_path: Path, read_records: Read, unit_bytes: int
 ) -> None:
     """A line above the limit is one reject with that reason and offset, however long it is."""

@@ -2,7 +2,7 @@
 
 Each case is compared with the joint loss of one process without ZeRO over four optimizer steps;
 one step would not show gradients that leak into the next one. The second step leaves some targets
-of head 2 out, unevenly over the ranks, so that a normalisation by local counts would show. Cases
+of head 2 out, unevenly over the ranks, so that a normalization by local counts would show. Cases
 with masked documents, whose rows lack targets of every head, have a reference of their own.
 """
 

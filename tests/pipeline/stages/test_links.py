@@ -42,7 +42,7 @@ def _train_over_slow_connections() -> list[float]:
     return engine.train_step(batches, learning_rate=1e-3).head_losses.tolist()
 
 
-def test_neighbours_connect_without_waiting_for_each_other() -> None:
+def test_neighbors_connect_without_waiting_for_each_other() -> None:
     """Links connect before the first step, in one order: later each end begins with another one."""
     losses = run_ranks(3, _train_over_slow_connections)
     assert losses[0] == losses[1] == losses[2]
