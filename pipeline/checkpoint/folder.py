@@ -4,6 +4,7 @@ A folder that lacks its manifest, or whose files differ from it, is never taken 
 How the ranks write is the business of `saving`, what stays that of `retention`.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from pipeline.checkpoint.files import (
     verify,
     write_manifest,
 )
-from pipeline.checkpoint.retention import Retention
+from pipeline.checkpoint.retention import Retention, clear
 from pipeline.config.run_config import RunConfig, load_config
 from pipeline.config.sections import CheckpointSection
 from pipeline.distributed.agreement import from_all, from_main, rank_and_world
@@ -61,6 +62,9 @@ class CheckpointFolder:
         """
         self._retention.clear_partial()
         partial = self._partial(step)
+        for path in (partial, partial / WEIGHTS):
+            if path.is_symlink() or (path.exists() and path != partial):
+                raise OSError(f"{path} is in the way, and no save made it; move it elsewhere")
         (partial / WEIGHTS).mkdir(parents=True)
         return partial
 
@@ -90,11 +94,11 @@ class CheckpointFolder:
         sync_folder(partial / WEIGHTS)
         sync_folder(partial)
         crash_point("after-manifest")
-        if final.exists() and verify(final):
-            final.rename(_aside(final))
-        if final.exists():  # this run saved the step before, and could not finish
-            shutil.rmtree(partial)
+        if _is_same(final, entries):  # this run saved the step before, and could not finish
+            clear(partial)
         else:
+            if os.path.lexists(final):
+                final.rename(_aside(final))
             partial.rename(final)
         for folder in (self.directory, self.directory.parent, self.directory.parent.parent):
             sync_folder(folder)  # the new name, and with the first save those of its folders
@@ -110,7 +114,7 @@ class CheckpointFolder:
         Returns:
             What is left: room on the disk, and the newest checkpoint.
         """
-        shutil.rmtree(self._partial(step), ignore_errors=True)
+        clear(self._partial(step))
         try:
             newest = newest_checkpoint(self.directory)
             free_gib = _free_gib(self.directory)
@@ -205,8 +209,7 @@ class CheckpointFolder:
             target = run_dir / f"previous_{number}"
             target.mkdir(parents=True)
             for name in _RUN_FILES:
-                if (run_dir / name).exists():
-                    (run_dir / name).rename(target / name)
+                _move(run_dir / name, target / name)
             return target
 
         try:
@@ -237,6 +240,20 @@ def verify_together(checkpoint: Path) -> list[str]:
     return [problem for part in found for problem in part]
 
 
+def _is_same(checkpoint: Path, entries: Entries) -> bool:
+    """Whether a committed checkpoint is whole and has exactly these files."""
+    return checkpoint.exists() and not verify(checkpoint) and read_manifest(checkpoint) == entries
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file or folder, if it is there; a link goes on naming what it named."""
+    if path.is_symlink():
+        target.symlink_to(path.parent.resolve() / path.readlink())
+        path.unlink()
+    elif path.exists():
+        path.rename(target)
+
+
 def _free_gib(path: Path) -> float:
     while not path.exists():
         path = path.parent
@@ -247,7 +264,7 @@ def _aside(path: Path) -> Path:
     """A free name for a checkpoint that is not this run's any more."""
     target = path.with_name(f"superseded_{path.name}")
     number = 1
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = path.with_name(f"superseded_{path.name}_{number}")
     return target
