@@ -269,6 +269,7 @@ class Job:
         for line in summary.lines + samples:
             logger.info("%s", line)
         logger.debug("DeepSpeed's effective values:\n%s", summary.deepspeed)
+        self._checkpoints.make()
         path = self.config.run.dir / RESOLVED_CONFIG_NAME
         path.write_text(to_yaml(self.config), encoding="utf-8")
         if point is None:

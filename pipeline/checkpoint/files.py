@@ -80,7 +80,20 @@ def size_problems(checkpoint: Path) -> list[str]:
             problems.append(f"{name} has {size:,} bytes, not {entry.size:,}")
     folder = checkpoint / WEIGHTS
     found = sorted(f"{WEIGHTS}/{path.name}" for path in folder.iterdir()) if folder.is_dir() else []
-    return problems + [f"{name} does not belong to it" for name in found if name not in entries]
+    problems += [f"{name} does not belong to it" for name in found if name not in entries]
+    return problems + misnaming(checkpoint)
+
+
+def misnaming(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint's name, if its state is of another step."""
+    named = step_of(checkpoint)
+    try:
+        saved = json.loads((checkpoint / STATE_NAME).read_bytes())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    if named is None or saved == named:
+        return []
+    return [f"{STATE_NAME} says step {saved!r:.30}, so it was renamed; give it that name back"]
 
 
 def content_problems(checkpoint: Path, entries: Entries, names: Iterable[str]) -> list[str]:

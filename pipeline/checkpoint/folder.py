@@ -4,6 +4,7 @@ A folder that lacks its manifest, or whose files differ from it, is never taken 
 How the ranks write is the business of `saving`, what stays that of `retention`.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from pipeline.config.run_config import RunConfig, load_config
 from pipeline.config.sections import CheckpointSection
 from pipeline.distributed.agreement import from_all, from_main, rank_and_world
 
+logger = logging.getLogger(__name__)
+
 _RUN_FILES = (FOLDER, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
 
 
@@ -51,6 +54,8 @@ class CheckpointFolder:
     def __init__(self, run_dir: Path, options: CheckpointSection) -> None:
         self.directory = run_dir / FOLDER
         self._retention = Retention(self.directory, options)
+        self._on_error = options.on_error
+        self._was_made = False
 
     def prepare(self, step: int) -> Path:
         """An empty folder to write a step's files into; rank 0 makes it.
@@ -60,6 +65,11 @@ class CheckpointFolder:
         Raises:
             OSError: it cannot be made.
         """
+        if self._was_made and not self.directory.exists():
+            loss = f"{self.directory} was deleted while the run went on, with its checkpoints"
+            if self._on_error == "stop":
+                raise OSError(loss)
+            logger.error("%s; this save makes it again", loss)
         self._retention.clear_partial()
         partial = self._partial(step)
         for path in (partial, partial / WEIGHTS):
@@ -123,6 +133,17 @@ class CheckpointFolder:
         name = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
         return f"({free_gib:.2f} GiB free there); {name}"
 
+    def make(self) -> None:
+        """Make the folder, so that one that is missing later was there once."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._was_made = True
+
+    def _is_unused(self) -> bool:
+        """Whether nothing was ever saved here; a link to nothing may name something."""
+        if not self.directory.exists():
+            return not self.directory.is_symlink()
+        return not any(self.directory.iterdir())
+
     def finish_deletions(self) -> None:
         """Wait for deletions that are going on."""
         self._retention.wait()
@@ -158,7 +179,7 @@ class CheckpointFolder:
                     "--resume auto for the newest whole one"
                 )
             return chosen
-        found = from_main(lambda: committed(self.directory), CheckpointError)
+        found = from_main(self._found, CheckpointError)
         for checkpoint in reversed(found):
             problems = verify_together(checkpoint)
             if not problems:
@@ -170,6 +191,35 @@ class CheckpointFolder:
                 "or begin anew with --resume none (they are then moved aside)"
             )
         return None
+
+    def _found(self) -> list[Path]:
+        """All checkpoints; none only when the run has made none.
+
+        Raises:
+            CheckpointError: the run has made some, and they are gone.
+        """
+        found = committed(self.directory)
+        anew = "or begin anew with --resume none (what is there then moves to previous_N)"
+        if self.directory.is_symlink() and not self.directory.exists():
+            raise CheckpointError(
+                f"{self.directory} is a link to {self.directory.readlink()}, which does not exist; "
+                f"bring that folder back (is the file system mounted?), {anew}"
+            )
+        if found:
+            return found
+        metrics, latest = self.directory.parent / "metrics.jsonl", self.directory / LATEST
+        if latest.is_file():
+            named = latest.read_bytes()[:40].decode(errors="replace").strip()
+            raise CheckpointError(
+                f"{latest} names {named!r}, but {self.directory} holds no checkpoint; bring it "
+                f"back, {anew}"
+            )
+        if not self.directory.exists() and metrics.exists() and metrics.stat().st_size:
+            raise CheckpointError(
+                f"{metrics} is of a run that has begun, but its folder {self.directory} is "
+                f"missing; bring it back, {anew}"
+            )
+        return found
 
     def set_aside_after(self, step: int) -> None:
         """Take checkpoints past `step` out of the way: this run goes on from there another way.
@@ -202,13 +252,15 @@ class CheckpointFolder:
         """
 
         def move() -> Path | None:
-            if not (committed(self.directory) or (run_dir / "metrics.jsonl").exists()):
+            names = [name for name in _RUN_FILES if os.path.lexists(run_dir / name)]
+            metrics = run_dir / "metrics.jsonl"
+            if self._is_unused() and not (metrics.exists() and metrics.stat().st_size):
                 return None
             numbers = [path.name.removeprefix("previous_") for path in run_dir.glob("previous_*")]
             number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
             target = run_dir / f"previous_{number}"
             target.mkdir(parents=True)
-            for name in _RUN_FILES:
+            for name in names:
                 _move(run_dir / name, target / name)
             return target
 
@@ -246,11 +298,11 @@ def _is_same(checkpoint: Path, entries: Entries) -> bool:
 
 
 def _move(path: Path, target: Path) -> None:
-    """Move a file or folder, if it is there; a link goes on naming what it named."""
+    """Move a file or folder; a link goes on naming what it named."""
     if path.is_symlink():
         target.symlink_to(path.parent.resolve() / path.readlink())
         path.unlink()
-    elif path.exists():
+    else:
         path.rename(target)
 
 

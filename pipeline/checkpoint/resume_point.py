@@ -58,13 +58,12 @@ def find_resume_point(
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not of this run.
     """
-    if resume == "none":
+    path = None if resume == "none" else checkpoints.find(resume, report=logger.warning)
+    if path is None:
+        # With auto these are of a run that ended before its first save.
         moved = checkpoints.set_aside(config.run.dir)
         if moved is not None:
             logger.info("earlier files of %s moved to %s", config.run.dir, moved)
-        return None
-    path = checkpoints.find(resume, report=logger.warning)
-    if path is None:
         return None
     point = ResumePoint(path, read_state(path), read_config(path))
     problems = resume_problems(point.state, fresh) + model_problems(point.config, config)

@@ -24,7 +24,7 @@ from pipeline.checkpoint.file_names import (
     is_saved,
     step_of,
 )
-from pipeline.checkpoint.files import size_problems
+from pipeline.checkpoint.files import misnaming, size_problems
 from pipeline.config.sections import CheckpointSection
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Retention:
 
         Only what is older than `newest` may go. Older ones that have lost files, or parts of
         them, do not count among those to keep; they go when they are older than all of these.
-        Links to checkpoints elsewhere neither count nor go.
+        Links to checkpoints elsewhere, and those renamed to another step, neither count nor go.
         """
         self.wait()
         try:
@@ -104,7 +104,8 @@ class Retention:
         older = [
             path
             for path in committed(self._directory)
-            if (step_of(path) or 0) <= last and (path == newest or not path.is_symlink())
+            if (step_of(path) or 0) <= last
+            and (path == newest or not (path.is_symlink() or misnaming(path)))
         ]
         whole = [path for path in older if path == newest or not size_problems(path)]
         found = [Candidate(step_of(path) or 0, eval_loss(path)) for path in whole]

@@ -151,9 +151,11 @@ def test_partial_folders_never_count(config: Path, tmp_path: Path) -> None:
     whole = checkpoints / "step_00000003"
     partial = checkpoints / "step_00000006.partial"
     whole.rename(partial)
+    (checkpoints / "latest").unlink()
     outcome = run_job(tmp_path, [str(config), "--set", "train.stop_at_step=6"])
     assert outcome.codes == [0]
     assert "new run: step 0" in outcome.output[0]
+    assert last_step(tmp_path / "run" / "previous_1") == 3
     assert sorted(p.name for p in checkpoints.iterdir()) == [
         "latest",
         "step_00000003",
@@ -220,3 +222,55 @@ def test_optimizer_settings_of_the_resumed_run_hold(config: Path, tmp_path: Path
     assert weights[1][name].norm() < 0.99 * weights[0][name].norm()
     norm = "heads.readout.norm_weight"  # not decayed, before or after
     assert torch.allclose(weights[0][norm], weights[1][norm], atol=0.02)
+
+
+@pytest.mark.parametrize("gone", ["folder", "behind a link", "checkpoint"])
+def test_lost_checkpoints_do_not_start_a_run_over(config: Path, tmp_path: Path, gone: str) -> None:
+    """Metrics without the checkpoints that belong to them: refused, and nothing is erased.
+
+    `--resume none` then begins anew, with the earlier files moved aside.
+    """
+    run_dir, stop = tmp_path / "run", ["--set", "train.stop_at_step=3"]
+    checkpoints = run_dir / "checkpoints"
+    assert run_job(tmp_path, [str(config), *stop]).codes == [0]
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    if gone == "checkpoint":
+        (checkpoints / "step_00000003").rename(tmp_path / "elsewhere")
+        words = "names 'step_00000003', but"
+    else:
+        checkpoints.rename(tmp_path / "elsewhere")
+        words = "is missing; bring it back"
+    if gone == "behind a link":
+        checkpoints.symlink_to("../scratch")
+        words = "is a link to ../scratch, which does not exist"
+    outcome = run_job(tmp_path, [str(config)])
+    assert outcome.codes == [2]
+    assert words in outcome.errors[0]
+    assert "--resume none" in outcome.errors[0]
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert run_job(tmp_path, [str(config), "--resume", "none", *stop]).codes == [0]
+    assert (run_dir / "previous_1" / "metrics.jsonl").read_bytes() == before
+    assert checkpoint_path(run_dir) == checkpoints / "step_00000003"
+
+
+def test_a_renamed_checkpoint_is_not_resumed_from(config: Path, tmp_path: Path) -> None:
+    """A folder whose state is of another step than its name: passed over, refused when named.
+
+    The run that resumed from it would set it aside as one past its own step.
+    """
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert run_job(tmp_path, [str(config), "--set", "train.stop_at_step=6"]).codes == [0]
+    renamed = checkpoints / "step_00000009"
+    (checkpoints / "step_00000006").rename(renamed)
+    outcome = run_job(tmp_path, [str(config), "--resume", str(renamed)])
+    assert outcome.codes == [2]
+    assert "state.json says step 6, so it was renamed" in outcome.errors[0]
+    (checkpoints / "step_00000003").rename(checkpoints / "step_00000001")
+    outcome = run_job(tmp_path, [str(config)])
+    assert outcome.codes == [2]
+    assert "passing over" in outcome.output[0]
+    assert "state.json says step 3" in outcome.output[0]
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == [
+        "step_00000001",
+        "step_00000009",
+    ]
