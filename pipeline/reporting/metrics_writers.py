@@ -101,7 +101,8 @@ def open_metrics_log(config: RunConfig, *, rank: int, resumed_step: int) -> Metr
         writers.append(WandbWriter(run_dir, project=project, config=config))
     if config.log.progress:
         writers.append(ProgressLine(last_step=config.last_step, resumed_step=resumed_step))
-    return MetricsLog(run_dir, resumed_step=resumed_step, writers=writers)
+    strict = config.checkpoint.on_error == "stop"
+    return MetricsLog(run_dir, resumed_step=resumed_step, writers=writers, strict=strict)
 
 
 def _tag(key: str) -> str:

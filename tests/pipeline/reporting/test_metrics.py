@@ -199,3 +199,50 @@ def test_clock(seconds: float, text: str) -> None:
 def test_peak_flops_by_device_name(name: str, flops: float | None) -> None:
     """Names as drivers report them find their peak; an unknown device has none."""
     assert peak_flops(name) == flops
+
+
+@pytest.mark.parametrize("gone", ["file", "folder"])
+def test_a_deleted_file_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, gone: str
+) -> None:
+    """Deleted during the run, alone or with the run's folder: no line is lost, and it is said."""
+    run_dir = tmp_path / "run"
+    log = MetricsLog(run_dir, resumed_step=0, strict=True)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": 1 / step})
+        if step == 3:
+            (run_dir / METRICS_NAME).unlink()
+            if gone == "folder":
+                run_dir.rmdir()
+        log.sync()
+    log.close()
+    assert [record["step"] for record in read_metrics(run_dir)] == [1, 2, 3, 4, 5]
+    assert "was deleted while the run went on; its 3 lines are written again" in caplog.text
+    assert ("with its checkpoints" in caplog.text) == (gone == "folder")
+
+
+def test_a_file_that_was_cut_or_replaced_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cannot be had back is said, and fails a strict log's sync; other files stay."""
+    path = tmp_path / METRICS_NAME
+    for strict in (False, True):
+        path.unlink(missing_ok=True)
+        log = MetricsLog(tmp_path, resumed_step=0, strict=strict)
+        log.write({"step": 1})
+        path.rename(tmp_path / "elsewhere")
+        path.write_text('{"step": 1, "edited": 1}\n')
+        log.write({"step": 2})
+        assert "was replaced by another file" in caplog.text
+        assert [record["step"] for record in read_metrics(path)] == [1, 2]
+        log.sync()
+        path.write_text("")
+        log.write({"step": 3})
+        assert "lines of earlier steps are lost" in caplog.text
+        assert [record["step"] for record in read_metrics(path)] == [3]
+        if strict:
+            with pytest.raises(OSError, match="lines of earlier steps are lost"):
+                log.sync()
+        else:
+            log.sync()
+        log.close()
