@@ -29,6 +29,7 @@ from pipeline.data.samples import (
 )
 from pipeline.data.validation import ValidationSamples
 from pipeline.distributed.agreement import on_all_ranks
+from pipeline.distributed.lease import Lease
 from pipeline.distributed.rendezvous import (
     RankInfo,
     device_index,
@@ -91,6 +92,7 @@ class Job:
         self.precision: Precision = precision
         self.position = f"rank {info.rank}/{info.world_size}"
         self._checkpoints = CheckpointFolder(config.run.dir, config.checkpoint)
+        self._lease = Lease(config.run.dir, os.environ, lost=self._abort)
         self._stop = StopRequest()
         self._watchdog: Watchdog | None = None
         self._engine: Engine | None = None
@@ -105,7 +107,13 @@ class Job:
             CheckpointError: the checkpoint to resume from cannot be used, or saving failed.
             TrainingError: the loss does not become finite again.
         """
-        topology = self._join()
+        try:
+            return self._run(self._join())
+        finally:
+            self._lease.release()
+
+    def _run(self, topology: Topology) -> str | None:
+        """All that happens while this job holds the run's folder."""
         data = self._open_data(topology)
         engine, state = self._restore(topology, data)
         trainer = self._wire(topology, data, engine, state)
@@ -142,6 +150,7 @@ class Job:
             waiting_for=self._waiting_for,
             abort=self._abort,
         )
+        self._lease.acquire()
         return topology
 
     def _open_data(self, topology: Topology) -> Data:
