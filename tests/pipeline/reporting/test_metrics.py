@@ -1,8 +1,15 @@
 """metrics.jsonl: one flushed line per record, exact after a resume; and its writers."""
 
+import fcntl
 import io
 import logging
+import os
+import pty
+import select
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -171,6 +178,72 @@ def test_progress_on_a_terminal_is_drawn_live() -> None:
     line.close()
     assert "3/3" in screen.getvalue()
     assert "loss 1.2500" in screen.getvalue()
+
+
+RECORD = {
+    **{"loss": 2.5, "loss_head_1": 2.4, "eval_loss_head_1": 2.2, "eval_tokens_per_forward": 2.1},
+    **{"grad_norm": 1.0, "tokens_per_s": 123456.0, "mfu": 0.4, "step_time_s": 0.3},
+}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_cuts_only_the_figures(width: int) -> None:
+    """Step and bar are whole at 80 columns and below; the line is never longer than the screen."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
+    line = ProgressLine(last_step=200_000, console=console)
+    line.write({"step": 150_000, **RECORD})
+    line.close()
+    drawn = screen.getvalue().split("\n")[-2].split("\x1b[2K")[-1]
+    assert drawn.startswith("step 150000/200000 ")
+    assert "━━━━━━━━━━━━━━" in drawn
+    assert len(drawn) <= width
+
+
+PTY_CODE = """
+import sys
+from pipeline.reporting.progress import ProgressLine
+line = ProgressLine(last_step=9)
+for step in (1, 2):
+    line.write({"step": step, "loss": 1.0, "loss_head_1": 1.0, "grad_norm": 1.0, "step_time_s": 1})
+    print(f"logged {step}", flush=True)
+    sys.stdin.readline()
+line.close()
+"""
+
+
+def test_a_resized_terminal_keeps_no_copies() -> None:
+    """On a terminal that shrank, all rows that the old line wraps to are erased, once."""
+    own, other = pty.openpty()
+    output = b""
+
+    def read_until(text: bytes) -> None:
+        nonlocal output
+        while text not in output:
+            ready, _, _ = select.select([own], [], [], 60)
+            assert ready, output
+            output += os.read(own, 4096)
+
+    fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(
+        [sys.executable, "-c", PTY_CODE],
+        stdin=other,
+        stdout=other,
+        stderr=other,
+        env={**variables, "TERM": "xterm"},
+    ) as process:
+        read_until(b"logged 1")
+        erase_above = b"\x1b[1A\x1b[2K"
+        assert erase_above not in output
+        fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+        os.write(own, b"\n")
+        read_until(b"logged 2")
+        assert output.count(erase_above * 2) == 1  # 80 columns are three rows of 30
+        os.write(own, b"\n")
+        assert process.wait(60) == 0
+    os.close(own)
+    os.close(other)
 
 
 @pytest.mark.parametrize(
