@@ -18,6 +18,7 @@ from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.resume_point import ResumePoint, find_resume_point
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import Layout, TrainState
+from pipeline.config.changes import Change, config_changes
 from pipeline.config.run_config import Device, Precision, RunConfig, to_yaml
 from pipeline.data.mixture_plan import plan_mixture
 from pipeline.data.samples import (
@@ -97,6 +98,7 @@ class Job:
         self._watchdog: Watchdog | None = None
         self._engine: Engine | None = None
         self._state: TrainState | None = None
+        self._changes: list[Change] = []
 
     def run(self) -> str | None:
         """Train to the last step or to a signal; the signal's name, or None.
@@ -175,6 +177,7 @@ class Job:
         if point is not None:
             engine.load(point.weights)
             state = point.state_now(fresh)
+            self._changes = config_changes(point.config, config)
             self._checkpoints.set_aside_after(state.step)
         self._state = state
         mixture = plan_mixture(data.training, weight_phases(config, data.training), state)
@@ -203,7 +206,12 @@ class Job:
                     data.shards.tokenizer_path,
                     state.step,
                 ),
-                metrics=open_metrics_log(config, rank=self.info.rank, resumed_step=state.step),
+                metrics=open_metrics_log(
+                    config,
+                    rank=self.info.rank,
+                    resumed_step=state.step,
+                    changes=self._changes,
+                ),
                 throughput=Throughput(config, topology),
                 stop=self._stop,
             ),

@@ -13,6 +13,7 @@ from pipeline.checkpoint.train_state import (
     read_state,
     resume_problems,
 )
+from pipeline.config.changes import config_changes, table
 from pipeline.config.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,20 @@ def find_resume_point(
             f"{path} does not fit this run ({'; '.join(problems)}); start with the saved values, "
             "or with --resume none to begin anew"
         )
+    if config.train.steps < point.state.step:
+        raise CheckpointError(
+            f"train.steps={config.train.steps} is below step {point.state.step}, which {path} has "
+            f"reached; set train.steps to at least {point.state.step}, or resume from an earlier "
+            "checkpoint with --resume PATH"
+        )
     _report_changes(point, config, fresh)
     return point
 
 
 def _report_changes(point: ResumePoint, config: RunConfig, fresh: TrainState) -> None:
     """Say in what the run goes on differently."""
+    if differing := config_changes(point.config, config):
+        logger.info("changed since the checkpoint:\n%s", "\n".join(table(differing)))
     if changes := layout_changes(point.state.layout, fresh.layout):
         logger.info("resuming in another layout than saved: %s", ", ".join(changes))
     before = point.config.global_batch_size(point.state.layout.data)

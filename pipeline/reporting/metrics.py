@@ -16,6 +16,7 @@ from model.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+CHANGES_KEY = "resume_changes"
 
 Value = float | bool | None
 Scalars = dict[str, Value]
@@ -47,6 +48,8 @@ class MetricsLog:
         resumed_step: Last step that counts as done; 0 for a new run, which starts an empty file.
         writers: Where else records go, in this order.
         strict: Whether `sync` fails once lines are lost.
+        changes: What the configuration differs in from that of the checkpoint; in the first record
+            under `resume_changes`, of this file only.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class MetricsLog:
         resumed_step: int,
         writers: Sequence[MetricsWriter] = (),
         strict: bool = False,
+        changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._writers = list(writers)
         self._file: FileIO | None = None
@@ -63,6 +67,7 @@ class MetricsLog:
         self._waiting = b""
         self._swapping = threading.Lock()
         self._strict = strict
+        self._changes = [dict(change) for change in changes]
         self._loss: str | None = None
         self._path = (run_dir or Path()) / METRICS_NAME
         if run_dir is not None:
@@ -80,7 +85,10 @@ class MetricsLog:
             return
         assert "step" in record, f"a record needs its step, got {sorted(record)}"
         finite = {key: _finite(value) for key, value in record.items()}
-        self._waiting += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        line: dict[str, Any] = dict(finite)
+        if self._changes:
+            line[CHANGES_KEY], self._changes = self._changes, []
+        self._waiting += (json.dumps(line, allow_nan=False) + "\n").encode()
         self._attend(self._file)
         self._write_waiting(self._file)
         scalars = scalars_of(finite)
@@ -190,9 +198,14 @@ class MetricsLog:
 
 
 def scalars_of(record: Mapping[str, Value | list[float]]) -> Scalars:
-    """A record with every list taken apart: `{"a": [1, 2]}` gives `{"a_0": 1, "a_1": 2}`."""
+    """A record with every list taken apart: `{"a": [1, 2]}` gives `{"a_0": 1, "a_1": 2}`.
+
+    What changed at a resume is left out.
+    """
     scalars: Scalars = {}
     for key, value in record.items():
+        if key == CHANGES_KEY:
+            continue
         if isinstance(value, list):
             scalars |= {f"{key}_{index}": item for index, item in enumerate(value)}
         else:
