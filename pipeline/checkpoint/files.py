@@ -23,7 +23,9 @@ from pipeline.checkpoint.file_names import (
     step_of,
 )
 
+# To be raised when what is written can no longer be read by what was there before.
 _VERSION = 2
+STATE_VERSION = 1
 
 Entries = dict[str, FileEntry]
 
@@ -57,6 +59,26 @@ def read_manifest(checkpoint: Path) -> Entries:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{MANIFEST} is damaged") from None
+
+
+def other_version(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not this version's to read, if its manifest or state says so."""
+    for name, reads in ((MANIFEST, _VERSION), (STATE_NAME, STATE_VERSION)):
+        try:
+            version = json.loads((checkpoint / name).read_bytes())["version"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # damaged, which is another matter
+        if isinstance(version, int) and not isinstance(version, bool) and version != reads:
+            advice = (
+                "use the Headway that wrote it, or a later one"
+                if version > reads
+                else "export it with the Headway that wrote it and begin with train.init_from"
+            )
+            return (
+                f"{checkpoint / name} has version {version}, and this Headway reads version "
+                f"{reads}; {advice}"
+            )
+    return None
 
 
 def _digest(files: Any) -> str:

@@ -28,6 +28,7 @@ from pipeline.checkpoint.files import (
     checkpoint_path,
     content_problems,
     newest_checkpoint,
+    other_version,
     read_manifest,
     size_problems,
     verify,
@@ -173,6 +174,7 @@ class CheckpointFolder:
         """
         if resume != "auto":
             chosen = from_main(lambda: checkpoint_path(Path(resume)), CheckpointError)
+            _check_version(chosen)
             if problems := verify_together(chosen):
                 raise CheckpointError(
                     f"{chosen} is damaged: {'; '.join(problems[:3])}; use another checkpoint, or "
@@ -181,6 +183,7 @@ class CheckpointFolder:
             return chosen
         found = from_main(self._found, CheckpointError)
         for checkpoint in reversed(found):
+            _check_version(checkpoint)
             problems = verify_together(checkpoint)
             if not problems:
                 return checkpoint
@@ -274,8 +277,21 @@ class CheckpointFolder:
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration in a checkpoint."""
-    return load_config(checkpoint / RESOLVED_CONFIG_NAME)
+    """The resolved configuration in a checkpoint; keys that this version lacks are left out."""
+    path = checkpoint / RESOLVED_CONFIG_NAME
+    return load_config(
+        path, left_out=lambda key: logger.warning("%s: unknown key %s is left out", path, key)
+    )
+
+
+def _check_version(checkpoint: Path) -> None:
+    """Refuse a checkpoint of another version: it is not damaged, and is not to be passed over.
+
+    Raises:
+        CheckpointError: with both versions.
+    """
+    if problem := from_main(lambda: other_version(checkpoint), OSError):
+        raise CheckpointError(problem)
 
 
 def verify_together(checkpoint: Path) -> list[str]:

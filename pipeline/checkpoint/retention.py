@@ -24,7 +24,7 @@ from pipeline.checkpoint.file_names import (
     is_saved,
     step_of,
 )
-from pipeline.checkpoint.files import misnaming, size_problems
+from pipeline.checkpoint.files import misnaming, other_version, size_problems
 from pipeline.config.sections import CheckpointSection
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class Retention:
 
         Only what is older than `newest` may go. Older ones that have lost files, or parts of
         them, do not count among those to keep; they go when they are older than all of these.
-        Links to checkpoints elsewhere, and those renamed to another step, neither count nor go.
+        Links to checkpoints elsewhere, those renamed to another step and those of another version
+        neither count nor go.
         """
         self.wait()
         try:
@@ -105,7 +106,9 @@ class Retention:
             path
             for path in committed(self._directory)
             if (step_of(path) or 0) <= last
-            and (path == newest or not (path.is_symlink() or misnaming(path)))
+            and (
+                path == newest or not (path.is_symlink() or misnaming(path) or other_version(path))
+            )
         ]
         whole = [path for path in older if path == newest or not size_problems(path)]
         found = [Candidate(step_of(path) or 0, eval_loss(path)) for path in whole]
