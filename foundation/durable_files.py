@@ -4,6 +4,7 @@ Errors are the OSErrors of the system; each package turns them into its own at i
 """
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ import xxhash
 
 BLOCK_BYTES = 1 << 22
 TEMPORARY_SUFFIX = ".tmp"
+
+_TOKEN_BYTES = 4
+_TEMPORARY = re.compile(rf".+\.[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(TEMPORARY_SUFFIX)}")
 
 
 class FileEntry(NamedTuple):
@@ -95,7 +99,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success sync it and rename it to `path`.
 
     After a kill or a power cut `path` is what it was before, or all of the new content. The
-    temporary name is random, so that two processes, maybe on two machines, never share one.
+    temporary name is random, so that two processes, maybe on two machines, never share one. Where
+    `path` is a link, the file that it names is written and the link stays.
 
     Args:
         path: the final name; its folder is made when missing.
@@ -106,7 +111,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: writing failed; `path` is as it was, and nothing is left beside it.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    path = path.resolve() if path.is_symlink() else path
+    token = secrets.token_hex(_TOKEN_BYTES)
+    temporary = path.with_name(f"{path.name}.{token}{TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -129,9 +136,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a killed process left below `folder`."""
+    """Remove temporary files that a killed process left below `folder`, and no others."""
     for leftover in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
-        discard(leftover)
+        if _TEMPORARY.fullmatch(leftover.name) and leftover.is_file() and not leftover.is_symlink():
+            discard(leftover)
 
 
 def discard(path: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.resume_point import ResumePoint, find_resume_point
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import Layout, TrainState
+from pipeline.config.changes import Change, config_changes
 from pipeline.config.run_config import Device, Precision, RunConfig, to_yaml
 from pipeline.data.mixture_plan import plan_mixture
 from pipeline.data.samples import (
@@ -29,6 +30,7 @@ from pipeline.data.samples import (
 )
 from pipeline.data.validation import ValidationSamples
 from pipeline.distributed.agreement import on_all_ranks
+from pipeline.distributed.lease import Lease
 from pipeline.distributed.rendezvous import (
     RankInfo,
     device_index,
@@ -91,10 +93,12 @@ class Job:
         self.precision: Precision = precision
         self.position = f"rank {info.rank}/{info.world_size}"
         self._checkpoints = CheckpointFolder(config.run.dir, config.checkpoint)
+        self._lease = Lease(config.run.dir, os.environ, lost=self._abort)
         self._stop = StopRequest()
         self._watchdog: Watchdog | None = None
         self._engine: Engine | None = None
         self._state: TrainState | None = None
+        self._changes: list[Change] = []
 
     def run(self) -> str | None:
         """Train to the last step or to a signal; the signal's name, or None.
@@ -105,7 +109,13 @@ class Job:
             CheckpointError: the checkpoint to resume from cannot be used, or saving failed.
             TrainingError: the loss does not become finite again.
         """
-        topology = self._join()
+        try:
+            return self._run(self._join())
+        finally:
+            self._lease.release()
+
+    def _run(self, topology: Topology) -> str | None:
+        """All that happens while this job holds the run's folder."""
         data = self._open_data(topology)
         engine, state = self._restore(topology, data)
         trainer = self._wire(topology, data, engine, state)
@@ -142,6 +152,7 @@ class Job:
             waiting_for=self._waiting_for,
             abort=self._abort,
         )
+        self._lease.acquire()
         return topology
 
     def _open_data(self, topology: Topology) -> Data:
@@ -166,6 +177,7 @@ class Job:
         if point is not None:
             engine.load(point.weights)
             state = point.state_now(fresh)
+            self._changes = config_changes(point.config, config)
             self._checkpoints.set_aside_after(state.step)
         self._state = state
         mixture = plan_mixture(data.training, weight_phases(config, data.training), state)
@@ -194,7 +206,12 @@ class Job:
                     data.shards.tokenizer_path,
                     state.step,
                 ),
-                metrics=open_metrics_log(config, rank=self.info.rank, resumed_step=state.step),
+                metrics=open_metrics_log(
+                    config,
+                    rank=self.info.rank,
+                    resumed_step=state.step,
+                    changes=self._changes,
+                ),
                 throughput=Throughput(config, topology),
                 stop=self._stop,
             ),
@@ -269,6 +286,7 @@ class Job:
         for line in summary.lines + samples:
             logger.info("%s", line)
         logger.debug("DeepSpeed's effective values:\n%s", summary.deepspeed)
+        self._checkpoints.make()
         path = self.config.run.dir / RESOLVED_CONFIG_NAME
         path.write_text(to_yaml(self.config), encoding="utf-8")
         if point is None:

@@ -29,6 +29,9 @@ WEIGHTS = "tensors"
 PARTIAL = ".partial"
 
 _STEP = re.compile(r"step_(\d{8,})")
+_PARTIAL = re.compile(_STEP.pattern + re.escape(PARTIAL))
+_SAVED = {MANIFEST, STATE_NAME, RESOLVED_CONFIG_NAME, TOKENIZER}
+_SAVED_TENSORS = re.compile(rf"{WEIGHTS}/rank_\d{{5,}}\.safetensors")
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -40,6 +43,16 @@ def step_of(path: Path) -> int | None:
     """The step in the name of a committed checkpoint; None for any other name."""
     found = _STEP.fullmatch(path.name)
     return int(found[1]) if found else None
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a path is named as a save that was not committed, or a deletion that did not end."""
+    return _PARTIAL.fullmatch(path.name) is not None
+
+
+def is_saved(name: str) -> bool:
+    """Whether saves write a file of this name below a checkpoint; no other is ever deleted."""
+    return name in _SAVED or _SAVED_TENSORS.fullmatch(name) is not None
 
 
 def committed(directory: Path) -> list[Path]:

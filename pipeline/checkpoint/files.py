@@ -23,7 +23,9 @@ from pipeline.checkpoint.file_names import (
     step_of,
 )
 
+# To be raised when what is written can no longer be read by what was there before.
 _VERSION = 2
+STATE_VERSION = 1
 
 Entries = dict[str, FileEntry]
 
@@ -59,6 +61,26 @@ def read_manifest(checkpoint: Path) -> Entries:
         raise CheckpointError(f"{MANIFEST} is damaged") from None
 
 
+def other_version(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not this version's to read, if its manifest or state says so."""
+    for name, reads in ((MANIFEST, _VERSION), (STATE_NAME, STATE_VERSION)):
+        try:
+            version = json.loads((checkpoint / name).read_bytes())["version"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # damaged, which is another matter
+        if isinstance(version, int) and not isinstance(version, bool) and version != reads:
+            advice = (
+                "use the Headway that wrote it, or a later one"
+                if version > reads
+                else "export it with the Headway that wrote it and begin with train.init_from"
+            )
+            return (
+                f"{checkpoint / name} has version {version}, and this Headway reads version "
+                f"{reads}; {advice}"
+            )
+    return None
+
+
 def _digest(files: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
 
@@ -80,7 +102,20 @@ def size_problems(checkpoint: Path) -> list[str]:
             problems.append(f"{name} has {size:,} bytes, not {entry.size:,}")
     folder = checkpoint / WEIGHTS
     found = sorted(f"{WEIGHTS}/{path.name}" for path in folder.iterdir()) if folder.is_dir() else []
-    return problems + [f"{name} does not belong to it" for name in found if name not in entries]
+    problems += [f"{name} does not belong to it" for name in found if name not in entries]
+    return problems + misnaming(checkpoint)
+
+
+def misnaming(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint's name, if its state is of another step."""
+    named = step_of(checkpoint)
+    try:
+        saved = json.loads((checkpoint / STATE_NAME).read_bytes())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    if named is None or saved == named:
+        return []
+    return [f"{STATE_NAME} says step {saved!r:.30}, so it was renamed; give it that name back"]
 
 
 def content_problems(checkpoint: Path, entries: Entries, names: Iterable[str]) -> list[str]:

@@ -4,6 +4,8 @@ A folder that lacks its manifest, or whose files differ from it, is never taken 
 How the ranks write is the business of `saving`, what stays that of `retention`.
 """
 
+import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,15 +28,18 @@ from pipeline.checkpoint.files import (
     checkpoint_path,
     content_problems,
     newest_checkpoint,
+    other_version,
     read_manifest,
     size_problems,
     verify,
     write_manifest,
 )
-from pipeline.checkpoint.retention import Retention
+from pipeline.checkpoint.retention import Retention, clear
 from pipeline.config.run_config import RunConfig, load_config
 from pipeline.config.sections import CheckpointSection
 from pipeline.distributed.agreement import from_all, from_main, rank_and_world
+
+logger = logging.getLogger(__name__)
 
 _RUN_FILES = (FOLDER, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
 
@@ -50,6 +55,8 @@ class CheckpointFolder:
     def __init__(self, run_dir: Path, options: CheckpointSection) -> None:
         self.directory = run_dir / FOLDER
         self._retention = Retention(self.directory, options)
+        self._on_error = options.on_error
+        self._was_made = False
 
     def prepare(self, step: int) -> Path:
         """An empty folder to write a step's files into; rank 0 makes it.
@@ -59,8 +66,16 @@ class CheckpointFolder:
         Raises:
             OSError: it cannot be made.
         """
+        if self._was_made and not self.directory.exists():
+            loss = f"{self.directory} was deleted while the run went on, with its checkpoints"
+            if self._on_error == "stop":
+                raise OSError(loss)
+            logger.error("%s; this save makes it again", loss)
         self._retention.clear_partial()
         partial = self._partial(step)
+        for path in (partial, partial / WEIGHTS):
+            if path.is_symlink() or (path.exists() and path != partial):
+                raise OSError(f"{path} is in the way, and no save made it; move it elsewhere")
         (partial / WEIGHTS).mkdir(parents=True)
         return partial
 
@@ -90,11 +105,11 @@ class CheckpointFolder:
         sync_folder(partial / WEIGHTS)
         sync_folder(partial)
         crash_point("after-manifest")
-        if final.exists() and verify(final):
-            final.rename(_aside(final))
-        if final.exists():  # this run saved the step before, and could not finish
-            shutil.rmtree(partial)
+        if _is_same(final, entries):  # this run saved the step before, and could not finish
+            clear(partial)
         else:
+            if os.path.lexists(final):
+                final.rename(_aside(final))
             partial.rename(final)
         for folder in (self.directory, self.directory.parent, self.directory.parent.parent):
             sync_folder(folder)  # the new name, and with the first save those of its folders
@@ -110,7 +125,7 @@ class CheckpointFolder:
         Returns:
             What is left: room on the disk, and the newest checkpoint.
         """
-        shutil.rmtree(self._partial(step), ignore_errors=True)
+        clear(self._partial(step))
         try:
             newest = newest_checkpoint(self.directory)
             free_gib = _free_gib(self.directory)
@@ -118,6 +133,17 @@ class CheckpointFolder:
             return f"({self.directory} cannot be read: {error})"
         name = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
         return f"({free_gib:.2f} GiB free there); {name}"
+
+    def make(self) -> None:
+        """Make the folder, so that one that is missing later was there once."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._was_made = True
+
+    def _is_unused(self) -> bool:
+        """Whether nothing was ever saved here; a link to nothing may name something."""
+        if not self.directory.exists():
+            return not self.directory.is_symlink()
+        return not any(self.directory.iterdir())
 
     def finish_deletions(self) -> None:
         """Wait for deletions that are going on."""
@@ -148,14 +174,16 @@ class CheckpointFolder:
         """
         if resume != "auto":
             chosen = from_main(lambda: checkpoint_path(Path(resume)), CheckpointError)
+            _check_version(chosen)
             if problems := verify_together(chosen):
                 raise CheckpointError(
                     f"{chosen} is damaged: {'; '.join(problems[:3])}; use another checkpoint, or "
                     "--resume auto for the newest whole one"
                 )
             return chosen
-        found = from_main(lambda: committed(self.directory), CheckpointError)
+        found = from_main(self._found, CheckpointError)
         for checkpoint in reversed(found):
+            _check_version(checkpoint)
             problems = verify_together(checkpoint)
             if not problems:
                 return checkpoint
@@ -166,6 +194,35 @@ class CheckpointFolder:
                 "or begin anew with --resume none (they are then moved aside)"
             )
         return None
+
+    def _found(self) -> list[Path]:
+        """All checkpoints; none only when the run has made none.
+
+        Raises:
+            CheckpointError: the run has made some, and they are gone.
+        """
+        found = committed(self.directory)
+        anew = "or begin anew with --resume none (what is there then moves to previous_N)"
+        if self.directory.is_symlink() and not self.directory.exists():
+            raise CheckpointError(
+                f"{self.directory} is a link to {self.directory.readlink()}, which does not exist; "
+                f"bring that folder back (is the file system mounted?), {anew}"
+            )
+        if found:
+            return found
+        metrics, latest = self.directory.parent / "metrics.jsonl", self.directory / LATEST
+        if latest.is_file():
+            named = latest.read_bytes()[:40].decode(errors="replace").strip()
+            raise CheckpointError(
+                f"{latest} names {named!r}, but {self.directory} holds no checkpoint; bring it "
+                f"back, {anew}"
+            )
+        if not self.directory.exists() and metrics.exists() and metrics.stat().st_size:
+            raise CheckpointError(
+                f"{metrics} is of a run that has begun, but its folder {self.directory} is "
+                f"missing; bring it back, {anew}"
+            )
+        return found
 
     def set_aside_after(self, step: int) -> None:
         """Take checkpoints past `step` out of the way: this run goes on from there another way.
@@ -198,15 +255,16 @@ class CheckpointFolder:
         """
 
         def move() -> Path | None:
-            if not (committed(self.directory) or (run_dir / "metrics.jsonl").exists()):
+            names = [name for name in _RUN_FILES if os.path.lexists(run_dir / name)]
+            metrics = run_dir / "metrics.jsonl"
+            if self._is_unused() and not (metrics.exists() and metrics.stat().st_size):
                 return None
             numbers = [path.name.removeprefix("previous_") for path in run_dir.glob("previous_*")]
             number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
             target = run_dir / f"previous_{number}"
             target.mkdir(parents=True)
-            for name in _RUN_FILES:
-                if (run_dir / name).exists():
-                    (run_dir / name).rename(target / name)
+            for name in names:
+                _move(run_dir / name, target / name)
             return target
 
         try:
@@ -219,8 +277,21 @@ class CheckpointFolder:
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration in a checkpoint."""
-    return load_config(checkpoint / RESOLVED_CONFIG_NAME)
+    """The resolved configuration in a checkpoint; keys that this version lacks are left out."""
+    path = checkpoint / RESOLVED_CONFIG_NAME
+    return load_config(
+        path, left_out=lambda key: logger.warning("%s: unknown key %s is left out", path, key)
+    )
+
+
+def _check_version(checkpoint: Path) -> None:
+    """Refuse a checkpoint of another version: it is not damaged, and is not to be passed over.
+
+    Raises:
+        CheckpointError: with both versions.
+    """
+    if problem := from_main(lambda: other_version(checkpoint), OSError):
+        raise CheckpointError(problem)
 
 
 def verify_together(checkpoint: Path) -> list[str]:
@@ -237,6 +308,20 @@ def verify_together(checkpoint: Path) -> list[str]:
     return [problem for part in found for problem in part]
 
 
+def _is_same(checkpoint: Path, entries: Entries) -> bool:
+    """Whether a committed checkpoint is whole and has exactly these files."""
+    return checkpoint.exists() and not verify(checkpoint) and read_manifest(checkpoint) == entries
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file or folder; a link goes on naming what it named."""
+    if path.is_symlink():
+        target.symlink_to(path.parent.resolve() / path.readlink())
+        path.unlink()
+    else:
+        path.rename(target)
+
+
 def _free_gib(path: Path) -> float:
     while not path.exists():
         path = path.parent
@@ -247,7 +332,7 @@ def _aside(path: Path) -> Path:
     """A free name for a checkpoint that is not this run's any more."""
     target = path.with_name(f"superseded_{path.name}")
     number = 1
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = path.with_name(f"superseded_{path.name}_{number}")
     return target

@@ -13,6 +13,7 @@ from pipeline.checkpoint.train_state import (
     read_state,
     resume_problems,
 )
+from pipeline.config.changes import config_changes, table
 from pipeline.config.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -58,13 +59,12 @@ def find_resume_point(
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not of this run.
     """
-    if resume == "none":
+    path = None if resume == "none" else checkpoints.find(resume, report=logger.warning)
+    if path is None:
+        # With auto these are of a run that ended before its first save.
         moved = checkpoints.set_aside(config.run.dir)
         if moved is not None:
             logger.info("earlier files of %s moved to %s", config.run.dir, moved)
-        return None
-    path = checkpoints.find(resume, report=logger.warning)
-    if path is None:
         return None
     point = ResumePoint(path, read_state(path), read_config(path))
     problems = resume_problems(point.state, fresh) + model_problems(point.config, config)
@@ -73,12 +73,20 @@ def find_resume_point(
             f"{path} does not fit this run ({'; '.join(problems)}); start with the saved values, "
             "or with --resume none to begin anew"
         )
+    if config.train.steps < point.state.step:
+        raise CheckpointError(
+            f"train.steps={config.train.steps} is below step {point.state.step}, which {path} has "
+            f"reached; set train.steps to at least {point.state.step}, or resume from an earlier "
+            "checkpoint with --resume PATH"
+        )
     _report_changes(point, config, fresh)
     return point
 
 
 def _report_changes(point: ResumePoint, config: RunConfig, fresh: TrainState) -> None:
     """Say in what the run goes on differently."""
+    if differing := config_changes(point.config, config):
+        logger.info("changed since the checkpoint:\n%s", "\n".join(table(differing)))
     if changes := layout_changes(point.state.layout, fresh.layout):
         logger.info("resuming in another layout than saved: %s", ", ".join(changes))
     before = point.config.global_batch_size(point.state.layout.data)

@@ -2,20 +2,29 @@
 
 A checkpoint goes only after a newer one was committed, which happens only after each of its files
 was read back from the disk. It loses its name first, so that what a kill leaves of it never counts.
+Only what saves wrote is deleted: links, and files of other names, stay.
 """
 
 import json
 import logging
 import math
-import shutil
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.checkpoint.crash_points import crash_point, thread_of_save
-from pipeline.checkpoint.file_names import PARTIAL, STATE_NAME, committed, step_of
-from pipeline.checkpoint.files import size_problems
+from pipeline.checkpoint.file_names import (
+    PARTIAL,
+    STATE_NAME,
+    WEIGHTS,
+    committed,
+    is_partial,
+    is_saved,
+    step_of,
+)
+from pipeline.checkpoint.files import misnaming, other_version, size_problems
 from pipeline.config.sections import CheckpointSection
 
 logger = logging.getLogger(__name__)
@@ -77,6 +86,8 @@ class Retention:
 
         Only what is older than `newest` may go. Older ones that have lost files, or parts of
         them, do not count among those to keep; they go when they are older than all of these.
+        Links to checkpoints elsewhere, those renamed to another step and those of another version
+        neither count nor go.
         """
         self.wait()
         try:
@@ -91,7 +102,14 @@ class Retention:
     def _take_names(self, newest: Path) -> list[Path]:
         """Rename what goes, so that it is not a checkpoint any more; the new paths."""
         last = step_of(newest) or 0
-        older = [path for path in committed(self._directory) if (step_of(path) or 0) <= last]
+        older = [
+            path
+            for path in committed(self._directory)
+            if (step_of(path) or 0) <= last
+            and (
+                path == newest or not (path.is_symlink() or misnaming(path) or other_version(path))
+            )
+        ]
         whole = [path for path in older if path == newest or not size_problems(path)]
         found = [Candidate(step_of(path) or 0, eval_loss(path)) for path in whole]
         going = superfluous(found, self._options)
@@ -111,7 +129,8 @@ class Retention:
         """Delete what killed or failed saves left, as far as that is possible."""
         self.wait()
         for path in self._directory.glob(f"step_*{PARTIAL}"):
-            shutil.rmtree(path, ignore_errors=True)
+            if is_partial(path):
+                clear(path)
 
     def wait(self) -> None:
         """Wait for a deletion that is going on."""
@@ -129,20 +148,55 @@ def eval_loss(checkpoint: Path) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def clear(folder: Path) -> None:
+    """Delete what saves wrote into a folder, and the folder when it is empty then.
+
+    Errors are logged, as is what no save wrote: that stays.
+    """
+    try:
+        if left := _delete_saved(folder):
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            logger.warning("%s stays: no save wrote %s%s in it", folder, left[0], more)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be deleted (%s); it is not a checkpoint any more: delete it by hand",
+            folder,
+            error.strerror,
+        )
+
+
+def _delete_saved(folder: Path) -> list[str]:
+    """Delete what saves wrote; what stays, by its name below the folder."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name] if os.path.lexists(folder) else []
+    left = []
+    for path in sorted(folder.iterdir()):
+        if path.name == WEIGHTS and path.is_dir() and not path.is_symlink():
+            kept = [name for inner in sorted(path.iterdir()) for name in _delete_one(folder, inner)]
+            left += kept
+            if not kept:
+                path.rmdir()
+        else:
+            left += _delete_one(folder, path)
+    if not left:
+        folder.rmdir()
+    return left
+
+
+def _delete_one(folder: Path, path: Path) -> list[str]:
+    """Delete a file that a save wrote; its name when it is none."""
+    name = path.relative_to(folder).as_posix()
+    if path.is_symlink() or not path.is_file() or not is_saved(name):
+        return [name]
+    path.unlink()
+    crash_point("during-deletion")
+    return []
+
+
 def _delete(folders: Sequence[Path]) -> None:
     crash_point("before-deletion")
     for number, folder in enumerate(folders):
         if number:
             crash_point("between-deletions")
-        try:
-            for path in [path for path in folder.rglob("*") if path.is_file()]:
-                path.unlink()
-                crash_point("during-deletion")
-            shutil.rmtree(folder)
-        except OSError as error:
-            logger.warning(
-                "%s cannot be deleted (%s); it is not a checkpoint any more: delete it by hand",
-                folder,
-                error.strerror,
-            )
+        clear(folder)
     crash_point("after-deletion")

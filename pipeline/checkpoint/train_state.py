@@ -13,6 +13,7 @@ from data_prep.loading.data_summary import DataSummary, differences
 from data_prep.loading.mixture import MixtureSegment
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import STATE_NAME
+from pipeline.checkpoint.files import STATE_VERSION, other_version
 
 
 class Layout(BaseModel):
@@ -51,7 +52,7 @@ class TrainState(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int = 1
+    version: int = STATE_VERSION
     step: int = 0
     tokens: int = 0
     next_sample: int = 0
@@ -93,6 +94,8 @@ def read_state(directory: Path) -> TrainState:
         CheckpointError: it is missing or not of this version.
     """
     path = directory / STATE_NAME
+    if problem := other_version(directory):
+        raise CheckpointError(problem)
     try:
         return TrainState.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

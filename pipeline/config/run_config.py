@@ -28,6 +28,12 @@ from pipeline.config.sections import (
     Section,
     TrainSection,
 )
+from pipeline.config.versions import (
+    CONFIG_VERSION,
+    VERSION_KEY,
+    leave_out_unknown,
+    of_this_version,
+)
 from pipeline.stages.plan import num_stages, plan_problems, stage_plan
 
 # Keys whose value is itself a mapping.
@@ -199,17 +205,27 @@ def known_keys() -> list[str]:
     return [f"{name}.{key}" for name, kind in _sections().items() for key in kind.model_fields]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    left_out: Callable[[str], None] | None = None,
+) -> RunConfig:
     """Read a run configuration.
 
     Args:
         path: The YAML file.
         overrides: `section.key=value` each, the value in YAML; a later one wins.
+        left_out: Told of each unknown key, which is then left out; None = unknown keys are errors.
+            Those of the model are errors anyhow, since they may make it another one.
 
     Raises:
         ConfigError: With every problem of file and overrides, one line each.
     """
-    raw = _read_mapping(Path(path))
+    raw = of_this_version(path, _read_mapping(Path(path)))
+    if left_out is not None:
+        for key in leave_out_unknown(raw, _sections(), always_known=("model",)):
+            left_out(key)
     problems = [problem for text in overrides if (problem := _apply_override(raw, text))]
     keys = known_keys()
     problems += [unknown_key(str(name), keys) for name in raw if name not in _sections()]
@@ -269,7 +285,7 @@ def _apply_override(raw: dict[Any, Any], text: str) -> str | None:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML, every key written out; loads back to an equal one."""
-    return dump_yaml(config.model_dump(mode="json"))
+    return dump_yaml({VERSION_KEY: CONFIG_VERSION, **config.model_dump(mode="json")})
 
 
 def world_problems(config: RunConfig, world_size: int) -> list[str]:

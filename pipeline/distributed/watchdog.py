@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.distributed.processes import process_is_gone, process_space
 from pipeline.distributed.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Watchdog:
             self._store: Any = shared.clone()
             self._identity = {
                 "host": socket.gethostname(),
-                "processes": _process_space(),
+                "processes": process_space(),
                 "pid": os.getpid(),
                 "name": topology.describe(),
             }
@@ -155,7 +156,7 @@ class Watchdog:
         self._store.set(_key(self._info.rank), json.dumps(beat))
 
     def _death(self, beat: dict[str, Any], silent_s: float) -> str | None:
-        if beat["processes"] == self._identity["processes"] and _process_is_gone(beat["pid"]):
+        if beat["processes"] == self._identity["processes"] and process_is_gone(beat["pid"]):
             return "has died"
         if silent_s > self._timeout_s:
             return f"has not answered for {silent_s:.0f} s"
@@ -172,21 +173,3 @@ class Watchdog:
 
 def _key(rank: int) -> str:
     return f"headway/beat/{rank}"
-
-
-def _process_space() -> str:
-    """Names the set of processes that share this one's numbers: machine and container."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"unknown/{os.getpid()}"
-
-
-def _process_is_gone(pid: int) -> bool:
-    """Whether a process of this host has ended (a zombie has, though its number still exists)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from model.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+CHANGES_KEY = "resume_changes"
 
 Value = float | bool | None
 Scalars = dict[str, Value]
@@ -37,27 +39,42 @@ class MetricsLog:
 
     On resume, lines past the resumed step and torn lines are taken out first, so the file reads as
     if the run had never stopped. Only rank 0 has a file; on other ranks everything is a no-op.
-    A full disk does not end a run: lines that cannot be written wait until they can.
+    A full disk does not end a run: lines that cannot be written wait until they can. A file that
+    was deleted meanwhile is written again from the one that is still open; what cannot be had back
+    is said in the log.
 
     Args:
         run_dir: Folder of the run; None on ranks that write nothing.
         resumed_step: Last step that counts as done; 0 for a new run, which starts an empty file.
         writers: Where else records go, in this order.
+        strict: Whether `sync` fails once lines are lost.
+        changes: What the configuration differs in from that of the checkpoint; in the first record
+            under `resume_changes`, of this file only.
     """
 
     def __init__(
-        self, run_dir: Path | None, *, resumed_step: int, writers: Sequence[MetricsWriter] = ()
+        self,
+        run_dir: Path | None,
+        *,
+        resumed_step: int,
+        writers: Sequence[MetricsWriter] = (),
+        strict: bool = False,
+        changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._writers = list(writers)
         self._file: FileIO | None = None
         self._end = 0  # of the last whole line in the file
         self._waiting = b""
+        self._swapping = threading.Lock()
+        self._strict = strict
+        self._changes = [dict(change) for change in changes]
+        self._loss: str | None = None
+        self._path = (run_dir or Path()) / METRICS_NAME
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
-            path = run_dir / METRICS_NAME
-            cut_after(path, resumed_step)
-            self._file = FileIO(path, "a")
-            self._end = path.stat().st_size
+            cut_after(self._path, resumed_step)
+            self._file = FileIO(self._path, "a+")
+            self._end = self._path.stat().st_size
 
     def write(self, record: Mapping[str, Value | list[float]]) -> None:
         """Append one record and hand it to the system; a number that is not finite becomes null.
@@ -68,7 +85,11 @@ class MetricsLog:
             return
         assert "step" in record, f"a record needs its step, got {sorted(record)}"
         finite = {key: _finite(value) for key, value in record.items()}
-        self._waiting += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        line: dict[str, Any] = dict(finite)
+        if self._changes:
+            line[CHANGES_KEY], self._changes = self._changes, []
+        self._waiting += (json.dumps(line, allow_nan=False) + "\n").encode()
+        self._attend(self._file)
         self._write_waiting(self._file)
         scalars = scalars_of(finite)
         for writer in list(self._writers):
@@ -96,17 +117,79 @@ class MetricsLog:
         self._end += len(self._waiting)
         self._waiting = b""
 
+    def _attend(self, file: FileIO) -> None:
+        """See that lines go to the file under the name, whatever became of the last one."""
+        try:
+            own, found = os.fstat(file.fileno()), _stat(self._path)
+            if found is None:
+                self._write_again(file)
+            elif (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino):
+                logger.error(
+                    "%s was replaced by another file while the run went on; the next lines go to "
+                    "that one",
+                    self._path,
+                )
+                self._go_over_to(FileIO(self._path, "a+"), found.st_size)
+            elif found.st_size < self._end:
+                self._lose(f"{self._path} was cut from {self._end:,} to {found.st_size:,} bytes")
+                self._end = found.st_size
+        except OSError as error:
+            logger.warning("%s cannot be looked at: %s", self._path, error)
+
+    def _go_over_to(self, file: FileIO, end: int) -> None:
+        with self._swapping:
+            before, self._file, self._end = self._file, file, end
+            if before is not None:
+                before.close()
+
+    def _write_again(self, file: FileIO) -> None:
+        """Make a new file with the lines of the deleted one, which are there while it is open."""
+        is_folder_gone = not self._path.parent.exists()
+        try:
+            content = os.pread(file.fileno(), self._end, 0)
+        except OSError:
+            content = b""
+        lost = self._end - len(content)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._go_over_to(FileIO(self._path, "a+"), 0)
+        self._waiting = content + self._waiting
+        if is_folder_gone:
+            logger.error(
+                "%s was deleted while the run went on, with its checkpoints; it is made again, and "
+                "nothing can be resumed before the next save",
+                self._path.parent,
+            )
+        if lost:
+            self._lose(f"{self._path} was deleted, and its first {lost:,} bytes cannot be read")
+        else:
+            logger.error(
+                "%s was deleted while the run went on; its %d lines are written again",
+                self._path,
+                content.count(b"\n"),
+            )
+
+    def _lose(self, what: str) -> None:
+        self._loss = what
+        logger.error("%s while the run went on: lines of earlier steps are lost", what)
+
     def sync(self) -> None:
         """Bring the lines to the disk, so that they outlive a power cut as a checkpoint does.
 
         Other threads may call it while lines are written.
+
+        Raises:
+            OSError: they cannot be brought there; or lines are lost, and the log is strict.
         """
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        if self._strict and self._loss is not None:
+            raise OSError(f"{self._loss}: lines of earlier steps are lost")
+        with self._swapping:
+            if self._file is not None:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file and all writers; later records are ignored."""
         if self._file is not None:
+            self._attend(self._file)
             self._write_waiting(self._file)
             self._file.close()
             self._file = None
@@ -115,9 +198,14 @@ class MetricsLog:
 
 
 def scalars_of(record: Mapping[str, Value | list[float]]) -> Scalars:
-    """A record with every list taken apart: `{"a": [1, 2]}` gives `{"a_0": 1, "a_1": 2}`."""
+    """A record with every list taken apart: `{"a": [1, 2]}` gives `{"a_0": 1, "a_1": 2}`.
+
+    What changed at a resume is left out.
+    """
     scalars: Scalars = {}
     for key, value in record.items():
+        if key == CHANGES_KEY:
+            continue
         if isinstance(value, list):
             scalars |= {f"{key}_{index}": item for index, item in enumerate(value)}
         else:
@@ -169,6 +257,13 @@ def cut_after(path: Path, step: int) -> int:
         return 0
     write_whole(path, content)
     return len(text.splitlines()) - len(kept)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _whole_lines(path: Path) -> list[bytes]:

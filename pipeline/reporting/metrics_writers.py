@@ -2,10 +2,11 @@
 
 import importlib.util
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.errors import ConfigError
+from pipeline.config.changes import Change
 from pipeline.config.run_config import RunConfig
 from pipeline.reporting.metrics import MetricsLog, MetricsWriter, Value
 from pipeline.reporting.progress import ProgressLine
@@ -77,13 +78,16 @@ def require_wandb(project: str) -> None:
         )
 
 
-def open_metrics_log(config: RunConfig, *, rank: int, resumed_step: int) -> MetricsLog:
+def open_metrics_log(
+    config: RunConfig, *, rank: int, resumed_step: int, changes: Sequence[Change] = ()
+) -> MetricsLog:
     """The metrics log of a run with the writers it asks for.
 
     Args:
         config: The run.
         rank: This process; only rank 0 writes.
         resumed_step: Last step done before this start; 0 for a new run.
+        changes: What the configuration differs in from that of the checkpoint.
 
     Raises:
         ConfigError: On every rank alike, when a writer is asked for that is not installed.
@@ -101,7 +105,14 @@ def open_metrics_log(config: RunConfig, *, rank: int, resumed_step: int) -> Metr
         writers.append(WandbWriter(run_dir, project=project, config=config))
     if config.log.progress:
         writers.append(ProgressLine(last_step=config.last_step, resumed_step=resumed_step))
-    return MetricsLog(run_dir, resumed_step=resumed_step, writers=writers)
+    strict = config.checkpoint.on_error == "stop"
+    return MetricsLog(
+        run_dir,
+        resumed_step=resumed_step,
+        writers=writers,
+        strict=strict,
+        changes=[change._asdict() for change in changes],
+    )
 
 
 def _tag(key: str) -> str:

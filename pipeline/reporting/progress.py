@@ -4,8 +4,10 @@ import logging
 import time
 from collections.abc import Mapping
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable, RenderHook
+from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.segment import ControlType
 from rich.table import Column
 
 from pipeline.reporting.metrics import Value
@@ -33,6 +35,7 @@ class ProgressLine:
         self._seen_time_s: float | None = None
         self._step_time_s: float | None = None
         self._progress: Progress | None = None
+        self._resizing = _Resizing(self._console)
         self._task: TaskID | None = None
 
     def write(self, record: Mapping[str, Value]) -> None:
@@ -50,6 +53,7 @@ class ProgressLine:
         """Leave the last state of the live line on the screen."""
         if self._progress is not None:
             self._progress.stop()
+            self._console.pop_render_hook()
             self._progress = None
 
     def _time_step(self, step: int, step_time_s: Value) -> None:
@@ -68,19 +72,42 @@ class ProgressLine:
     def _draw(self, step: int, text: str) -> None:
         if self._progress is None:
             self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn(
+                TextColumn("step", table_column=Column(no_wrap=True)),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
+                TextColumn(  # all that is left of the line, so that it alone is cut
                     "{task.description}",
-                    table_column=Column(no_wrap=True, overflow="ellipsis"),
+                    table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
                 ),
                 console=self._console,
+                expand=True,
             )
+            self._console.push_render_hook(self._resizing)  # below the live line's own
             self._task = self._progress.add_task("", total=self._last_step)
             self._progress.start()
         assert self._task is not None, "the live line has no task"
         self._progress.update(self._task, completed=step, description=text)
+
+
+class _Resizing(RenderHook):
+    """Erases all of a live line that a narrower terminal has wrapped.
+
+    The line is one row when it is drawn, and only that row is erased before the next drawing. Where
+    the terminal became narrower meanwhile, the rest of the line would stay above it.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._width = console.width
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Put before the next output what erases the rows above its own."""
+        before, self._width = self._width, self._console.width
+        rows_above = -(-before // max(self._width, 1)) - 1
+        if rows_above <= 0:
+            return renderables
+        erase = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
+        return [Control(*erase * rows_above), *renderables]
 
 
 def clock(seconds: float) -> str:

@@ -82,6 +82,33 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_leftovers_are_told_by_their_whole_name(tmp_path: Path) -> None:
+    """Only names with a random token go; other people's .tmp files and links stay."""
+    write_whole(tmp_path / "x", b"content")
+    (tmp_path / "x.0123abcd.tmp").write_bytes(b"left by a kill")
+    for name in ("notes.tmp", "x.0123abc.tmp", "x.0123ABCD.tmp"):
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "x.89abcdef.tmp").symlink_to(tmp_path / "notes.tmp")
+    (tmp_path / "folder.89abcdef.tmp").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before - {"x.0123abcd.tmp"}
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_is_written_through(tmp_path: Path, dangling: bool) -> None:
+    """The file behind a link gets the content, also when there was none; the link stays."""
+    target, link = tmp_path / "elsewhere" / "x", tmp_path / "x"
+    target.parent.mkdir()
+    if not dangling:
+        target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path) -> None:
     """Both write all of theirs; the later rename wins."""
     path = tmp_path / "x"

@@ -20,7 +20,11 @@ from typing import Any, NamedTuple
 
 from tests.support.harness import prepared_context
 
-TIMES = ("tokens_per_s", "step_time_s", "memory_peak_gib", "save_stall_s", "save_total_s")
+# Of a clock, of the memory's history, or of the first step after a resume.
+TIMES = (
+    *("tokens_per_s", "step_time_s", "memory_peak_gib", "save_stall_s", "save_total_s"),
+    "resume_changes",
+)
 CONFIG = """
 run: {name: tiny, seed: 7}
 model:

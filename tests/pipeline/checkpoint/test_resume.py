@@ -1,5 +1,6 @@
 """A run that was killed or stopped continues as if nothing had happened, to the last bit."""
 
+import json
 import random
 import signal
 from pathlib import Path
@@ -13,6 +14,9 @@ from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import read_config
 from pipeline.checkpoint.sharded_tensors import read_weights
+from pipeline.config.changes import config_changes
+from pipeline.config.run_config import known_keys, load_config
+from pipeline.reporting.metrics import read_metrics
 from tests.support.training_runs import (
     last_step,
     metrics_without_times,
@@ -151,9 +155,11 @@ def test_partial_folders_never_count(config: Path, tmp_path: Path) -> None:
     whole = checkpoints / "step_00000003"
     partial = checkpoints / "step_00000006.partial"
     whole.rename(partial)
+    (checkpoints / "latest").unlink()
     outcome = run_job(tmp_path, [str(config), "--set", "train.stop_at_step=6"])
     assert outcome.codes == [0]
     assert "new run: step 0" in outcome.output[0]
+    assert last_step(tmp_path / "run" / "previous_1") == 3
     assert sorted(p.name for p in checkpoints.iterdir()) == [
         "latest",
         "step_00000003",
@@ -220,3 +226,95 @@ def test_optimizer_settings_of_the_resumed_run_hold(config: Path, tmp_path: Path
     assert weights[1][name].norm() < 0.99 * weights[0][name].norm()
     norm = "heads.readout.norm_weight"  # not decayed, before or after
     assert torch.allclose(weights[0][norm], weights[1][norm], atol=0.02)
+
+
+@pytest.mark.parametrize("gone", ["folder", "behind a link", "checkpoint"])
+def test_lost_checkpoints_do_not_start_a_run_over(config: Path, tmp_path: Path, gone: str) -> None:
+    """Metrics without the checkpoints that belong to them: refused, and nothing is erased.
+
+    `--resume none` then begins anew, with the earlier files moved aside.
+    """
+    run_dir, stop = tmp_path / "run", ["--set", "train.stop_at_step=3"]
+    checkpoints = run_dir / "checkpoints"
+    assert run_job(tmp_path, [str(config), *stop]).codes == [0]
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    if gone == "checkpoint":
+        (checkpoints / "step_00000003").rename(tmp_path / "elsewhere")
+        words = "names 'step_00000003', but"
+    else:
+        checkpoints.rename(tmp_path / "elsewhere")
+        words = "is missing; bring it back"
+    if gone == "behind a link":
+        checkpoints.symlink_to("../scratch")
+        words = "is a link to ../scratch, which does not exist"
+    outcome = run_job(tmp_path, [str(config)])
+    assert outcome.codes == [2]
+    assert words in outcome.errors[0]
+    assert "--resume none" in outcome.errors[0]
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert run_job(tmp_path, [str(config), "--resume", "none", *stop]).codes == [0]
+    assert (run_dir / "previous_1" / "metrics.jsonl").read_bytes() == before
+    assert checkpoint_path(run_dir) == checkpoints / "step_00000003"
+
+
+def test_a_renamed_checkpoint_is_not_resumed_from(config: Path, tmp_path: Path) -> None:
+    """A folder whose state is of another step than its name: passed over, refused when named.
+
+    The run that resumed from it would set it aside as one past its own step.
+    """
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert run_job(tmp_path, [str(config), "--set", "train.stop_at_step=6"]).codes == [0]
+    renamed = checkpoints / "step_00000009"
+    (checkpoints / "step_00000006").rename(renamed)
+    outcome = run_job(tmp_path, [str(config), "--resume", str(renamed)])
+    assert outcome.codes == [2]
+    assert "state.json says step 6, so it was renamed" in outcome.errors[0]
+    (checkpoints / "step_00000003").rename(checkpoints / "step_00000001")
+    outcome = run_job(tmp_path, [str(config)])
+    assert outcome.codes == [2]
+    assert "passing over" in outcome.output[0]
+    assert "state.json says step 3" in outcome.output[0]
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == [
+        "step_00000001",
+        "step_00000009",
+    ]
+
+
+def test_a_resume_says_what_changed(config: Path, tmp_path: Path) -> None:
+    """Key, then, now and effect of each change: in the log, and in the first record after it."""
+    first = [str(config), "--set", "train.stop_at_step=3"]
+    assert run_job(tmp_path, first).codes == [0]
+    settings = ["train.stop_at_step=5", "optimizer.learning_rate=1e-3", "train.steps=20"]
+    settings += ["optimizer.betas=[0.8, 0.95]", "model.head_weights=[1, 0.5, 0.5]"]
+    outcome = run_job(tmp_path, [str(config), "--set", *settings])
+    assert outcome.codes == [0], outcome.output
+    lines = outcome.output[0].splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("key "))
+    assert lines[head].split() == ["key", "then", "now", "effect"]
+    rows = {line.split()[0]: line for line in lines[head + 1 : head + 6]}
+    assert "0.003" in rows["optimizer.learning_rate"]
+    assert "0.001" in rows["optimizer.learning_rate"]
+    assert "the learning rate of every later step" in rows["optimizer.learning_rate"]
+    path = tmp_path / "run" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records if "resume_changes" in record] == [4]
+    changes = {change["key"]: change for change in records[3]["resume_changes"]}
+    assert changes.keys() == rows.keys()
+    assert set(changes) == {setting.partition("=")[0] for setting in settings}
+    assert (changes["train.steps"]["then"], changes["train.steps"]["now"]) == (12, 20)
+    assert "resume_changes" not in read_metrics(tmp_path / "run")[3]
+    outcome = run_job(tmp_path, [str(config), "--set", "train.steps=4"])
+    assert outcome.codes == [2]
+    assert "train.steps=4 is below step 5" in outcome.errors[0]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
+def test_every_key_has_an_effect(config: Path) -> None:
+    """No key can change without a word on what that does."""
+    run = load_config(config)
+    for key in known_keys():
+        section, _, name = key.partition(".")
+        other = getattr(run, section).model_copy(update={name: "other"})
+        found = config_changes(run, run.model_copy(update={section: other}))
+        assert [change.key for change in found] == [key]
+        assert found[0].effect

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import FOLDER, committed, step_folder, step_of
 from pipeline.checkpoint.files import verify
-from pipeline.checkpoint.retention import Candidate, superfluous
+from pipeline.checkpoint.folder import CheckpointFolder
+from pipeline.checkpoint.retention import Candidate, eval_loss, superfluous
 from pipeline.config.run_config import load_config
 from pipeline.config.sections import CheckpointSection
 from tests.support.checkpoint_cases import commit
@@ -120,6 +121,86 @@ def test_leftovers_of_kills_go_before_a_save(tmp_path: Path) -> None:
     shutil.move(left, partial)
     commit(tmp_path, 4, options)
     assert not partial.exists()
+
+
+def test_nothing_is_deleted_through_links(tmp_path: Path) -> None:
+    """A checkpoint that is a link to elsewhere never goes, nor do files behind links in one."""
+    options = CheckpointSection(every_steps=2, keep=2)
+    elsewhere = commit(tmp_path / "other", 2, options)
+    linked = step_folder(tmp_path / "run" / FOLDER, 2)
+    linked.parent.mkdir(parents=True)
+    linked.symlink_to(elsewhere)
+    inner = commit(tmp_path / "run", 4, options)
+    shutil.move(inner / "tensors", tmp_path / "tensors")
+    (inner / "tensors").symlink_to(tmp_path / "tensors")
+    for step in (6, 8, 10):
+        commit(tmp_path / "run", step, options)
+    assert linked.is_symlink()
+    assert verify(elsewhere) == []
+    assert _steps(tmp_path / "run") == [2, 8, 10]
+    assert len(list((tmp_path / "tensors").iterdir())) == 2
+
+
+def test_only_what_saves_wrote_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Notes in a checkpoint, and folders that are merely named like a save, outlive retention."""
+    options = CheckpointSection(every_steps=2, keep=2)
+    noted = commit(tmp_path, 2, options)
+    (noted / "notes.txt").write_text("the good one")
+    checkpoints = tmp_path / FOLDER
+    (checkpoints / "step_backup.partial").mkdir()
+    (checkpoints / "step_backup.partial" / "state.json").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "state.json").write_text("mine")
+    (checkpoints / "step_00000099.partial").symlink_to(tmp_path / "mine")
+    for step in (4, 6, 8):
+        commit(tmp_path, step, options)
+    left = noted.with_name(noted.name + ".partial")
+    assert [path.name for path in left.iterdir()] == ["notes.txt"]
+    assert "no save wrote notes.txt" in caplog.text
+    assert (checkpoints / "step_backup.partial" / "state.json").read_text() == "mine"
+    assert (checkpoints / "step_00000099.partial").is_symlink()
+    assert (tmp_path / "mine" / "state.json").read_text() == "mine"
+    assert _steps(tmp_path) == [6, 8]
+
+
+def test_a_save_does_not_go_through_a_link(tmp_path: Path) -> None:
+    """What lies under the name of the save's folder and is not a save's refuses the save."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "step_00000002.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="is in the way, and no save made it"):
+        commit(tmp_path, 2, CheckpointSection())
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_the_newer_of_two_saves_of_a_step_is_kept(tmp_path: Path) -> None:
+    """Saved again with other content, a step's earlier checkpoint is set aside, not the new one."""
+    options = CheckpointSection()
+    commit(tmp_path, 2, options, eval_loss=1.0)
+    final = commit(tmp_path, 2, options, eval_loss=2.0)
+    assert eval_loss(final) == 2.0
+    aside = final.with_name(f"superseded_{final.name}")
+    assert eval_loss(aside) == 1.0
+    assert verify(final) == verify(aside) == []
+    commit(tmp_path, 2, options, eval_loss=2.0)  # the same again is no other save
+    names = {path.name for path in final.parent.iterdir()}
+    assert names == {"latest", final.name, aside.name}
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_links_of_an_earlier_run_are_moved_as_links(tmp_path: Path, relative: bool) -> None:
+    """A new run in the folder takes a linked checkpoints folder along; it still leads there."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / FOLDER).symlink_to("../scratch" if relative else scratch)
+    final = commit(run_dir, 2, CheckpointSection())
+    moved = CheckpointFolder(run_dir, CheckpointSection()).set_aside(run_dir)
+    assert moved is not None
+    assert verify(moved / FOLDER / final.name) == []
+    assert verify(scratch / final.name) == []
+    assert not (run_dir / FOLDER).is_symlink()
 
 
 @pytest.mark.parametrize(

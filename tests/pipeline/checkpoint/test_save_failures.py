@@ -140,3 +140,24 @@ def test_best_by_validation_loss_survives_a_resume(config: Path, tmp_path: Path)
     }
     assert min(losses, key=lambda step: losses[step]) == 4
     assert [step_of(path) for path in committed(run_dir / FOLDER)] == [4, 6, 10, 12]
+
+
+@pytest.mark.parametrize("on_error", ["warn", "stop"])
+def test_a_run_folder_deleted_meanwhile(config: Path, tmp_path: Path, on_error: str) -> None:
+    """It is noticed at the next step; the run goes on with a new folder, or stops, as told."""
+    run_dir = tmp_path / "run"
+    settings = ["train.steps=60", "checkpoint.every_steps=8", "eval.every_steps=0"]
+    arguments = [str(config), "--set", *settings, f"checkpoint.on_error={on_error}"]
+    job = start_job(tmp_path, arguments, world=WORLD)
+    job.wait_until(lambda: bool(committed(run_dir / FOLDER)))
+    run_dir.rename(tmp_path / "away")
+    outcome = job.finish()
+    assert "was deleted while the run went on" in outcome.output[0]
+    if on_error == "stop":
+        assert outcome.codes == [2, 2]
+        assert "was deleted while the run went on, with its checkpoints" in outcome.errors[0]
+        return
+    assert outcome.codes == [0, 0], outcome.output
+    assert [record["step"] for record in read_metrics(run_dir)] == list(range(1, 61))
+    assert [step_of(path) for path in committed(run_dir / FOLDER)][-1] == 60
+    assert_whole(run_dir)

@@ -415,3 +415,11 @@ def test_weight_of_a_frozen_head_has_no_effect(small: Path) -> None:
         load_config(small, settings), data_parallel_size=2, device="cpu"
     )
     assert lines == ["model.head_weights[0]=3: train.freeze=trunk, head 1 is only measured"]
+
+
+@pytest.mark.parametrize("version", ["0", "true", "newest", "1.5"])
+def test_a_version_is_a_number(small: Path, version: str) -> None:
+    """Whatever else stands there is refused with what to do."""
+    small.write_text(f"version: {version}\n" + small.read_text())
+    with pytest.raises(ConfigError, match="is not the version of a configuration; leave it out"):
+        load_config(small)

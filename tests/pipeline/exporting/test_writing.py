@@ -228,6 +228,47 @@ def test_an_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "mine"]
 
 
+def test_an_export_deletes_nothing_beside_itself(tmp_path: Path) -> None:
+    """Folders with names such as export.old are other people's, whatever they hold."""
+    for name in ("export.old", "export.partial", ".headway-export-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("precious")
+    for _ in range(2):
+        export_tiny(tmp_path / "export")
+    for name in ("export.old", "export.partial", ".headway-export-mine"):
+        assert _content(tmp_path / name) == {"thesis.txt": b"precious"}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_export_with_other_files_in_it_is_not_replaced(tmp_path: Path) -> None:
+    """What somebody added to an export would be lost with it; an edited card is the export's."""
+    export_tiny(tmp_path / "export")
+    (tmp_path / "export" / "README.md").write_text("edited")
+    export_tiny(tmp_path / "export")
+    (tmp_path / "export" / "adapter.bin").write_text("precious")
+    before = _content(tmp_path / "export")
+    with pytest.raises(CheckpointError, match=r"adapter\.bin, which no export wrote"):
+        export_tiny(tmp_path / "export")
+    assert _content(tmp_path / "export") == before
+
+
+def test_an_export_goes_through_a_link(tmp_path: Path) -> None:
+    """The folder behind the link is replaced and the link stays; a link to nothing is refused."""
+    (tmp_path / "scratch").mkdir()
+    link = tmp_path / "home" / "export"
+    link.parent.mkdir()
+    link.symlink_to("../scratch/export")
+    with pytest.raises(CheckpointError, match=r"link to \.\./scratch/export, which does not"):
+        export_tiny(link)
+    (tmp_path / "scratch" / "export").mkdir()
+    for future_tokens in (4, 2):
+        export_tiny(link, future_tokens=future_tokens)
+        assert link.is_symlink()
+        assert load_export(tmp_path / "scratch" / "export").record.future_tokens == future_tokens
+    assert [path.name for path in link.parent.iterdir()] == ["export"]
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["export"]
+
+
 def _refuse(_: Path) -> None:
     raise CheckpointError("the check said no")
 

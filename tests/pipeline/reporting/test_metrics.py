@@ -1,8 +1,15 @@
 """metrics.jsonl: one flushed line per record, exact after a resume; and its writers."""
 
+import fcntl
 import io
 import logging
+import os
+import pty
+import select
+import struct
+import subprocess
 import sys
+import termios
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -173,6 +180,72 @@ def test_progress_on_a_terminal_is_drawn_live() -> None:
     assert "loss 1.2500" in screen.getvalue()
 
 
+RECORD = {
+    **{"loss": 2.5, "loss_head_1": 2.4, "eval_loss_head_1": 2.2, "eval_tokens_per_forward": 2.1},
+    **{"grad_norm": 1.0, "tokens_per_s": 123456.0, "mfu": 0.4, "step_time_s": 0.3},
+}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_cuts_only_the_figures(width: int) -> None:
+    """Step and bar are whole at 80 columns and below; the line is never longer than the screen."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
+    line = ProgressLine(last_step=200_000, console=console)
+    line.write({"step": 150_000, **RECORD})
+    line.close()
+    drawn = screen.getvalue().split("\n")[-2].split("\x1b[2K")[-1]
+    assert drawn.startswith("step 150000/200000 ")
+    assert "━━━━━━━━━━━━━━" in drawn
+    assert len(drawn) <= width
+
+
+PTY_CODE = """
+import sys
+from pipeline.reporting.progress import ProgressLine
+line = ProgressLine(last_step=9)
+for step in (1, 2):
+    line.write({"step": step, "loss": 1.0, "loss_head_1": 1.0, "grad_norm": 1.0, "step_time_s": 1})
+    print(f"logged {step}", flush=True)
+    sys.stdin.readline()
+line.close()
+"""
+
+
+def test_a_resized_terminal_keeps_no_copies() -> None:
+    """On a terminal that shrank, all rows that the old line wraps to are erased, once."""
+    own, other = pty.openpty()
+    output = b""
+
+    def read_until(text: bytes) -> None:
+        nonlocal output
+        while text not in output:
+            ready, _, _ = select.select([own], [], [], 60)
+            assert ready, output
+            output += os.read(own, 4096)
+
+    fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    variables = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(
+        [sys.executable, "-c", PTY_CODE],
+        stdin=other,
+        stdout=other,
+        stderr=other,
+        env={**variables, "TERM": "xterm"},
+    ) as process:
+        read_until(b"logged 1")
+        erase_above = b"\x1b[1A\x1b[2K"
+        assert erase_above not in output
+        fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+        os.write(own, b"\n")
+        read_until(b"logged 2")
+        assert output.count(erase_above * 2) == 1  # 80 columns are three rows of 30
+        os.write(own, b"\n")
+        assert process.wait(60) == 0
+    os.close(own)
+    os.close(other)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0:00:00"), (3725, "1:02:05"), (90_061, "1 d 1:01:01")]
 )
@@ -199,3 +272,50 @@ def test_clock(seconds: float, text: str) -> None:
 def test_peak_flops_by_device_name(name: str, flops: float | None) -> None:
     """Names as drivers report them find their peak; an unknown device has none."""
     assert peak_flops(name) == flops
+
+
+@pytest.mark.parametrize("gone", ["file", "folder"])
+def test_a_deleted_file_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, gone: str
+) -> None:
+    """Deleted during the run, alone or with the run's folder: no line is lost, and it is said."""
+    run_dir = tmp_path / "run"
+    log = MetricsLog(run_dir, resumed_step=0, strict=True)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": 1 / step})
+        if step == 3:
+            (run_dir / METRICS_NAME).unlink()
+            if gone == "folder":
+                run_dir.rmdir()
+        log.sync()
+    log.close()
+    assert [record["step"] for record in read_metrics(run_dir)] == [1, 2, 3, 4, 5]
+    assert "was deleted while the run went on; its 3 lines are written again" in caplog.text
+    assert ("with its checkpoints" in caplog.text) == (gone == "folder")
+
+
+def test_a_file_that_was_cut_or_replaced_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cannot be had back is said, and fails a strict log's sync; other files stay."""
+    path = tmp_path / METRICS_NAME
+    for strict in (False, True):
+        path.unlink(missing_ok=True)
+        log = MetricsLog(tmp_path, resumed_step=0, strict=strict)
+        log.write({"step": 1})
+        path.rename(tmp_path / "elsewhere")
+        path.write_text('{"step": 1, "edited": 1}\n')
+        log.write({"step": 2})
+        assert "was replaced by another file" in caplog.text
+        assert [record["step"] for record in read_metrics(path)] == [1, 2]
+        log.sync()
+        path.write_text("")
+        log.write({"step": 3})
+        assert "lines of earlier steps are lost" in caplog.text
+        assert [record["step"] for record in read_metrics(path)] == [3]
+        if strict:
+            with pytest.raises(OSError, match="lines of earlier steps are lost"):
+                log.sync()
+        else:
+            log.sync()
+        log.close()
