@@ -17,6 +17,7 @@ from data_prep.building.journal import (
 from data_prep.building.options import BuildOptions
 from data_prep.building.prepare import PreparedJob
 from data_prep.errors import BadRecordsError, DataError
+from data_prep.inputs.input_files import check_unchanged
 from data_prep.shards.atomic import remove_leftovers, whole_file, write_whole
 from data_prep.shards.manifest import (
     MANIFEST,
@@ -47,9 +48,11 @@ def commit(job: PreparedJob, observer: Observer) -> Manifest:
 
     Raises:
         BadRecordsError: More records are bad than the options allow.
-        DataError: No record is a document, or a unit is gone.
+        DataError: An input changed, no record is a document, or a unit is gone.
     """
     output = job.options.output
+    for file in job.plan.files:
+        check_unchanged(file)
     shards, inputs = _gather(job)
     _check_rejects(job.options, inputs)
     manifest = _describe(job, shards, inputs)

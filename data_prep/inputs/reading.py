@@ -6,7 +6,7 @@ from data_prep.errors import DataError
 from data_prep.inputs.arrow_inputs import read_arrow, read_parquet, read_parquet_row
 from data_prep.inputs.codecs import open_stream
 from data_prep.inputs.hub_dataset import fetch, local_path
-from data_prep.inputs.input_files import InputFile, open_unchanged, unreadable
+from data_prep.inputs.input_files import InputFile, check_unchanged, open_unchanged, unreadable
 from data_prep.inputs.json_inputs import read_json
 from data_prep.inputs.jsonl_inputs import read_lines, skip_line
 from data_prep.inputs.records import Reading, RecordBatch
@@ -24,6 +24,8 @@ def read_unit(unit: Unit, reading: Reading) -> Iterator[RecordBatch]:
         fetch(segment.input.path)
         try:
             yield from _read_segment(segment, reading)
+            # What was read of a file that was written to meanwhile is part old and part new.
+            check_unchanged(segment.input)
         except OSError as error:
             if segment.input.kind != "text":
                 raise unreadable(segment.input.path, error) from error

@@ -118,6 +118,24 @@ def test_a_truncated_arrow_file_keeps_what_is_there(
     assert texts_of(read_records(path)) == TEXTS
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_a_batch_with_damaged_offsets_costs_no_other(
+    tmp_path: Path, read_records: Read, kind: Any
+) -> None:
+    """Offsets past the end of the text are rejects, not a crash; the other batches are read."""
+    path = write_arrow(tmp_path / "a.arrow", {"text": pa.array(TEXTS, kind)}, is_file=True)
+    with pa.memory_map(str(path)) as mapped:
+        whole = mapped.read_buffer(mapped.size())
+        offsets = pa.ipc.open_file(mapped).get_batch(2).column("text").buffers()[1]
+        start = offsets.address - whole.address
+    content = bytearray(path.read_bytes())
+    content[start + 20 : start + 36] = b"\x7f" * 16
+    path.write_bytes(content)
+    records = read_records(path)
+    assert [text for _, text, _ in records] == [*TEXTS[:32], *[None] * 16, *TEXTS[48:]]
+    assert {reason[:16] for _, text, reason in records if text is None} == {"damaged .arrow ("}
+
+
 def test_a_damaged_row_group_costs_no_other(tmp_path: Path, read_records: Read) -> None:
     """Rows that cannot be decoded are counted one by one; all other row groups are read."""
     path = write_parquet(tmp_path / "a.parquet", pa.array(TEXTS))
