@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.building.identity import claim_output, describe_job, hash_description
-from data_prep.building.journal import JOURNAL
 from data_prep.building.options import BuildOptions
-from data_prep.building.plan import UNITS, Plan, PlannedUnit, write_units
+from data_prep.building.plan import Plan, PlannedUnit, are_units_written, write_units
 from data_prep.building.unit import is_held_out
 from data_prep.errors import DataError
 from data_prep.inputs.reading import read_unit
@@ -86,7 +85,8 @@ def prepare(intent: Intent, observer: Observer) -> PreparedJob:
     options, plan = intent.options, intent.plan
     claim_output(options.output, intent.description)
     tokenizer = _store_tokenizer(options, intent.given, plan, observer)
-    if not (options.output / JOURNAL / UNITS).is_file():
+    # The list on disk is for the workers; it follows from the plan and is not believed.
+    if not are_units_written(options.output, plan.units):
         write_units(options.output, plan.units)
     sizes = np.array([planned.unit.bytes for planned in plan.units], dtype=np.int64)
     described = hash_description(intent.description) + tokenizer.sha256
