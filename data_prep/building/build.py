@@ -96,6 +96,7 @@ def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
         validation_fraction=options.validation_fraction,
         shard_tokens=options.shard_tokens,
         on_bad=options.on_bad,
+        max_bad_fraction=options.max_bad_fraction,
         special_tokens=options.special_tokens,
         max_document_bytes=options.max_document_bytes,
         dedup=options.dedup,

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.shards.atomic import write_whole
-from data_prep.shards.manifest import MANIFEST, Ledger, ShardEntry
+from data_prep.shards.manifest import MANIFEST, TOKENIZER, Ledger, ShardEntry
 from foundation.durable_files import entry_of, read_entry
 
 JOURNAL = "journal"
@@ -94,6 +95,21 @@ def find_edit(output: Path) -> str:
         f"{output / MANIFEST} was edited: it is not the one that the build wrote; run the same "
         "data_prep/shard.py command again"
     )
+
+
+def has_shards(output: Path) -> bool:
+    """Whether any job put a shard or a manifest into a folder."""
+    return (output / MANIFEST).exists() or any((output / "shards").rglob("*.arrow"))
+
+
+def forget_job(output: Path) -> None:
+    """Remove what a job without shards left: its journal, but for the lock, and its tokenizer."""
+    journal = output / JOURNAL
+    left = [output / TOKENIZER, output / "rejects.jsonl", *journal.glob("*.json*")]
+    for path in left:
+        path.unlink(missing_ok=True)
+    for folder in (claims_folder(output), journal / "dedup"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def claims_folder(output: Path) -> Path:

@@ -20,6 +20,7 @@ from data_prep.shards.manifest import TOKENIZER
 from data_prep.tokenization.tokenizer import (
     Tokenizer,
     bytes_tokenizer,
+    check_vocabulary,
     read_tokenizer,
     train_tokenizer,
 )
@@ -28,6 +29,7 @@ from data_prep.workers.phase import Observer
 TRAIN_PREFIX = "train:"
 TRAINING_SAMPLE_CHARACTERS = 1 << 26
 TRAINING_SAMPLE_UNITS = 64
+LONGEST_VOCABULARY_DIGITS = 9
 
 
 class PreparedJob(NamedTuple):
@@ -83,7 +85,7 @@ def prepare(intent: Intent, observer: Observer) -> PreparedJob:
         DataError: The output is of another job, or cannot be written.
     """
     options, plan = intent.options, intent.plan
-    claim_output(options.output, intent.description)
+    claim_output(options.output, intent.description, may_clear=True)
     tokenizer = _store_tokenizer(options, intent.given, plan, observer)
     # The list on disk is for the workers; it follows from the plan and is not believed.
     if not are_units_written(options.output, plan.units):
@@ -107,8 +109,10 @@ def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
         return Tokenizer(bytes_tokenizer(), options.eos_token, "bytes", options.special_tokens)
     if not spec.startswith(TRAIN_PREFIX):
         return read_tokenizer(Path(spec), options.eos_token, options.special_tokens)
-    if not spec.removeprefix(TRAIN_PREFIX).isdecimal():
+    digits = spec.removeprefix(TRAIN_PREFIX)
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= LONGEST_VOCABULARY_DIGITS):
         raise DataError(f"--tokenizer {spec}: the vocabulary is not a number; e.g. train:8192")
+    check_vocabulary(int(digits))
     return None
 
 

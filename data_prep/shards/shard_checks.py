@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.inputs.input_files import InputFile
-from data_prep.inputs.reading import read_text
+from data_prep.inputs.reading import TextReader
 from data_prep.inputs.records import LARGEST_DOCUMENT_BYTES, Reading
 from data_prep.shards.arrow_file import ShardRows, read_shard
 from data_prep.shards.manifest import InputEntry, Manifest, ShardEntry
@@ -45,6 +45,7 @@ class ShardChecks:
         self._stride = stride
         self.documents: Counter[int] = Counter()
         self.is_complete = True
+        self._texts = TextReader()
 
     def find_problems(self, shard: ShardEntry) -> Iterator[str]:
         """Yield one line for each thing that is wrong with a shard."""
@@ -137,17 +138,17 @@ class ShardChecks:
             return True
         text = self._tokenizer.decode(ids)
         entry = self._manifest.inputs[int(rows.src[row])]
-        original = input_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
+        original = self._input_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
         if original is not None:
             return original == text.encode()
         again, _ = self._tokenizer.encode_documents([text])
         return bool(np.array_equal(again[:-1], ids))
 
-
-def input_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
-    """The text of a document in its input file; None when it cannot be had quickly."""
-    file = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
-    return read_text(file, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
+    def _input_text(self, entry: InputEntry, offset: int, text_key: str) -> bytes | None:
+        """The text of a document in its input file; None when it cannot be had quickly."""
+        file = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
+        reading = Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES))
+        return self._texts.read(file, offset, reading)
 
 
 def _file_problem(path: Path, shard: ShardEntry) -> str:
