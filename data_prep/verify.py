@@ -1,15 +1,22 @@
 """Command line: check a shard set from end to end, `python -m data_prep.verify DIR`."""
 
 import argparse
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from data_prep.building.journal import find_edit
 from data_prep.errors import DataError
-from data_prep.shards.manifest import Manifest, load_manifest
+from data_prep.shards.manifest import (
+    TOKENIZER,
+    Manifest,
+    find_contradiction,
+    load_manifest,
+    read_manifest,
+)
 from data_prep.shards.shard_checks import ShardChecks
-from data_prep.shards.shard_set import ShardSet
 from data_prep.tokenization.tokenizer import Tokenizer
 
 SAMPLED_DOCUMENTS = 1000
@@ -57,28 +64,40 @@ def find_problems(directory: Path, sample: int = SAMPLED_DOCUMENTS) -> Iterator[
     Raises:
         DataError: The set cannot be opened at all.
     """
-    manifest: Manifest | None = None
+    manifest = read_manifest(directory)
+    if contradiction := find_contradiction(directory, manifest):
+        yield contradiction
+    if problem := find_edit(directory):
+        yield problem
     tokenizer: Tokenizer | None = None
-    for split in ("train", "validation"):
-        shards = ShardSet.open(directory, split)
-        try:
-            shards.verify()
-        except DataError as error:
-            yield str(error)
-        manifest = shards.manifest
-        tokenizer = shards.open_tokenizer()
-    assert manifest is not None, "both splits were opened"
-    assert tokenizer is not None, "both splits were opened"
-    if (tokenizer.eos_id, tokenizer.max_token_id) != (
-        manifest.tokenizer.eos_id,
-        manifest.tokenizer.max_token_id,
-    ):
-        yield f"{directory}: the tokenizer's ids are not those the manifest records"
+    try:
+        tokenizer = _open_tokenizer(directory, manifest)
+    except DataError as error:
+        yield str(error)
+    if tokenizer is not None:
+        for name in ("vocab_size", "eos_id", "max_token_id"):
+            has, says = getattr(tokenizer, name), getattr(manifest.tokenizer, name)
+            if has != says:
+                yield f"{directory}: the tokenizer's {name} is {has}, the manifest says {says}"
     stride = max(1, manifest.totals.documents // max(sample, 1))
     checks = ShardChecks(directory, manifest, tokenizer, stride)
     for shard in manifest.shards:
         yield from checks.find_problems(shard)
-    yield from _count_problems(manifest, checks.documents)
+    if checks.is_complete:
+        yield from _count_problems(manifest, checks.documents)
+
+
+def _open_tokenizer(directory: Path, manifest: Manifest) -> Tokenizer:
+    known, path = manifest.tokenizer, directory / TOKENIZER
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); copy the set again") from error
+    if hashlib.sha256(content).hexdigest() != known.sha256:
+        raise DataError(
+            f"{path} is not the tokenizer the shards were made with; copy the set again"
+        )
+    return Tokenizer(content, known.eos_token, str(path), manifest.special_tokens)
 
 
 def _count_problems(manifest: Manifest, documents: Mapping[int, int]) -> Iterator[str]:

@@ -5,7 +5,13 @@ from functools import partial
 from data_prep.building.commit import REJECTS, commit, find_committed
 from data_prep.building.dedup import DedupJob, mark_duplicates
 from data_prep.building.identity import claim_output
-from data_prep.building.journal import is_unit_finished, withdraw_commit
+from data_prep.building.journal import (
+    find_finished,
+    forget_finished,
+    is_intact,
+    is_unit_finished,
+    withdraw_commit,
+)
 from data_prep.building.options import BuildOptions
 from data_prep.building.output_lock import writing
 from data_prep.building.plan import make_plan
@@ -56,10 +62,23 @@ def _build(options: BuildOptions, observer: Observer, workers: Workers) -> Manif
         with workers.claim("prepare"):
             job = prepare(intent, observer)
         del plan, intent
+        if not workers.shares_output and find_committed(job) is None:
+            _forget_damaged(job, observer)
         _encode(job, workers, observer)
         with workers.claim("commit"):
             committed = find_committed(job) if workers.shares_output else None
-            return committed or commit(job, observer)
+            # Tasks of an array do not read what the others wrote before, so it is done here.
+            return committed or commit(job, observer, verify=workers.shares_output)
+
+
+def _forget_damaged(job: PreparedJob, observer: Observer) -> None:
+    """Read what an earlier run wrote: units whose shards changed since are to be done again."""
+    output = job.options.output
+    for unit in range(len(job.sizes)):
+        record = find_finished(output, job.job_id, unit)
+        if record is not None and not is_intact(output, record):
+            observer.say(f"note: the shards of unit {unit} are damaged and are made again")
+            forget_finished(output, unit)
 
 
 def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
@@ -77,6 +96,7 @@ def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
         validation_fraction=options.validation_fraction,
         shard_tokens=options.shard_tokens,
         on_bad=options.on_bad,
+        max_bad_fraction=options.max_bad_fraction,
         special_tokens=options.special_tokens,
         max_document_bytes=options.max_document_bytes,
         dedup=options.dedup,

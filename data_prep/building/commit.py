@@ -12,11 +12,14 @@ from data_prep.building.journal import (
     JOURNAL,
     claims_folder,
     find_finished,
+    forget_finished,
+    is_intact,
     rejects_path,
 )
 from data_prep.building.options import BuildOptions
 from data_prep.building.prepare import PreparedJob
 from data_prep.errors import BadRecordsError, DataError
+from data_prep.inputs.input_files import check_unchanged
 from data_prep.shards.atomic import remove_leftovers, whole_file, write_whole
 from data_prep.shards.manifest import (
     MANIFEST,
@@ -38,19 +41,22 @@ from data_prep.workers.phase import Observer
 REJECTS = "rejects.jsonl"
 
 
-def commit(job: PreparedJob, observer: Observer) -> Manifest:
+def commit(job: PreparedJob, observer: Observer, *, verify: bool = False) -> Manifest:
     """Write the manifest of a job whose units are all on disk; keep it when it is there.
 
     Args:
         job: Its options also give the limit of bad records and the weights of sources.
         observer: Notified when nothing was left to do.
+        verify: Read every shard whole and compare it with its journal entry.
 
     Raises:
         BadRecordsError: More records are bad than the options allow.
-        DataError: No record is a document, or a unit is gone.
+        DataError: An input changed, no record is a document, or a unit is gone.
     """
     output = job.options.output
-    shards, inputs = _gather(job)
+    for file in job.plan.files:
+        check_unchanged(file)
+    shards, inputs = _gather(job, verify)
     _check_rejects(job.options, inputs)
     manifest = _describe(job, shards, inputs)
     totals = manifest.totals
@@ -102,7 +108,7 @@ def _is_noted(output: Path, note: bytes) -> bool:
     return path.is_file() and path.read_bytes() == note
 
 
-def _gather(job: PreparedJob) -> tuple[list[ShardEntry], list[InputEntry]]:
+def _gather(job: PreparedJob, verify: bool) -> tuple[list[ShardEntry], list[InputEntry]]:
     """Read the journal once, in order: the shards, a ledger per file, and rejects.jsonl."""
     output, plan = job.options.output, job.plan
     shards: dict[str, list[ShardEntry]] = {TRAIN: [], VALIDATION: []}
@@ -110,10 +116,13 @@ def _gather(job: PreparedJob) -> tuple[list[ShardEntry], list[InputEntry]]:
     with whole_file(output / REJECTS) as temporary, open(temporary, "wb") as gathered:
         for unit in range(len(job.sizes)):
             record = find_finished(output, job.job_id, unit)
+            if record is not None and verify and not is_intact(output, record):
+                forget_finished(output, unit)
+                record = None
             if record is None:
                 raise DataError(
-                    f"unit {unit} of {output} was finished but its files are gone; run the same "
-                    "command again to rebuild it"
+                    f"unit {unit} of {output} was finished but its files are gone or damaged; run "
+                    "the same command again to rebuild it"
                 )
             for shard in record.shards:
                 shards[shard.split].append(shard)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.building.journal import JOURNAL
+from data_prep.building.journal import JOURNAL, forget_job, has_shards
 from data_prep.building.options import BuildOptions
 from data_prep.building.plan import Plan
 from data_prep.errors import DataError
@@ -48,8 +48,15 @@ def hash_description(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description).encode()).hexdigest()
 
 
-def claim_output(output: Path, description: Mapping[str, Any]) -> None:
+def claim_output(output: Path, description: Mapping[str, Any], *, may_clear: bool = False) -> None:
     """Make `output` the folder of this job, or find that it already is.
+
+    A folder that another job claimed and then put no shard into, because it failed, is free.
+
+    Args:
+        output: The folder.
+        description: Of this job.
+        may_clear: The caller holds the folder: what such a job left in it is removed.
 
     Raises:
         DataError: The folder holds something else, or shards from other inputs or options; the
@@ -70,12 +77,17 @@ def claim_output(output: Path, description: Mapping[str, Any]) -> None:
         earlier = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); name a new --output") from error
-    if hash_description(earlier) != hash_description(description):
+    if hash_description(earlier) == hash_description(description):
+        return
+    if has_shards(output):
         raise DataError(
             f"--output {output} holds shards from other inputs or options "
             f"({'; '.join(_differences(earlier, description))}); name a new --output, or delete "
             "this one to make it again"
         )
+    if may_clear:
+        forget_job(output)
+        write_whole(path, json.dumps(description, indent=1).encode())
 
 
 def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -101,6 +101,19 @@ def write_units(output: Path, units: Sequence[PlannedUnit]) -> None:
             lines.write(_PLANNED_UNIT.dump_json(unit) + b"\n")
 
 
+def are_units_written(output: Path, units: Sequence[PlannedUnit]) -> bool:
+    """Whether the unit list on disk is that of the plan, byte for byte."""
+    try:
+        with open(output / JOURNAL / UNITS, "rb") as lines:
+            as_planned = all(
+                lines.read(len(line)) == line
+                for line in (_PLANNED_UNIT.dump_json(unit) + b"\n" for unit in units)
+            )
+            return as_planned and not lines.read(1)
+    except OSError:
+        return False
+
+
 class UnitList:
     """The units of a job, read from its journal one at a time.
 

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.building.identity import claim_output, describe_job, hash_description
-from data_prep.building.journal import JOURNAL
 from data_prep.building.options import BuildOptions
-from data_prep.building.plan import UNITS, Plan, PlannedUnit, write_units
+from data_prep.building.plan import Plan, PlannedUnit, are_units_written, write_units
 from data_prep.building.unit import is_held_out
 from data_prep.errors import DataError
 from data_prep.inputs.reading import read_unit
@@ -21,6 +20,7 @@ from data_prep.shards.manifest import TOKENIZER
 from data_prep.tokenization.tokenizer import (
     Tokenizer,
     bytes_tokenizer,
+    check_vocabulary,
     read_tokenizer,
     train_tokenizer,
 )
@@ -29,6 +29,7 @@ from data_prep.workers.phase import Observer
 TRAIN_PREFIX = "train:"
 TRAINING_SAMPLE_CHARACTERS = 1 << 26
 TRAINING_SAMPLE_UNITS = 64
+LONGEST_VOCABULARY_DIGITS = 9
 
 
 class PreparedJob(NamedTuple):
@@ -84,9 +85,10 @@ def prepare(intent: Intent, observer: Observer) -> PreparedJob:
         DataError: The output is of another job, or cannot be written.
     """
     options, plan = intent.options, intent.plan
-    claim_output(options.output, intent.description)
+    claim_output(options.output, intent.description, may_clear=True)
     tokenizer = _store_tokenizer(options, intent.given, plan, observer)
-    if not (options.output / JOURNAL / UNITS).is_file():
+    # The list on disk is for the workers; it follows from the plan and is not believed.
+    if not are_units_written(options.output, plan.units):
         write_units(options.output, plan.units)
     sizes = np.array([planned.unit.bytes for planned in plan.units], dtype=np.int64)
     described = hash_description(intent.description) + tokenizer.sha256
@@ -107,8 +109,10 @@ def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
         return Tokenizer(bytes_tokenizer(), options.eos_token, "bytes", options.special_tokens)
     if not spec.startswith(TRAIN_PREFIX):
         return read_tokenizer(Path(spec), options.eos_token, options.special_tokens)
-    if not spec.removeprefix(TRAIN_PREFIX).isdecimal():
+    digits = spec.removeprefix(TRAIN_PREFIX)
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= LONGEST_VOCABULARY_DIGITS):
         raise DataError(f"--tokenizer {spec}: the vocabulary is not a number; e.g. train:8192")
+    check_vocabulary(int(digits))
     return None
 
 

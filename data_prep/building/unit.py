@@ -1,11 +1,12 @@
 """One unit of work: read its records, encode them, write its shards, then its journal entry."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import orjson
 import xxhash
@@ -15,9 +16,9 @@ from data_prep.building.dedup import find_duplicates
 from data_prep.building.journal import UnitRecord, find_finished, record_finished, rejects_path
 from data_prep.building.options import BadRecordPolicy, Dedup
 from data_prep.building.plan import unit_list
-from data_prep.errors import DataError
+from data_prep.errors import BadRecordsError, DataError
 from data_prep.inputs.input_files import InputFile
-from data_prep.inputs.reading import read_unit
+from data_prep.inputs.reading import read_unit, text_keys_of
 from data_prep.inputs.records import SAMPLE_CHARACTERS, Reading, RecordBatch, Reject
 from data_prep.inputs.units import Unit
 from data_prep.shards.arrow_file import ShardRows, write_shard
@@ -36,6 +37,8 @@ from data_prep.tokenization.tokenizer import SpecialTokens, Tokenizer
 from data_prep.workers.phase import Done
 
 HASH_VALUES = 1 << 64
+# So many records without the text key show that the key is wrong.
+FEWEST_RECORDS_TO_JUDGE = 100
 
 
 class UnitSource(NamedTuple):
@@ -57,6 +60,7 @@ class UnitJob:
     validation_fraction: float
     shard_tokens: int
     on_bad: BadRecordPolicy
+    max_bad_fraction: float
     special_tokens: SpecialTokens
     max_document_bytes: int
     dedup: Dedup
@@ -92,24 +96,24 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     }
     counts = {segment.file: _Counts() for segment in unit.segments}
     inputs = {segment.file: segment.input for segment in unit.segments}
-    rejects: list[tuple[str, Reject]] = []
     duplicates = find_duplicates(job.output, unit.number) if job.dedup == "exact" else frozenset()
     first_text = 0
-    for batch in read_unit(unit, Reading(source.text_key, job.max_document_bytes)):
-        num_texts = len(batch.texts)
-        if duplicates:
-            counts[batch.file].duplicates += _drop_duplicates(batch, first_text, duplicates)
-        first_text += num_texts
-        if job.special_tokens == "reject":
-            _refuse_special(batch, tokenizer)
-        counts[batch.file].add(batch)
-        rejects += [(inputs[batch.file].path, reject) for reject in batch.rejects]
-        if batch.rejects and job.on_bad == "fail":
-            raise rejection(inputs[batch.file], batch.rejects[0])
-        for split, texts, offsets in _divide(batch, job.validation_fraction):
-            writers[split].add(batch.file, texts, offsets)
+    with _RejectList(rejects_path(job.output, unit.number)) as rejects:
+        for batch in read_unit(unit, Reading(source.text_key, job.max_document_bytes)):
+            num_texts = len(batch.texts)
+            if duplicates:
+                counts[batch.file].duplicates += _drop_duplicates(batch, first_text, duplicates)
+            first_text += num_texts
+            if job.special_tokens == "reject":
+                _refuse_special(batch, tokenizer)
+            counts[batch.file].add(batch)
+            rejects.add(inputs[batch.file].path, batch.rejects)
+            if batch.rejects and job.on_bad == "fail":
+                raise rejection(inputs[batch.file], batch.rejects[0])
+            for split, texts, offsets in _divide(batch, job.validation_fraction):
+                writers[split].add(batch.file, texts, offsets)
+        _refuse_wrong_key(job, unit, source.text_key, counts)
     shards = [entry for writer in writers.values() for entry in writer.finish()]
-    _write_rejects(job.output, unit.number, rejects)
     done = UnitRecord(
         unit=unit.number,
         job_id=job.job_id,
@@ -268,15 +272,54 @@ class _SplitWriter:
         self._entries.append(ShardEntry.of(path, self._split, self._source, self._unit, written))
 
 
-def _write_rejects(output: Path, unit: int, rejects: Iterable[tuple[str, Reject]]) -> None:
-    """List the rejected records of a unit; no file when there are none."""
-    path = rejects_path(output, unit)
-    lines = [
-        orjson.dumps({"file": file, **reject._asdict()}, option=orjson.OPT_APPEND_NEWLINE)
-        for file, reject in rejects
-    ]
-    if not lines:
-        path.unlink(missing_ok=True)
+def _refuse_wrong_key(
+    job: UnitJob, unit: Unit, text_key: str, counts: Mapping[int, "_Counts"]
+) -> None:
+    """End the job when no record of a unit has the key: the key is wrong, not the records.
+
+    Raises:
+        BadRecordsError: Naming the key and the keys that the records do have.
+    """
+    reading = Reading(text_key)
+    bad = sum(
+        count.rejects.get(reason, 0)
+        for count in counts.values()
+        for reason in (reading.missing, reading.no_string)
+    )
+    all_records = sum(count.ledger().records for count in counts.values())
+    if job.max_bad_fraction >= 1 or bad < max(all_records, FEWEST_RECORDS_TO_JUDGE):
         return
-    with whole_file(path) as temporary:
-        temporary.write_bytes(b"".join(lines))
+    file = unit.segments[0].input
+    keys = text_keys_of(file)
+    have = f"its records have text at {', '.join(keys)}" if keys else "its records have no text"
+    raise BadRecordsError(
+        f"{file.path}: none of {bad:,} records has text at --text-key {text_key}; {have}: name the "
+        "key, --exclude the file, or count such records with --max-bad-fraction 1"
+    )
+
+
+class _RejectList:
+    """Lists the rejected records of a unit, as they come; no file when there are none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stack = ExitStack()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if self._file is None and error[0] is None:
+            self._path.unlink(missing_ok=True)
+        return self._stack.__exit__(*error)
+
+    def add(self, path: str, rejects: Iterable[Reject]) -> None:
+        """Append the rejects of a file."""
+        for reject in rejects:
+            if self._file is None:
+                temporary = self._stack.enter_context(whole_file(self._path))
+                self._file = self._stack.enter_context(temporary.open("wb"))
+            # Each is written at once: the library takes kilobytes for a line before it shrinks it.
+            record = {"file": path, **reject._asdict()}
+            self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))

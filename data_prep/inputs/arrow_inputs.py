@@ -1,6 +1,5 @@
 """Read the text column of .parquet (by row groups) and of .arrow (IPC files and streams)."""
 
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,12 @@ END_OF_STREAM = CONTINUATION + bytes(4)
 BATCH_ROWS = 256
 READ_BYTES = 1 << 20
 BATCH_BYTES = 1 << 21
+
+_BYTES_OF = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
 
 
 def check_parquet(path: str) -> None:
@@ -86,32 +91,41 @@ def read_arrow(path: str, file: int, reading: Reading) -> Iterator[RecordBatch]:
     Raises:
         DataError: It is neither, or has no such column of strings.
     """
-    is_whole = _is_whole_arrow(path)
-    with open(path, "rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    buffer = pa.BufferReader(pa.py_buffer(mapped))
-    if mapped[: len(ARROW_MAGIC)] == ARROW_MAGIC:
-        buffer.seek(len(ARROW_FILE_HEADER))
+    damage = "" if _is_whole_arrow(path) else "truncated .arrow"
+    # Read, not mapped: a mapped file that somebody cuts meanwhile would kill the process.
+    with pa.OSFile(path) as opened:
+        yield from _read_stream(opened, path, file, damage, reading)
+
+
+def _read_stream(
+    opened: Any, path: str, file: int, damage: str, reading: Reading
+) -> Iterator[RecordBatch]:
+    """The rows of an open file, then its damage as one reject."""
     with _explained(path):
-        stream = pa.ipc.open_stream(buffer)
+        if opened.read(len(ARROW_MAGIC)) == ARROW_MAGIC:
+            opened.seek(len(ARROW_FILE_HEADER))
+        else:
+            opened.seek(0)
+        stream = pa.ipc.open_stream(opened)
         column = _find_column(stream.schema, path, reading)
-    row, passed, damage = 0, 0, "" if is_whole else "truncated .arrow"
+    row = 0
     while True:
         try:
             rows = stream.read_next_batch()
         except StopIteration:
             break
         except (pa.ArrowException, OSError) as error:
-            damage = damage or f"damaged .arrow ({error})"
+            damage = damage or f"damaged .arrow ({_first_line(error)})"
             break
+        if fault := _find_fault(rows, column):
+            batch = RecordBatch(file)
+            batch.reject(row, f"damaged .arrow ({fault})", records=rows.num_rows)
+            yield batch
+            row += rows.num_rows
+            continue
         for piece in _cut(rows):
             yield _take_rows(_descend(piece, column), file, row, reading)
             row += piece.num_rows
-        # Pages that were read leave the memory of this process, or they would add up to the file.
-        position = buffer.tell() // mmap.PAGESIZE * mmap.PAGESIZE
-        if position > passed:
-            mapped.madvise(mmap.MADV_DONTNEED, passed, position - passed)
-            passed = position
     if damage:
         batch = RecordBatch(file)
         batch.reject(row, damage)
@@ -198,13 +212,43 @@ def _read_group(
             for piece in _cut(rows):
                 yield _take_rows(_descend(piece, column), file, row, reading)
                 row += piece.num_rows
+        fault = f"it ends {end - row:,} rows before its end" if row < end else ""
     except (pa.ArrowException, OSError) as error:
+        fault = _first_line(error)
+    if row < end:
         batch = RecordBatch(file)
-        reason = f"damaged .parquet row group {number} ({str(error).splitlines()[0]})"
-        batch.reject(row, reason, records=end - row)
+        batch.reject(row, f"damaged .parquet row group {number} ({fault})", records=end - row)
         yield batch
-        return
-    assert row == end, f"row group {number} gave rows up to {row}, its footer says {end}"
+    assert row <= end, f"row group {number} gave rows up to {row}, its footer says {end}"
+
+
+def _find_fault(rows: Any, column: tuple[str, ...]) -> str:
+    """Why a batch cannot be used; empty when it can.
+
+    Arrow trusts the offsets that it reads; wrong ones would crash the process.
+    """
+    try:
+        rows.validate()
+        array = _descend(rows, column)
+        array.validate()
+        if pa.types.is_dictionary(array.type):
+            array.indices.validate(full=True)
+            used = array.indices.drop_null()
+            if len(used) and not 0 <= pa.compute.min(used).as_py() <= pa.compute.max(
+                used
+            ).as_py() < len(array.dictionary):
+                return "an index outside of its dictionary"
+            array = array.dictionary
+        # As bytes: what is not UTF-8 is no fault of the batch but of one row.
+        as_bytes = _BYTES_OF.get(array.type)
+        (array.view(as_bytes) if as_bytes else array).validate(full=True)
+    except pa.ArrowException as error:
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cut(rows: Any) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
 from backports import zstd
@@ -68,16 +68,17 @@ _CODECS: dict[str, Callable[[], _Decompressor]] = {
     ".zst": zstd.ZstdDecompressor,
 }
 CODECS = frozenset(_CODECS)
+_ERRORS = (zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 class DecompressedStream:
     """The content of a compressed file, one member or frame after the other.
 
     Example: two .gz files written one after the other give the content of both. When the file
-    ends inside a member, everything before the cut is given first.
+    ends inside a member or is damaged, everything before the fault is given first.
 
     Args:
-        file: The compressed bytes.
+        file: The compressed bytes, from the start of a file that can be read again.
         codec: The suffix that names the compression.
     """
 
@@ -87,6 +88,11 @@ class DecompressedStream:
         self._member: _Decompressor | None = None
         self._pending = b""
         self._damage = ""
+        self._read_bytes = 0
+        self._member_start = 0
+        self._member_bytes = 0
+        self._rescued: Iterator[bytes] = iter(())
+        self._rest = b""
 
     def read(self, size: int, /) -> bytes:
         """Give 1 to `size` bytes; nothing at the end.
@@ -95,16 +101,19 @@ class DecompressedStream:
             DamagedInputError: The file ends inside a member, or its bytes are damaged; again at
                 every further call.
         """
-        if self._damage:
+        if not self._damage:
+            try:
+                return self._read(size)
+            except DamagedInputError as error:
+                self._damage = str(error)
+            except _ERRORS as error:
+                self._damage = f"damaged {self._codec} ({error})"
+                self._rescued = self._read_up_to_fault()
+        self._rest = self._rest or next(self._rescued, b"")
+        if not self._rest:
             raise DamagedInputError(self._damage)
-        try:
-            return self._read(size)
-        except DamagedInputError as error:
-            self._damage = str(error)
-            raise
-        except (zlib.error, lzma.LZMAError, zstd.ZstdError) as error:
-            self._damage = f"damaged {self._codec} ({error})"
-            raise DamagedInputError(self._damage) from error
+        content, self._rest = self._rest[:size], self._rest[size:]
+        return content
 
     def _read(self, size: int) -> bytes:
         while True:
@@ -112,11 +121,12 @@ class DecompressedStream:
                 return b""
             assert self._member is not None
             if self._member.needs_input and not self._pending:
-                self._pending = self._file.read(COMPRESSED_BLOCK_BYTES)
+                self._pending = self._next_block()
                 if not self._pending:
                     raise DamagedInputError(f"truncated {self._codec}")
             data, self._pending = self._pending, b""
             content = self._member.decompress(data, size)
+            self._member_bytes += len(content)
             if self._member.eof:
                 self._pending = self._member.unused_data
                 self._member = None
@@ -129,10 +139,46 @@ class DecompressedStream:
             self._pending = self._pending.lstrip(b"\0")
             if self._pending:
                 self._member = _CODECS[self._codec]()
+                self._member_start = self._read_bytes - len(self._pending)
+                self._member_bytes = 0
                 return True
-            self._pending = self._file.read(COMPRESSED_BLOCK_BYTES)
+            self._pending = self._next_block()
             if not self._pending:
                 return False
+
+    def _next_block(self) -> bytes:
+        block = self._file.read(COMPRESSED_BLOCK_BYTES)
+        self._read_bytes += len(block)
+        return block
+
+    def _read_up_to_fault(self) -> Iterator[bytes]:
+        """What a damaged member holds between what was given of it and the fault.
+
+        A library that finds a fault gives nothing of the bytes that it was handed with it. So the
+        member is read again from its start, and its last block byte by byte.
+        """
+        member = _CODECS[self._codec]()
+        given = self._member_bytes
+        position = self._member_start
+        self._file.seek(position)
+        good_until = self._read_bytes - COMPRESSED_BLOCK_BYTES
+        try:
+            while position < self._read_bytes and not member.eof:
+                wanted = min(COMPRESSED_BLOCK_BYTES, max(1, good_until - position))
+                data = self._file.read(wanted)
+                if not data:
+                    return
+                position += len(data)
+                while content := member.decompress(data, COMPRESSED_BLOCK_BYTES):
+                    known = min(given, len(content))
+                    given -= known
+                    if known < len(content):
+                        yield content[known:]
+                    if member.eof or member.needs_input:
+                        break
+                    data = b""
+        except _ERRORS:
+            return
 
 
 def open_stream(file: BinaryIO, codec: str) -> Stream:

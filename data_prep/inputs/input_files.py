@@ -201,15 +201,47 @@ def unreadable(path: Path | str, error: OSError) -> DataError:
 
 
 def open_unchanged(file: InputFile) -> BinaryIO:
-    """Open a file, refusing it when it is not the one that was planned."""
+    """Open a file, refusing it when it is not the one that was planned.
+
+    Whoever reads it calls `check_unchanged` afterwards: it may be written to in between.
+
+    Raises:
+        DataError: It is not.
+        OSError: It cannot be opened.
+    """
     with ExitStack() as stack:
         opened = stack.enter_context(open(local_path(file.path), "rb"))
-        status = os.fstat(opened.fileno())
-        mtime_ns = 0 if is_pinned(file.path) else status.st_mtime_ns
-        if (status.st_size, mtime_ns) != (file.bytes, file.mtime_ns):
-            raise DataError(
-                f"{file.path} changed while the job was running; leave the inputs alone and "
-                "start again with a new --output"
-            )
+        _compare(file, os.fstat(opened.fileno()))
         stack.pop_all()
         return opened
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Refuse a file that is no longer the one that was planned.
+
+    Raises:
+        DataError: It is not, or it is gone.
+    """
+    try:
+        status = os.stat(local_path(file.path))
+    except FileNotFoundError:
+        if is_pinned(file.path):
+            return  # the cache let its copy go; the name determines the content
+        raise _changed(file, "it is gone") from None
+    except OSError as error:
+        raise unreadable(file.path, error) from error
+    _compare(file, status)
+
+
+def _compare(file: InputFile, status: os.stat_result) -> None:
+    if status.st_size != file.bytes:
+        raise _changed(file, f"from {file.bytes:,} to {status.st_size:,} bytes")
+    if not is_pinned(file.path) and status.st_mtime_ns != file.mtime_ns:
+        raise _changed(file, "it was written to")
+
+
+def _changed(file: InputFile, how: str) -> DataError:
+    return DataError(
+        f"{file.path} changed while the job was running ({how}); leave the inputs alone and "
+        "start again with a new --output"
+    )

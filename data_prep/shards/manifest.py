@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 TRAIN = "train"
 VALIDATION = "validation"
+_LARGEST_NUMBER = 1 << 62
 
 
 class _Entry(BaseModel):
@@ -193,7 +194,7 @@ def total_splits(
     """Totals and fingerprint per split; both splits are named even when one is empty."""
     members: dict[str, list[ShardEntry]] = {split: [] for split in (TRAIN, VALIDATION)}
     for shard in shards:
-        members[shard.split].append(shard)
+        members.setdefault(shard.split, []).append(shard)
     return {
         split: SplitEntry(
             shards=len(entries),
@@ -217,6 +218,19 @@ def load_manifest(directory: Path) -> Manifest:
     Raises:
         DataError: The directory or the manifest is missing, unreadable, or contradicts itself.
     """
+    manifest = read_manifest(directory)
+    if contradiction := find_contradiction(directory, manifest):
+        raise DataError(contradiction)
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read the manifest of a shard set, even if it contradicts itself.
+
+    Raises:
+        DataError: The directory or the manifest is missing or unreadable, or names files that are
+            not below the directory.
+    """
     path = directory / MANIFEST
     if not directory.is_dir():
         raise DataError(
@@ -238,12 +252,32 @@ def load_manifest(directory: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    if not _is_consistent(manifest):
-        raise DataError(
-            f"{path} was edited: its totals or fingerprint do not follow from its shards; "
-            "make the shards again"
-        )
+    for shard in manifest.shards:
+        if fault := _find_fault(shard):
+            raise DataError(f"{path} is not a valid manifest ({fault}); make the shards again")
     return manifest
+
+
+def find_contradiction(directory: Path, manifest: Manifest) -> str:
+    """In which a manifest contradicts itself, as one line; empty when it does not."""
+    if _is_consistent(manifest):
+        return ""
+    return (
+        f"{directory / MANIFEST} was edited: its totals or fingerprint do not follow from its "
+        "shards; make the shards again"
+    )
+
+
+def _find_fault(shard: ShardEntry) -> str:
+    """What is impossible about a shard whatever is on the disk; empty for nothing."""
+    parts = shard.path.split("/")
+    if not all(part.isprintable() and part not in ("", ".", "..") for part in parts):
+        return f"the shard path {shard.path[:80]!r} does not stay in the folder of the set"
+    counts = (shard.unit, shard.bytes, shard.rows, shard.tokens)
+    for number in (*counts, shard.values_offset, shard.offsets_offset):
+        if not 0 <= number < _LARGEST_NUMBER:
+            return f"{shard.path}: {number} is not a count of anything in a file"
+    return ""
 
 
 def _is_consistent(manifest: Manifest) -> bool:

@@ -1,6 +1,7 @@
 """What can be wrong with one shard that its checksum does not show."""
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.inputs.input_files import InputFile
-from data_prep.inputs.reading import read_text
+from data_prep.inputs.reading import TextReader
 from data_prep.inputs.records import LARGEST_DOCUMENT_BYTES, Reading
 from data_prep.shards.arrow_file import ShardRows, read_shard
 from data_prep.shards.manifest import InputEntry, Manifest, ShardEntry
 from data_prep.tokenization.tokenizer import Tokenizer
+from foundation.durable_files import read_entry
 
 LARGEST_SAMPLED_TOKENS = 1 << 20
 COMPARED_BYTES = 1 << 22
@@ -26,30 +28,42 @@ class ShardChecks:
     Args:
         directory: The shard set.
         manifest: Its manifest.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; None = nothing can be decoded.
         stride: One document in so many is decoded back.
 
     Attributes:
         documents: Documents found so far of each input file.
+        is_complete: Whether all documents so far could be counted.
     """
 
     def __init__(
-        self, directory: Path, manifest: Manifest, tokenizer: Tokenizer, stride: int
+        self, directory: Path, manifest: Manifest, tokenizer: Tokenizer | None, stride: int
     ) -> None:
         self._directory = directory
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._stride = stride
         self.documents: Counter[int] = Counter()
+        self.is_complete = True
+        self._texts = TextReader()
 
     def find_problems(self, shard: ShardEntry) -> Iterator[str]:
         """Yield one line for each thing that is wrong with a shard."""
         path = self._directory / shard.path
-        try:
-            rows, metadata = read_shard(path)
-        except (OSError, ValueError, KeyError) as error:
-            yield f"{path}: not a shard ({error})"
+        if problem := _file_problem(path, shard):
+            # Every other difference follows from the damage, and its bytes cannot be trusted.
+            self.is_complete = False
+            yield f"{path} {problem}; delete it and run the same data_prep/shard.py command again"
             return
+        try:
+            yield from self._shard_problems(path, shard)
+        except (OSError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+            self.is_complete = False
+            yield f"{path}: not a shard ({error})"
+
+    def _shard_problems(self, path: Path, shard: ShardEntry) -> Iterator[str]:
+        """What is wrong with a file that is the one of the manifest."""
+        rows, metadata = read_shard(path)
         for key, expected in (
             ("tokenizer_sha256", self._manifest.tokenizer.sha256),
             ("split", shard.split),
@@ -116,21 +130,45 @@ class ShardChecks:
     def _decodes_back(self, rows: ShardRows, row: int) -> bool:
         """Compare a document with its input, or, if that is gone, with itself encoded again."""
         ids = rows.tokens[rows.offsets[row] : rows.offsets[row + 1] - 1]
-        if not self._tokenizer.is_lossless or len(ids) > LARGEST_SAMPLED_TOKENS:
+        if (
+            self._tokenizer is None
+            or not self._tokenizer.is_lossless
+            or len(ids) > LARGEST_SAMPLED_TOKENS
+        ):
             return True
         text = self._tokenizer.decode(ids)
         entry = self._manifest.inputs[int(rows.src[row])]
-        original = input_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
+        original = self._input_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
         if original is not None:
             return original == text.encode()
         again, _ = self._tokenizer.encode_documents([text])
         return bool(np.array_equal(again[:-1], ids))
 
+    def _input_text(self, entry: InputEntry, offset: int, text_key: str) -> bytes | None:
+        """The text of a document in its input file; None when it cannot be had quickly."""
+        file = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
+        reading = Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES))
+        return self._texts.read(file, offset, reading)
 
-def input_text(entry: InputEntry, offset: int, text_key: str) -> bytes | None:
-    """The text of a document in its input file; None when it cannot be had quickly."""
-    file = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
-    return read_text(file, offset, Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES)))
+
+def _file_problem(path: Path, shard: ShardEntry) -> str:
+    """How a file differs from the one that the manifest describes; empty when it does not."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a regular file"
+        if status.st_size != shard.bytes:
+            return f"has {status.st_size:,} bytes, the manifest says {shard.bytes:,}"
+        checksum = read_entry(path, from_disk=False).xxh3
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if checksum != shard.file_xxh3_128:
+        return (
+            f"is damaged: its checksum is {checksum}, the manifest says {shard.file_xxh3_128[:80]}"
+        )
+    return ""
 
 
 def _is_at(path: Path, position: int, expected: NDArray[Any]) -> bool:

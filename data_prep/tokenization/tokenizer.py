@@ -220,6 +220,19 @@ def bytes_tokenizer() -> bytes:
     return backend.to_str(pretty=True).encode()
 
 
+def check_vocabulary(vocab_size: int) -> None:
+    """Refuse a vocabulary that leaves no room for the 256 bytes and the end of text.
+
+    Raises:
+        DataError: It does.
+    """
+    if vocab_size < SMALLEST_TRAINED_VOCABULARY:
+        raise DataError(
+            f"--tokenizer train:{vocab_size} is below {SMALLEST_TRAINED_VOCABULARY} (256 bytes and "
+            f"the end of text); ask for more, or use --tokenizer bytes"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train byte-level BPE; the result depends on the texts and the size alone.
 
@@ -233,11 +246,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     Raises:
         DataError: `vocab_size` leaves no room for the 256 bytes and the end of text.
     """
-    if vocab_size < SMALLEST_TRAINED_VOCABULARY:
-        raise DataError(
-            f"--tokenizer train:{vocab_size} is below {SMALLEST_TRAINED_VOCABULARY} (256 bytes and "
-            f"the end of text); ask for more, or use --tokenizer bytes"
-        )
+    check_vocabulary(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,6 +1,7 @@
 """The verify command."""
 
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.errors import DataError
 from data_prep.shards.arrow_file import ShardRows, read_shard, write_shard
 from data_prep.shards.manifest import (
     Manifest,
@@ -17,7 +19,7 @@ from data_prep.shards.manifest import (
     total_splits,
     write_manifest,
 )
-from data_prep.verify import main
+from data_prep.verify import find_problems, main
 
 
 @pytest.fixture
@@ -162,3 +164,100 @@ def test_totals_are_checked_by_source(
     err = capsys.readouterr().err
     assert "source web: 0 documents are in the shards, 41 in its totals" in err
     assert "web.jsonl, which is of source code" in err
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("sources", 0, "weight"), 3.5),
+        (("sources", 0, "text_key"), "body"),
+        (("validation_fraction",), 0.5),
+        (("tokenizer", "vocab_size"), 1000),
+        (("tokenizer", "spec"), "bytes"),
+        (("inputs", 0, "path"), "/elsewhere/corpus.jsonl"),
+        (("inputs", 0, "mtime_ns"), 5),
+        (("dedup",), "exact"),
+    ],
+)
+def test_an_edited_manifest_is_found(
+    directory: Path,
+    capsys: pytest.CaptureFixture[str],
+    keys: tuple[str | int, ...],
+    value: object,
+) -> None:
+    """What no shard depends on is held against the sum that the build kept of its manifest."""
+    path = directory / "manifest.json"
+    layout = json.loads(path.read_text())
+    inner = layout
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(layout, indent=1))
+    assert main([str(directory)]) == 1
+    assert "manifest.json was edited" in capsys.readouterr().err
+
+
+def test_a_vocabulary_is_held_against_the_tokenizer(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also without the journal, as in a copied set."""
+    manifest = load_manifest(directory)
+    (directory / "journal" / "committed.json").unlink()
+    wrong = manifest.tokenizer.model_copy(update={"vocab_size": 401})
+    write_manifest(directory, manifest.model_copy(update={"tokenizer": wrong}))
+    assert main([str(directory)]) == 1
+    assert "tokenizer's vocab_size is 400, the manifest says 401" in capsys.readouterr().err
+
+
+def test_all_damage_is_reported(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a missing, a cut or a changed shard nor a lost tokenizer hides the others."""
+    first, second, third, fourth = (
+        directory / shard.path for shard in load_manifest(directory).shards[:4]
+    )
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-8])
+    third.write_bytes(third.read_bytes()[:-1] + b"?")
+    fourth.unlink()
+    fourth.mkdir()
+    (directory / "tokenizer.json").write_bytes(b"{}")
+    assert main([str(directory)]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 5
+    for path, problem in (
+        (directory / "tokenizer.json", "is not the tokenizer"),
+        (first, "is missing"),
+        (second, "bytes, the manifest says"),
+        (third, "is damaged"),
+        (fourth, "is not a regular file"),
+    ):
+        assert any(line.startswith(f"{path} ") and problem in line for line in errors)
+
+
+def test_every_flipped_byte_is_named_in_a_line(directory: Path) -> None:
+    """Wherever a set is damaged, verify says so and goes on; it never ends in a traceback."""
+    files = [directory / "manifest.json", directory / "tokenizer.json"]
+    files += sorted((directory / "shards").rglob("*.arrow"))[:2]
+    rng = random.Random(22)
+    for _ in range(200):
+        path = rng.choice([files[0], *files])
+        content = path.read_bytes()
+        damaged, position = bytearray(content), rng.randrange(len(content))
+        damaged[position] ^= rng.choice([1 << rng.randrange(8), 0xFF])
+        path.write_bytes(damaged)
+        try:
+            problems = list(find_problems(directory, sample=3))
+        except DataError as error:
+            problems = [str(error)]
+        assert problems, (path, position)
+        assert all("\n" not in problem for problem in problems)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("path", ["../b.arrow", "/dev/zero", "shards/a\x00b", "shards//a", ""])
+def test_shards_outside_of_the_set_are_not_read(directory: Path, path: str) -> None:
+    """A manifest that names another file is refused before that file is touched."""
+    layout = json.loads((directory / "manifest.json").read_text())
+    layout["shards"][0]["path"] = path
+    (directory / "manifest.json").write_text(json.dumps(layout))
+    with pytest.raises(DataError, match="does not stay in the folder"):
+        list(find_problems(directory))

@@ -34,7 +34,7 @@ def run(output, arguments, kill_at):
         if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
             return
         paths = [str(part) for part in details if isinstance(part, (str, os.PathLike))]
-        if not any(path.startswith(output) for path in paths):
+        if not any((path + "/").startswith(output + "/") for path in paths):
             return
         if len(events) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)

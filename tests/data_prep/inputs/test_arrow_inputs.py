@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import DataError
+from data_prep.inputs import arrow_inputs
 from data_prep.inputs.input_files import find_inputs
-from data_prep.inputs.reading import read_text
+from data_prep.inputs.reading import TextReader
 from data_prep.inputs.records import Reading
 from data_prep.inputs.units import plan_units
 from data_prep.shards.manifest import Manifest
@@ -118,6 +119,24 @@ def test_a_truncated_arrow_file_keeps_what_is_there(
     assert texts_of(read_records(path)) == TEXTS
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_a_batch_with_damaged_offsets_costs_no_other(
+    tmp_path: Path, read_records: Read, kind: Any
+) -> None:
+    """Offsets past the end of the text are rejects, not a crash; the other batches are read."""
+    path = write_arrow(tmp_path / "a.arrow", {"text": pa.array(TEXTS, kind)}, is_file=True)
+    with pa.memory_map(str(path)) as mapped:
+        whole = mapped.read_buffer(mapped.size())
+        offsets = pa.ipc.open_file(mapped).get_batch(2).column("text").buffers()[1]
+        start = offsets.address - whole.address
+    content = bytearray(path.read_bytes())
+    content[start + 20 : start + 36] = b"\x7f" * 16
+    path.write_bytes(content)
+    records = read_records(path)
+    assert [text for _, text, _ in records] == [*TEXTS[:32], *[None] * 16, *TEXTS[48:]]
+    assert {reason[:16] for _, text, reason in records if text is None} == {"damaged .arrow ("}
+
+
 def test_a_damaged_row_group_costs_no_other(tmp_path: Path, read_records: Read) -> None:
     """Rows that cannot be decoded are counted one by one; all other row groups are read."""
     path = write_parquet(tmp_path / "a.parquet", pa.array(TEXTS))
@@ -177,5 +196,27 @@ def test_sets_of_rows_verify(tmp_path: Path, build_set: Build) -> None:
     assert [entry.ledger.documents for entry in manifest.inputs] == [50, 50]
     assert list(find_problems(tmp_path / "out")) == []
     file, _ = find_inputs([parquet, arrow])
-    assert read_text(file, 33, Reading("text")) == TEXTS[33].encode()
-    assert read_text(file._replace(bytes=1), 33, Reading("text")) is None
+    assert TextReader().read(file, 33, Reading("text")) == TEXTS[33].encode()
+    assert TextReader().read(file._replace(bytes=1), 33, Reading("text")) is None
+
+
+def test_verify_decodes_a_row_group_once(
+    tmp_path: Path, build_set: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many documents are compared with their rows; they may come in any order."""
+    path = write_parquet(tmp_path / "a.parquet", pa.array(TEXTS), rows=25)
+    build_set(path, validation_fraction=0)
+    decoded = []
+    real = arrow_inputs._read_group
+
+    def counted(parquet: Any, number: int, *rest: Any) -> Any:
+        decoded.append(number)
+        return real(parquet, number, *rest)
+
+    monkeypatch.setattr(arrow_inputs, "_read_group", counted)
+    assert list(find_problems(tmp_path / "out")) == []
+    assert decoded == [0, 1, 2, 3]
+    (file,) = find_inputs([path])
+    reader = TextReader()
+    for row in (99, 3, 4, 80, 24, 25, 0):
+        assert reader.read(file, row, Reading("text")) == TEXTS[row].encode()

@@ -82,6 +82,11 @@ CASES = {
     "gz without its last bytes": Case(
         "a.jsonl.gz", gzip.compress(b"\n".join(LINES))[:-8], {"truncated .gz": 1}
     ),
+    "gz with a wrong sum": Case(
+        "a.jsonl.gz",
+        gzip.compress(b"\n".join(LINES))[:-8] + b"wrongsum",
+        {"damaged .gz (Error -3 while decompressing data: incorrect data check)": 1},
+    ),
     "gz and garbage": Case(
         "a.jsonl.gz",
         gzip.compress(b"\n".join(LINES)) + b"garbage",

@@ -83,6 +83,37 @@ def test_damage_is_told(codec: str) -> None:
     assert read_all(bz2.compress(b"x"), codec, 512)[1].startswith(f"damaged {codec} (")
 
 
+@pytest.mark.parametrize("size", [100, 1 << 20])
+@pytest.mark.parametrize("codec", COMPRESS)
+def test_everything_before_a_wrong_checksum_is_given(codec: str, size: int) -> None:
+    """The sum is at the end of a member, so all of its content is there, and the member before."""
+    text = random.Random(6).randbytes(700_000)
+    summed: dict[int, int] = {zstd.CompressionParameter.checksum_flag: 1}
+    member = zstd.compress(text, options=summed) if codec == ".zst" else COMPRESS[codec](text)
+    content = bytearray(COMPRESS[codec](b"first") + member)
+    content[-30 if codec == ".xz" else -6 if codec == ".gz" else -2] ^= 0xFF
+    found, damage = read_all(bytes(content), codec, size)
+    assert damage.startswith(f"damaged {codec} (")
+    if codec == ".xz":  # the sum stands before the index, whose length varies
+        assert found.startswith(b"first" + text[: len(text) - (1 << 16)])
+    else:
+        assert found == b"first" + text
+
+
+@pytest.mark.parametrize("codec", COMPRESS)
+def test_everything_before_a_fault_is_given(codec: str) -> None:
+    """A fault in the middle costs no more than a cut there would."""
+    text = b"".join(b"line %d\n" % number for number in range(200_000))
+    content = bytearray(COMPRESS[codec](text))
+    middle = len(content) // 2
+    content[middle : middle + 8] = b"\xff" * 8
+    found, damage = read_all(bytes(content), codec, 1 << 20)
+    assert damage.startswith(f"damaged {codec} (")
+    before_cut, _ = read_all(bytes(content[:middle]), codec, 1 << 20)
+    assert len(before_cut) > 500_000
+    assert found.startswith(before_cut)
+
+
 def test_skippable_frames_hold_no_content() -> None:
     """Frames that some compressors put between the others for themselves are passed over."""
     content = SKIPPABLE_FRAME + zstd.compress(b"a") + SKIPPABLE_FRAME + zstd.compress(b"b")

@@ -1,9 +1,14 @@
 """Inputs to files."""
 
+import gzip
 import os
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.errors import DataError
@@ -79,3 +84,52 @@ def test_an_input_that_changes_during_the_job_is_refused(write_jsonl: Callable[.
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(DataError, match="changed while"):
         list(read_unit(unit, Reading("text")))
+
+
+def text_lines(count: int) -> bytes:
+    """Records that compress badly, several megabytes for tens of thousands."""
+    rng = random.Random(1)
+    return b"".join(b'{"text": "%x"}\n' % rng.getrandbits(800) for _ in range(count))
+
+
+def append_member(path: Path) -> None:
+    """Another gzip member at the end."""
+    path.write_bytes(path.read_bytes() + gzip.compress(text_lines(1)))
+
+
+def overwrite(path: Path) -> None:
+    """Other content of the same size."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"x" * 100)
+
+
+def cut(path: Path) -> None:
+    """The second half lost."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("change", [append_member, overwrite, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.arrow", "a.parquet"])
+def test_an_input_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    """However a file is changed between its first and its last record, its name is the error."""
+    path, lines = tmp_path / name, text_lines(30_000)
+    if name in ("a.arrow", "a.parquet"):
+        rows = pa.table({"text": [line.decode() for line in lines.splitlines()]})
+        if name == "a.arrow":
+            with pa.ipc.new_file(str(path), rows.schema) as writer:
+                writer.write_table(rows, max_chunksize=1000)
+        else:
+            pq.write_table(rows, path, row_group_size=1000)
+    else:
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    (unit,) = plan_units(find_inputs([path]), 1 << 30)
+    batches = read_unit(unit, Reading("text"))
+    assert next(batches).texts
+    time.sleep(0.02)  # so that a clock with coarse steps gives another modification time
+    change(path)
+    with pytest.raises(DataError, match=rf"{name} changed while the job was running"):
+        list(batches)
