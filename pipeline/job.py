@@ -37,7 +37,7 @@ from pipeline.distributed.rendezvous import (
     is_communication_error,
     start_process_group,
 )
-from pipeline.distributed.signals import StopRequest
+from pipeline.distributed.signals import EXIT_STOPPED, StopRequest
 from pipeline.distributed.topology import Topology
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.engine.build import build_engine
@@ -225,6 +225,13 @@ class Job:
             self.config.train.steps,
             f"{state.tokens:,}",
         )
+        if stopped_by and "TORCHELASTIC_RUN_ID" in os.environ:
+            logger.info(
+                "this is a clean stop and the run is saved; torchrun knows only exit code 0 as a "
+                "success and will report a failure with exit code %d below: start the same command "
+                "again to go on",
+                EXIT_STOPPED,
+            )
         if self._watchdog is not None:
             self._watchdog.close()
         dist.barrier()

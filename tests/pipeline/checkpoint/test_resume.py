@@ -89,12 +89,16 @@ def test_signal_stops_all_ranks_at_one_step(config: Path, tmp_path: Path) -> Non
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     settings = ["train.steps=40", "checkpoint.every_steps=5"]  # one may be in flight
     arguments = [str(config), "--set", *settings, f"run.dir={stopped}"]
-    job = start_job(tmp_path, arguments, world=2)
+    variables = {"TORCHELASTIC_RUN_ID": "none"}  # as torchrun sets it
+    job = start_job(tmp_path, arguments, world=2, environment=variables)
     job.wait_until(lambda: last_step(stopped) >= 5)
     job.kill(1, signal.SIGTERM)
     outcome = job.finish()
     assert outcome.codes == [75, 75], outcome.output
     assert "stopped by SIGTERM" in outcome.output[0]
+    last_line = outcome.output[0].splitlines()[-1]
+    assert "this is a clean stop and the run is saved; torchrun" in last_line
+    assert "exit code 75" in last_line
     assert 5 <= last_step(stopped) < 40
     assert run_job(tmp_path, arguments, world=2).codes == [0, 0]
     base = [str(config), "--set", *settings, f"run.dir={straight}"]
