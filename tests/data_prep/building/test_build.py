@@ -310,7 +310,11 @@ def test_an_input_that_changes_after_its_unit_is_refused(
 ) -> None:
     """A file that is written to after it was read is not committed, and its name is the error."""
     early, late = write_jsonl(texts, "a.jsonl"), write_jsonl(texts, "b.jsonl")
-    options = BuildOptions((tmp_path / "out"), "bytes", (early, late), workers=1, unit_bytes=1000)
+    # The early file is one unit, so that nothing opens it again.
+    unit_bytes = early.stat().st_size
+    options = BuildOptions(
+        tmp_path / "out", "bytes", (early, late), workers=1, unit_bytes=unit_bytes
+    )
     with pytest.raises(DataError, match=r"a\.jsonl changed while the job was running"):
         build(options, WriteDuring(early))
     assert not (tmp_path / "out" / "manifest.json").exists()
