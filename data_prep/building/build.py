@@ -17,6 +17,7 @@ from data_prep.building.output_lock import writing
 from data_prep.building.plan import make_plan
 from data_prep.building.prepare import PreparedJob, intend, prepare
 from data_prep.building.unit import UnitJob, UnitSource, encode_unit
+from data_prep.inputs.input_files import LeftOut
 from data_prep.shards.atomic import remove_leftovers
 from data_prep.shards.manifest import Manifest
 from data_prep.tokenization.encoder import EncoderName, choose_encoder
@@ -52,7 +53,10 @@ def build(options: BuildOptions, observer: Observer, workers: Workers | None = N
 
 def _build(options: BuildOptions, observer: Observer, workers: Workers) -> Manifest:
     options.check()
-    plan = make_plan(options)
+    left_out = LeftOut()
+    plan = make_plan(options, left_out)
+    for line in left_out.lines():
+        observer.say(line)
     observer.say(f"{len(plan.files):,} input files, {plan.total_bytes / 1e6:,.1f} MB")
     intent = intend(options, plan)
     claim_output(options.output, intent.description)

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from data_prep.building.journal import JOURNAL
 from data_prep.building.options import BuildOptions, Source
 from data_prep.errors import DataError
-from data_prep.inputs.input_files import InputFile, find_inputs
+from data_prep.inputs.input_files import InputFile, LeftOut, find_inputs
 from data_prep.inputs.units import Unit, choose_unit_bytes, plan_units
 from data_prep.shards.atomic import whole_file
 
@@ -51,15 +51,21 @@ class Plan(NamedTuple):
 _PLANNED_UNIT = TypeAdapter(PlannedUnit)
 
 
-def make_plan(options: BuildOptions) -> Plan:
+def make_plan(options: BuildOptions, left_out: LeftOut | None = None) -> Plan:
     """Find the inputs of every source and cut them into units.
+
+    Args:
+        options: Name the inputs.
+        left_out: Gathers what folders hold and is not taken.
 
     Raises:
         DataError: A source has no files, or a file belongs to two sources.
     """
     sources = options.all_sources
     found = [
-        find_inputs(source.inputs, source.globs or (), source.exclude or (), options.output)
+        find_inputs(
+            source.inputs, source.globs or (), source.exclude or (), options.output, left_out
+        )
         for source in sources
     ]
     owner: dict[str, str] = {}

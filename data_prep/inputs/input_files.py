@@ -3,6 +3,7 @@
 import fnmatch
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,8 @@ from data_prep.inputs.hub_dataset import (
 from data_prep.inputs.json_inputs import BLOCK_BYTES, starts_like_jsonl
 from data_prep.inputs.saved_dataset import files_of_saved_dataset
 
+LONGEST_SHOWN_SUFFIX = 12
+MOST_REASONS = 10
 READ_FORMATS = (
     ".jsonl and .json (also .gz, .zst, .xz), .parquet, .arrow, text files (compressed: .txt and "
     "source code), saved Hugging Face datasets and directories"
@@ -46,11 +49,33 @@ class InputFile(NamedTuple):
         return self.kind in ("jsonl", "parquet") and not self.codec
 
 
+class LeftOut:
+    """What the folders of the input hold and is not read, by the reason."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, Path] = {}
+
+    def add(self, reason: str, path: Path) -> None:
+        """Count a file or folder; the first of each reason is kept by name."""
+        self._counts[reason] += 1
+        self._first.setdefault(reason, path)
+
+    def lines(self) -> list[str]:
+        """One line per reason, the most frequent first."""
+        return [
+            f"note: not read: {os.fsencode(self._first[reason]).decode(errors='replace')} {reason}"
+            + (f" (and {count - 1:,} more)" if count > 1 else "")
+            for reason, count in self._counts.most_common(MOST_REASONS)
+        ]
+
+
 def find_inputs(
     paths: Sequence[Path],
     globs: Sequence[str] = (),
     exclude: Sequence[str] = (),
     output: Path | None = None,
+    left_out: "LeftOut | None" = None,
 ) -> list[InputFile]:
     """List the input files in the order in which their records are stored.
 
@@ -62,6 +87,7 @@ def find_inputs(
             code.
         exclude: Patterns of files and folders to leave out, matched in the same way.
         output: The folder that the job writes; left out when it is inside an input directory.
+        left_out: Gathers what a directory holds and is not taken.
 
     Returns:
         Every file once, with size and modification time.
@@ -70,11 +96,15 @@ def find_inputs(
         DataError: A path is missing, given twice, or of a kind that is not read; or there is none.
     """
     found: dict[str, InputFile] = {}
+    left_out = LeftOut() if left_out is None else left_out
     for path in paths:
-        for entry in _files_of(path, globs, exclude, output):
-            if entry.path in found:
-                raise DataError(f"{entry.path} is given twice by --input; give each file once")
-            found[entry.path] = entry
+        try:
+            for entry in _files_of(path, globs, exclude, output, left_out):
+                if entry.path in found:
+                    raise DataError(f"{entry.path} is given twice by --input; give each file once")
+                found[entry.path] = entry
+        except OSError as error:
+            raise unreadable(error.filename or path, error) from error
     if not found:
         given = ", ".join(str(path) for path in paths)
         raise DataError(
@@ -84,39 +114,58 @@ def find_inputs(
 
 
 def _files_of(
-    path: Path, globs: Sequence[str], exclude: Sequence[str], output: Path | None
+    path: Path,
+    globs: Sequence[str],
+    exclude: Sequence[str],
+    output: Path | None,
+    left_out: LeftOut,
 ) -> Iterator[InputFile]:
     """The files that one --input stands for, described."""
     if not is_dataset_name(path):
-        described = map(_describe, _list(path, globs, exclude, output))
-        yield from (entry for entry in described if entry is not None)
+        is_folder = os.path.isdir(path)
+        for file in _list(path, globs, exclude, output, left_out):
+            if problem := _why_no_file(file):
+                if not is_folder:
+                    raise DataError(f"--input {file} {problem}; give a regular file")
+                left_out.add(problem, file)
+                continue
+            yield _describe(file)
         return
     for name in find_dataset_files(path):
-        entry = _describe(Path(local_path(name)))
-        if entry is None:
-            raise DataError(f"--input {path} names {name}, which is not a file; check the dataset")
+        copy = Path(local_path(name))
+        if problem := _why_no_file(copy):
+            raise DataError(f"--input {path} names {name}, which {problem}; check the dataset")
+        entry = _describe(copy)
         # A commit never changes, but every machine has its own copy of its own age.
         yield entry._replace(path=name, mtime_ns=0) if is_pinned(name) else entry
 
 
 def _list(
-    path: Path, globs: Sequence[str], exclude: Sequence[str], output: Path | None
+    path: Path,
+    globs: Sequence[str],
+    exclude: Sequence[str],
+    output: Path | None,
+    left_out: LeftOut,
 ) -> Iterator[Path]:
     """The files of one --input."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         yield _explicit(path)
     elif (files := files_of_saved_dataset(path)) is not None:
         yield from files
     else:
-        yield from _walk(path, globs, exclude, output)
+        yield from _walk(path, globs, exclude, output, left_out)
 
 
 def _walk(
-    directory: Path, globs: Sequence[str], exclude: Sequence[str], output: Path | None
+    directory: Path,
+    globs: Sequence[str],
+    exclude: Sequence[str],
+    output: Path | None,
+    left_out: LeftOut,
 ) -> Iterator[Path]:
     """Files below a directory, sorted by path; directory links are not followed."""
     skipped = os.path.abspath(output) if output else None
-    for folder, names, files in os.walk(directory):
+    for folder, names, files in os.walk(directory, onerror=_refuse_folder):
         relative = Path(folder).relative_to(directory)
         names[:] = sorted(
             name
@@ -129,11 +178,33 @@ def _walk(
             names.clear()
             yield from saved
             continue
+        for name in names:
+            if os.path.islink(os.path.join(folder, name)):
+                left_out.add("is a link to a folder", Path(folder) / name)
         for name in sorted(files):
             below = relative / name
             wanted = _matches(below, globs) if globs else is_taken(name)
-            if wanted and not _matches(below, exclude):
+            if _matches(below, exclude):
+                continue
+            if wanted:
                 yield Path(folder) / name
+            else:
+                left_out.add(_why_not_taken(name, globs), Path(folder) / name)
+
+
+def _refuse_folder(error: OSError) -> None:
+    """A folder that cannot be listed may hold anything: leaving it out is for the user to say."""
+    raise unreadable(error.filename, error)
+
+
+def _why_not_taken(name: str, globs: Sequence[str]) -> str:
+    if globs:
+        return "matches no --glob"
+    suffix = "".join(Path(name).suffixes[-1:])
+    if not suffix:
+        return "has no suffix"
+    shown = suffix if suffix.isprintable() and len(suffix) <= LONGEST_SHOWN_SUFFIX else "unusual"
+    return f"has the suffix {shown}, which is taken only by --glob"
 
 
 def _matches(path: Path, patterns: Sequence[str]) -> bool:
@@ -147,19 +218,39 @@ def _matches(path: Path, patterns: Sequence[str]) -> bool:
 
 def _explicit(path: Path) -> Path:
     """A file named by the user must exist."""
-    if not path.exists():
-        raise DataError(f"--input {path} does not exist; check the path")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.islink(path):
+            raise DataError(f"--input {path} is a link to nothing; check the path") from error
+        raise DataError(f"--input {path} does not exist; check the path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"--input {str(path)[:200]}: {reason}; check the path") from error
     return path
 
 
-def _describe(path: Path) -> InputFile | None:
-    """Size, time and kind of a regular file; None for devices, pipes and dangling links."""
+def _why_no_file(path: Path) -> str:
+    """Why a name is not one of a regular file; empty when it is."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "is a link to nothing"
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if stat.S_ISREG(mode):
+        return ""
+    if stat.S_ISFIFO(mode):
+        return "is a pipe"
+    return "is a folder" if stat.S_ISDIR(mode) else "is a device or socket"
+
+
+def _describe(path: Path) -> InputFile:
+    """Size, time and kind of a regular file."""
     try:
         status = path.stat()
-    except OSError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
-        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
     try:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError as error:

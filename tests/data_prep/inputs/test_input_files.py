@@ -11,11 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.building.build import build
+from data_prep.building.options import BuildOptions
 from data_prep.errors import DataError
-from data_prep.inputs.input_files import find_inputs
+from data_prep.inputs.input_files import LeftOut, find_inputs
 from data_prep.inputs.reading import read_unit
 from data_prep.inputs.records import Reading
 from data_prep.inputs.units import plan_units
+from tests.data_prep.conftest import Silence
 
 
 def test_directory_is_walked_sorted_without_caches(tmp_path: Path) -> None:
@@ -59,6 +62,88 @@ def test_unusable_inputs_are_refused(tmp_path: Path, name: str, message: str) ->
         (tmp_path / name).write_bytes(b"PAR1 and no end")
     with pytest.raises(DataError, match=message):
         find_inputs([tmp_path / name])
+
+
+def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
+    """Links to nothing and to folders, pipes and other names are counted, each kind with a name."""
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for name in ("a.txt", "b.json", "c.json", "noise", "d.skip"):
+        (inputs / name).write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    (inputs / "linked").symlink_to(tmp_path / "elsewhere")
+    (inputs / "dangling.txt").symlink_to("nowhere")
+    os.mkfifo(inputs / "pipe.txt")
+    left_out = LeftOut()
+    files = find_inputs([inputs], exclude=["*.skip"], left_out=left_out)
+    assert [Path(file.path).name for file in files] == ["a.txt"]
+    lines = left_out.lines()
+    assert lines[0].startswith(f"note: not read: {inputs}/")
+    assert lines[0].endswith(
+        ".json has the suffix .json, which is taken only by --glob (and 1 more)"
+    )
+    assert set(lines[1:]) == {
+        f"note: not read: {inputs}/{name}"
+        for name in (
+            "noise has no suffix",
+            "linked is a link to a folder",
+            "dangling.txt is a link to nothing",
+            "pipe.txt is a pipe",
+        )
+    }
+
+
+def test_a_build_says_what_it_did_not_read(tmp_path: Path) -> None:
+    """The notes come before the work."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("x")
+    (tmp_path / "in" / "b.json").write_text("{}")
+    said: list[str] = []
+
+    class Listener(Silence):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    build(BuildOptions(tmp_path / "out", "bytes", (tmp_path / "in",), workers=1), Listener())
+    assert "b.json has the suffix .json" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling", "long"])
+def test_what_is_asked_for_by_name_must_be_a_file(tmp_path: Path, kind: str) -> None:
+    """A pipe, a link to nothing and an impossible name are errors when they are named."""
+    path = tmp_path / ("x" * 300 if kind == "long" else f"{kind}.jsonl")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "dangling":
+        path.symlink_to("nowhere")
+    message = {
+        "pipe": "is a pipe",
+        "dangling": "is a link to nothing",
+        "long": "File name too long",
+    }
+    with pytest.raises(DataError, match=message[kind]):
+        find_inputs([path])
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
+    """Its files were asked for; --exclude says that they are not wanted."""
+    inputs = tmp_path / "in"
+    deep = inputs
+    for _ in range(20):  # deeper than the longest path that the system opens
+        deep = deep / ("d" * 240)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for name in deep.relative_to(tmp_path).parts:
+            os.mkdir(name, dir_fd=descriptor)
+            inner = os.open(name, os.O_RDONLY, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+    finally:
+        os.close(descriptor)
+    (inputs / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"cannot read .*ddd: .*--exclude it"):
+        find_inputs([inputs])
+    assert len(find_inputs([inputs], exclude=["ddd*"])) == 1
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
