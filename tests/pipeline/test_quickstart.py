@@ -104,7 +104,7 @@ def test_run_that_fails_by_itself_is_an_error_with_its_status(tmp_path: Path) ->
 
 def test_failing_command_ends_the_quickstart() -> None:
     """The stage and the status are named."""
-    with pytest.raises(QuickstartError, match="a stage: the command ended with status 3"):
+    with pytest.raises(QuickstartError, match="a part: the command ended with status 3"):
         _parts().run(sys.executable, "-c", "raise SystemExit(3)")
 
 

@@ -87,7 +87,7 @@ def test_every_automatic_plan_holds_the_model(model: ModelConfig, count: int) ->
         (0, "at least 1"),
         ((), "no stage"),
         (({"tail": "1-2"},), "'tail', known are trunk and heads"),
-        (({"trunk": "5-2"},), "trunk: 5-2, which is neither a number nor a rising span"),
+        (({"trunk": "5-2"},), "trunk: 5-2, which is not a number or a rising span"),
         (({"trunk": "all"},), "trunk: all"),
     ],
 )
