@@ -14,6 +14,8 @@ BASE_PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do 
 PIP_ARGS ?=
 # Given to pytest as it is, for example ARGS="-k resume".
 ARGS ?=
+# Tests that run at once; each starts ranks of its own, so one per two cores is enough on larger machines.
+JOBS ?= 2
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
@@ -39,10 +41,10 @@ quickstart: $(installed) ## shards, training, kill, resume, export, generation, 
 	$(python) -m pipeline.quickstart
 
 test: $(installed) ## run all tests
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 stress: $(installed) ## run the long forms of tests (hours): every layout, every point of failure
-	$(python) -m pytest -m stress $(ARGS)
+	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile -m stress $(ARGS)
 
 check: $(installed) docs ## ruff, mypy --strict, the layering of imports, the pages and project files
 	$(python) -m ruff check .

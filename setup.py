@@ -77,6 +77,7 @@ setup(
             "myst-parser>=4.0",
             "pre-commit>=4.0",
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "sphinx>=8.0",
             "types-PyYAML>=6.0",

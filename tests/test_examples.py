@@ -86,6 +86,7 @@ def test_a_checkpoint_is_read(run_dir: Path) -> None:
     assert len(re.findall(r"root mean square", said)) > 6 * 5
 
 
+@pytest.mark.stress
 def test_heads_generate_the_same_text(run_dir: Path) -> None:
     """The example compares the texts itself; each number of heads has its line."""
     said = _python(run_dir.parents[2], "generate_with_heads.py", "--new-tokens", "12")

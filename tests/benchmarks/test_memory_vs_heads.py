@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.saved_tensors import SavedTensorMeter
@@ -13,6 +14,7 @@ from benchmarks.saved_tensors import SavedTensorMeter
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.stress
 def test_quick_run_writes_table_and_numbers(tmp_path: Path) -> None:
     """Saved bytes fall with the number of heads when sequential and rise in the joint step.
 

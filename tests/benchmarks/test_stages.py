@@ -138,6 +138,7 @@ def test_the_fastest_layout_fits_and_is_one_of_those_asked_for(work: Work) -> No
         assert max(found.prediction.memory_bytes) <= 60e9
 
 
+@pytest.mark.stress
 def test_arms_train_the_same_model_and_fill_the_table() -> None:
     """Ours in one and two stages and DeepSpeed's PipelineModule begin with the same loss."""
     arms = [arm for arm in ARMS if arm.world == 2]

@@ -147,6 +147,7 @@ def test_what_cannot_be_read_is_one_line(folder: Path, name: str, words: list[st
     assert all(word in message for word in words), message
 
 
+@pytest.mark.stress
 def test_a_dataset_of_the_hub_is_pinned_to_its_commit(
     tmp_path: Path, hub: Hub, files: dict[str, bytes], read_tree: Callable[[Path], dict[str, Any]]
 ) -> None:

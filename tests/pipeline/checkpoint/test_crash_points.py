@@ -16,6 +16,7 @@ from pipeline.checkpoint.crash_points import (
 )
 from pipeline.checkpoint.file_names import FOLDER, LATEST, committed
 from tests.support.crash_runs import assert_same_run, assert_whole, crash, go_on, kill_at_random
+from tests.support.long_forms import part_of
 from tests.support.training_runs import CONFIG, run_job
 
 WORLD = 2
@@ -66,7 +67,7 @@ def _resumed_step(output: str) -> int | None:
     return int(output.partition("resumed from ")[2].partition(": step ")[2].partition(",")[0])
 
 
-@pytest.mark.parametrize("mode", CHAINS)
+@pytest.mark.parametrize("mode", part_of(CHAINS, lambda _, mode: mode == "asynchronous"))
 def test_killed_at_points_of_saves(config: Path, straight: Path, tmp_path: Path, mode: str) -> None:
     """One save after the other ends at a named point: nothing but the steps since is lost.
 

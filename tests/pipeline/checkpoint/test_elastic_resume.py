@@ -14,6 +14,7 @@ import pytest
 from pipeline.engine.build import build_engine
 from tests.support.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.support.harness import run_ranks
+from tests.support.long_forms import part_of
 from tests.support.training_runs import metrics_without_times, run_job
 
 BEFORE, AFTER = 2, 10
@@ -94,7 +95,7 @@ def _name(pair: tuple[Place, Place]) -> str:
     return "-to-".join(f"{name}-zero{zero}" for name, zero in pair)
 
 
-@pytest.mark.parametrize("pair", CYCLE, ids=_name)
+@pytest.mark.parametrize("pair", part_of(CYCLE, lambda number, _: number % 3 == 0), ids=_name)
 def test_the_curve_goes_on_in_another_layout(saved: Any, pair: tuple[Place, Place]) -> None:
     """Losses of all heads and the norm over ten steps, as without the change."""
     _check(saved(pair[0]), pair[1])

@@ -82,8 +82,10 @@ def _reference(documents: bool, freeze: str) -> Course:
     return train_in_ranks(reference, STEPS)
 
 
-# Four ranks once in `make test`; masked documents and frozen trunks on four in `make stress`.
+# Four ranks once in `make test`; masked documents and frozen trunks on four in `make stress`, and
+# so are tiny buckets of one rank.
 SLOW_CASES = [case for case in DOCUMENT_CASES + FROZEN_CASES if case.world == 4]
+SLOW_CASES += [case for case in ZERO_CASES if case.world == 1 and case.bucket == TINY_BUCKET]
 CASES = [
     case
     for case in ZERO_CASES + TENSOR_CASES + OTHER_CASES + DOCUMENT_CASES + FROZEN_CASES
