@@ -233,15 +233,18 @@ def test_a_resized_terminal_keeps_no_copies() -> None:
         stderr=other,
         env={**variables, "TERM": "xterm"},
     ) as process:
-        read_until(b"logged 1")
-        erase_above = b"\x1b[1A\x1b[2K"
-        assert erase_above not in output
-        fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
-        os.write(own, b"\n")
-        read_until(b"logged 2")
-        assert output.count(erase_above * 2) == 1  # 80 columns are three rows of 30
-        os.write(own, b"\n")
-        assert process.wait(60) == 0
+        try:
+            read_until(b"logged 1")
+            erase_above = b"\x1b[1A\x1b[2K"
+            assert erase_above not in output
+            fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+            os.write(own, b"\n")
+            read_until(b"logged 2")
+            assert output.count(erase_above * 2) == 1  # 80 columns are three rows of 30
+            os.write(own, b"\n")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()  # it waits for a line that a failed test does not send
     os.close(own)
     os.close(other)
 
