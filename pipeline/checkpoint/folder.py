@@ -4,6 +4,7 @@ A folder that lacks its manifest, or whose files differ from it, is never taken 
 How the ranks write is the business of `saving`, what stays that of `retention`.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -136,14 +137,16 @@ class CheckpointFolder:
 
     def make(self) -> None:
         """Make the folder, so that one that is missing later was there once."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._was_made = True
+        with contextlib.suppress(OSError):  # the first save says what is in the way
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._was_made = True
 
     def _is_unused(self) -> bool:
         """Whether nothing was ever saved here; a link to nothing may name something."""
         if not self.directory.exists():
             return not self.directory.is_symlink()
-        return not any(self.directory.iterdir())
+        # What is no folder is in the way of the first save, which says so.
+        return not self.directory.is_dir() or not any(self.directory.iterdir())
 
     def finish_deletions(self) -> None:
         """Wait for deletions that are going on."""

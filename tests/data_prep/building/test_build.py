@@ -224,7 +224,7 @@ def test_killed_twice_then_finished(
         with pytest.raises(DataError, match="incomplete"):
             ShardSet.open(output, "train")
     kept = {file.name: file.stat().st_mtime_ns for file in (output / "journal").glob("[0-9]*.json")}
-    (output / "shards" / "train" / "corpus" / "00000.arrow.1.tmp").write_bytes(b"left over")
+    (output / "shards" / "train" / "corpus" / "00000.arrow.0123abcd.tmp").write_bytes(b"left over")
     options = {"tokenizer": "train:500", "unit_bytes": UNIT_BYTES}
     manifest = build_set(path, output="killed", **options)
     for name, time_ns in kept.items():
