@@ -52,14 +52,19 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 GLOBAL_BATCH = 4
 
 
+def _micro_size(name: str) -> str:
+    """The setting that gives every layout the same global batch."""
+    settings = LAYOUTS[name][1]
+    accumulation = next((int(s[-1]) for s in settings if "accumulation" in s), 1)
+    data = 2 if "dp2" in name else 1
+    return f"batch.micro_size={GLOBAL_BATCH // (accumulation * data)}"
+
+
 def _train(config: Path, tmp_path: Path, name: str, *more: str) -> Path:
     """Run a layout to its end; its folder."""
     world, settings = LAYOUTS[name]
-    accumulation = next((int(s[-1]) for s in settings if "accumulation" in s), 1)
-    data = 2 if "dp2" in name else 1
-    micro = f"batch.micro_size={GLOBAL_BATCH // (accumulation * data)}"
     run_dir = tmp_path / name
-    arguments = [str(config), "--set", f"run.dir={run_dir}", micro, *settings, *more]
+    arguments = [str(config), "--set", f"run.dir={run_dir}", _micro_size(name), *settings, *more]
     outcome = run_job(tmp_path, arguments, world=world)
     assert set(outcome.codes) == {0}, outcome.output
     return run_dir
@@ -116,8 +121,7 @@ def test_a_staged_run_that_was_killed_goes_on_bit_identically(
     straight = _train(config, tmp_path, name)
     world, settings = LAYOUTS[name]
     killed = tmp_path / "killed"
-    micro = 1 if "dp2" in name else 2
-    arguments = [str(config), "--set", f"run.dir={killed}", f"batch.micro_size={micro}", *settings]
+    arguments = [str(config), "--set", f"run.dir={killed}", _micro_size(name), *settings]
     job = start_job(tmp_path, arguments, world=world)
     job.wait_until(lambda: last_step(killed) >= 5)
     for rank in range(world):
