@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.stress
 def test_quick_run_writes_table_and_numbers(tmp_path: Path) -> None:
     """Every figure of the table is there; text outside the markers stays, and no files are left."""
     readme = (ROOT / "benchmarks" / "README.md").read_text()

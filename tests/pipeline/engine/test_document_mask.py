@@ -89,6 +89,7 @@ def test_validation_loss_is_that_of_documents_alone(
     assert "data.document_mask was false up to here and is true from here on" in outcome.output[0]
 
 
+@pytest.mark.stress
 def test_layouts_agree_on_masked_documents(config: Path, tmp_path: Path) -> None:
     """Two tensor-parallel ranks, two data-parallel ones with ZeRO-3 and accumulation, and bf16."""
     figures = []

@@ -84,7 +84,7 @@ def _reference(documents: bool) -> Course:
 
 
 @pytest.mark.parametrize(
-    "case", part_of([*PAIRWISE, *OTHERS], lambda number, _: number % 2 == 0), ids=_name
+    "case", part_of([*PAIRWISE, *OTHERS], lambda number, _: number % 3 == 0), ids=_name
 )
 def test_stages_train_as_one_process(case: Case) -> None:
     """Losses, norms and every gradient over five steps, and the weights after them, agree."""
