@@ -1,7 +1,7 @@
 """A checkpoint of any layout goes on in any other, and the curve does not notice.
 
-`make stress` takes every pair of layouts and ZeRO levels; `make test` every fifth of a cycle in which
-each layout is left once and entered once at every ZeRO level.
+`make stress` takes every pair of layouts and ZeRO levels; `make test` every fifth of a cycle in
+which each layout is left once and entered once at every ZeRO level.
 """
 
 from functools import cache
