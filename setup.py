@@ -44,7 +44,7 @@ setup(
     install_requires=[
         "backports.zstd>=1.0; python_version<'3.14'",
         "datasets>=3.0",
-        # Bounded, since private parts of DeepSpeed are used (pipeline/engine/deepspeed_internals.py);
+        # Bounded: private parts of DeepSpeed are used (pipeline/engine/deepspeed_internals.py).
         # tests/pipeline/engine/test_library_versions.py runs on both bounds in `make stress`.
         "deepspeed>=0.19.0,<=0.19.8",
         "gigatoken>=0.10",
