@@ -23,11 +23,9 @@ def main() -> NoReturn:
             "Headway into a virtual environment of its own"
         )
     try:
-        import pipeline  # noqa: F401  # looks at its neighbors
+        from pipeline import commands  # the package itself, imported first, looks at its neighbors
     except ImportError as error:
         sys.exit(f"error: {error}")
-    from pipeline import commands
-
     sys.exit(commands.main())
 
 

@@ -50,7 +50,7 @@ Block = Table | Figures | Listing | Paragraph
 
 
 class Section(NamedTuple):
-    """A heading with what stands below it."""
+    """A heading with what is below it."""
 
     title: str
     blocks: Sequence[Block]

@@ -227,7 +227,7 @@ class _Builder:
         name = str(event.anchor)
         shown = "*" + _shown(name, "")
         if name in (one.anchor for one in self._open):
-            _refuse(event, f"the alias {shown} stands inside what it names")
+            _refuse(event, f"the alias {shown} is inside what it names")
         built = self._anchors.get(name)
         if built is None:
             _refuse(event, f"the alias {shown} names nothing before it")

@@ -82,7 +82,7 @@ class Parts:
         if status:
             raise QuickstartError(
                 f"{self._titles[-1]}: the command ended with status {status}; its own message "
-                "stands above"
+                "is above"
             )
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
@@ -220,7 +220,7 @@ def kill_part_way(parts: Parts, command: Sequence[str], config: RunConfig) -> in
             print(_SHOW_CURSOR, end="", flush=True)
     raise QuickstartError(
         f"training ended with status {process.returncode} before it could be killed at step "
-        f"{kill_step}; its own message stands above"
+        f"{kill_step}; its own message is above"
     )
 
 

@@ -26,7 +26,7 @@ LARGEST_INDENT = 64
 LONGEST_STRAY = 1024
 QUOTE = ord('"')
 
-# A string up to its closing quote, or up to the line end or block end that stands in its way.
+# A string up to its closing quote, or up to the line end or block end that comes first.
 _TOKEN = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*("?)|[\[\]{}]', re.DOTALL)
 _STRING_REST = re.compile(rb'[^"\\\n]*(?:\\.[^"\\\n]*)*("?)', re.DOTALL)
 _BETWEEN = re.compile(rb"[^\s,]+")
@@ -184,7 +184,7 @@ class _Scanner:
                 if not self._open or self._open.pop() != _CLOSES[sign]:
                     return self._lose(content, first, place)
             elif self._is_out_of_place(content, found.start()):
-                # An object where a key must stand: the one before was never closed.
+                # An object where a key must be: the one before was never closed.
                 place = self._hold(content, first, found.start())
                 self._give_up(MALFORMED)
                 return place
@@ -199,7 +199,7 @@ class _Scanner:
         return self._hold(content, first, place)
 
     def _is_out_of_place(self, content: bytes, place: int) -> bool:
-        """True for a bracket directly in an object that does not stand behind a colon."""
+        """True for a bracket directly in an object that does not follow a colon."""
         if not self._open or self._open[-1] != ord("{"):
             return False
         before = self._before(content, place).rstrip()

@@ -44,7 +44,7 @@ def read_unit(unit: Unit, reading: Reading) -> Iterator[RecordBatch]:
 class TextReader:
     """Gives the texts of records again, from the offsets that were recorded for them.
 
-    Asked in rising order, as records stand in a shard, a row group of .parquet is decoded once.
+    Asked in rising order, the order of records in a shard, a row group of .parquet is decoded once.
     """
 
     def __init__(self) -> None:

@@ -50,8 +50,8 @@ def superfluous(found: Sequence[Candidate], options: CheckpointSection) -> list[
         options: the policy.
 
     Example: keep=2, keep_every=1000, keep_best=1 and steps 500 (loss 3.1), 1000 (3.2), 1500 (3.0),
-    2000 (3.1), 2500 (3.3), 3000 (3.2): 2500 and 3000 are the newest, 1000, 2000 and 3000 stay for
-    ever, 1500 is the best, and 500 goes.
+    2000 (3.1), 2500 (3.3), 3000 (3.2): 2500 and 3000 are the newest, 1000, 2000 and 3000 are kept
+    for good, 1500 is the best, and 500 goes.
     """
     newest = sorted(found, key=lambda one: one.step)[-options.keep :]
     stays = {one.step for one in newest}

@@ -1,1 +1,1 @@
-"""Ranks: how they meet, where each one stands, what they agree on, who is gone."""
+"""Ranks: how they meet, where each one is, what they agree on, who is gone."""

@@ -5,7 +5,7 @@ Every function is a collective while a process group exists, and works without o
 
 import signal
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ def from_main(evaluate: Callable[[], Value], error: type[Exception]) -> Value:
     value, message = box[0]
     if message is not None:
         raise error(message) from AgreedByAllRanks()
-    return value  # type: ignore[return-value]
+    return cast(Value, value)
 
 
 def on_all_ranks(evaluate: Callable[[], Value], *errors: type[Exception]) -> Value:
@@ -65,7 +65,7 @@ def on_all_ranks(evaluate: Callable[[], Value], *errors: type[Exception]) -> Val
         if found is not None:
             message = str(found) if rank == 0 else f"rank {rank}: {found}"
             raise type(found)(message) from AgreedByAllRanks()
-    return value  # type: ignore[return-value]
+    return cast(Value, value)
 
 
 def from_all(value: Value) -> list[Value]:

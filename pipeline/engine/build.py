@@ -19,7 +19,7 @@ from pipeline.config.run_config import Precision, RunConfig
 from pipeline.distributed.agreement import judged_by_main
 from pipeline.distributed.topology import Topology
 from pipeline.engine.deepspeed_config import deepspeed_config
-from pipeline.engine.deepspeed_internals import internals_of, keep_off_shared_memory
+from pipeline.engine.deepspeed_internals import keep_off_shared_memory, share_of
 from pipeline.engine.engine import Engine, Execution
 from pipeline.engine.optimizer import build_adamw
 from pipeline.engine.pipeline_stage import PipelineStage
@@ -62,7 +62,7 @@ def build_engine(
         config=settings,
         dist_init_required=False,
     )
-    internals = internals_of(
+    share = share_of(
         wrapped,
         zero=config.parallel.zero,
         data_rank=topology.data_rank,
@@ -70,10 +70,10 @@ def build_engine(
     )
     execution: Execution
     if topology.num_stages > 1:
-        execution = PipelineStage(config, topology, wrapped, internals, dtype)
+        execution = PipelineStage(config, topology, wrapped, share, dtype)
     else:
         execution = SingleStage(config, wrapped, topology.device)
-    engine = Engine(config, topology, wrapped, internals, execution)
+    engine = Engine(config, topology, wrapped, share, execution)
     check_coverage(engine)
     return engine
 

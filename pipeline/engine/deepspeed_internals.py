@@ -4,7 +4,7 @@ DeepSpeed has no public way to find a rank's own share of weights and Adam momen
 level, to forget the gradients of a step that is not taken, or to keep several micro-batches
 between forward and backward. What is used instead is private, so it may change with any release:
 every private attribute is read by `_private`, which says what is missing and what to install, and
-`pipeline.engine.coverage` checks at start that the shares found here cover the model.
+`pipeline.checkpoint.coverage` checks at start that the shares found here cover the model.
 
 Where a rank's share lies:
 
@@ -14,9 +14,8 @@ Where a rank's share lies:
     ZeRO 3         a padded share of every parameter
 """
 
-import abc
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -26,143 +25,12 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from torch import Tensor, nn
 
 from model.errors import ConfigError
+from pipeline.engine.optimizer_share import MOMENTS, Fragment, OptimizerShare
 
 TESTED_VERSIONS = ">=0.19.0,<=0.19.8"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Fragment(NamedTuple):
-    """This rank's run of a parameter's elements.
-
-    Attributes:
-        name: of the parameter.
-        start: first element, in the flattened tensor-parallel slice.
-        views: flat views by kind, `weight` and for trained parameters both moments; writing to
-            them changes the optimizer.
-        owned: the run of elements, within the views, that no other data-parallel rank holds as
-            well or that falls to this rank to save.
-    """
-
-    name: str
-    start: int
-    views: dict[str, Tensor]
-    owned: slice
-
-    @property
-    def stop(self) -> int:
-        """End of the run in the flattened tensor-parallel slice."""
-        return self.start + self.views["weight"].numel()
-
-
-class DeepSpeedInternals(abc.ABC):
-    """The private side of one rank's DeepSpeed engine; one subclass per kind of optimizer.
-
-    Args:
-        engine: what `deepspeed.initialize` returned.
-        data_rank: data-parallel rank.
-        data_size: number of data-parallel ranks.
-    """
-
-    def __init__(self, engine: Any, data_rank: int, data_size: int) -> None:
-        self._engine = engine
-        self._model: nn.Module = engine.module
-        self._optimizer: Any = engine.optimizer
-        self._data_rank = data_rank
-        self._data_size = data_size
-
-    @abc.abstractmethod
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's fragments of all parameters of its part of the model."""
-
-    @abc.abstractmethod
-    def refresh_weights(self) -> None:
-        """Copy loaded fp32 weights into those that the model computes with; a collective."""
-
-    @abc.abstractmethod
-    def gradients(self) -> Iterator[Tensor]:
-        """This rank's reduced gradients, at the end of a step's last backward."""
-
-    @abc.abstractmethod
-    def discard_gradients(self) -> None:
-        """Forget the gradients of a step that will not be taken."""
-
-    @abc.abstractmethod
-    def _adam(self) -> torch.optim.AdamW:
-        """The torch optimizer that DeepSpeed drives."""
-
-    def _stepped(self) -> Iterator[Tensor]:
-        """The tensors that Adam updates."""
-        for group in self._adam().param_groups:
-            yield from group["params"]
-
-    def states(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Adam's state of every tensor it updates; zeros, as before its first step, if none yet."""
-        adam = self._adam()
-        for tensor in self._stepped():
-            if not adam.state[tensor]:
-                device = tensor.device if adam.defaults["fused"] else "cpu"
-                adam.state[tensor] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=device),
-                    **{kind: torch.zeros_like(tensor.data) for kind in _MOMENTS},
-                }
-        return adam.state
-
-    @property
-    def adam_step(self) -> int:
-        """Steps that Adam has taken."""
-        return max((int(state["step"]) for state in self.states().values()), default=0)
-
-    @adam_step.setter
-    def adam_step(self, step: int) -> None:
-        for state in self.states().values():
-            state["step"].fill_(step)
-
-    def gradients_finite(self, device: torch.device) -> Tensor:
-        """Whether the gradients of this rank are finite: a bool on `device`, without a host sync.
-
-        The extremes of a tensor are finite only if all of it is, and need no copy of it.
-        """
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        for gradient in self.gradients():
-            if gradient.numel():
-                low, high = torch.aminmax(gradient)
-                finite &= low.isfinite() & high.isfinite()
-        return finite
-
-    # With pipeline stages several micro-batches are between their forward and their backward. Only
-    # ZeRO counts on there being one, so without it there is nothing to do here.
-
-    def begin_backward(self) -> None:  # noqa: B027
-        """Let the coming backward add to the gradients of the step's earlier ones."""
-
-    def trace_whole_steps(self, group: dist.ProcessGroup) -> None:  # noqa: B027
-        """Let ZeRO-3 learn the order of modules of a whole step, compared within `group` only."""
-
-    def begin_trace(self) -> None:  # noqa: B027
-        """A step's first forward, or an evaluation's, is about to run."""
-
-    def gradients_to_come(self) -> list[tuple[nn.Module, int]]:
-        """What ZeRO-3 waits for, per module, before it frees weights in the coming backward.
-
-        Every forward sets it anew; the backward of an earlier micro-batch needs the earlier one.
-        """
-        return []
-
-    def expect_gradients(self, to_come: list[tuple[nn.Module, int]]) -> None:  # noqa: B027
-        """Restore what `gradients_to_come` gave after the forward of a micro-batch."""
-
-    def _whole(self, name: str, parameter: nn.Parameter, master: Tensor) -> Fragment:
-        """A parameter that every data-parallel rank holds whole: each saves its share of it."""
-        views = {"weight": master.data.view(-1)}
-        if parameter.requires_grad:
-            state = self._adam().state[master]
-            views |= {kind: state[kind].view(-1) for kind in _MOMENTS}
-        count = parameter.numel()
-        rank, size = self._data_rank, self._data_size
-        return Fragment(name, 0, views, slice(count * rank // size, count * (rank + 1) // size))
-
-
-class _WholeParameters(DeepSpeedInternals):
+class _WholeParameters(OptimizerShare):
     """ZeRO 0 in fp32: DeepSpeed's optimizer is torch's own, on the model's parameters."""
 
     def fragments(self) -> Iterator[Fragment]:
@@ -215,11 +83,10 @@ class _WholeMasters(_WholeParameters):
         return {p: master for group in groups for p, master in zip(*group, strict=True)}
 
     def _adam(self) -> torch.optim.AdamW:
-        adam: torch.optim.AdamW = _private(self._optimizer, "optimizer")
-        return adam
+        return _wrapped_adam(self._optimizer)
 
 
-class _FlatPartitions(DeepSpeedInternals):
+class _FlatPartitions(OptimizerShare):
     """ZeRO 1 and 2: one flat fp32 partition per parameter group on each data-parallel rank."""
 
     def fragments(self) -> Iterator[Fragment]:
@@ -236,7 +103,7 @@ class _FlatPartitions(DeepSpeedInternals):
             flat = partitions[_private(mapping, "param_group_index")]
             address = _private(mapping, "hp_fragment_address")
             run = slice(address.start, address.start + address.numel)
-            views = {"weight": flat.data[run]} | {k: states[flat][k][run] for k in _MOMENTS}
+            views = {"weight": flat.data[run]} | {k: states[flat][k][run] for k in MOMENTS}
             start = _private(mapping, "lp_fragment_address").start
             yield Fragment(name, start, views, slice(None))
 
@@ -272,11 +139,10 @@ class _FlatPartitions(DeepSpeedInternals):
         _private(self._optimizer, "clear_backward_seen_flag")()
 
     def _adam(self) -> torch.optim.AdamW:
-        adam: torch.optim.AdamW = _private(self._optimizer, "optimizer")
-        return adam
+        return _wrapped_adam(self._optimizer)
 
 
-class _ShardedParameters(DeepSpeedInternals):
+class _ShardedParameters(OptimizerShare):
     """ZeRO 3: each data-parallel rank holds a padded share of every parameter."""
 
     _TO_COME = "ds_grads_remaining"
@@ -295,7 +161,7 @@ class _ShardedParameters(DeepSpeedInternals):
             run = slice(0, min(length, count - start))  # without the padding
             if parameter.requires_grad:
                 views = {"weight": safe_get_local_fp32_param(parameter).data[run]}
-                for kind in _MOMENTS:
+                for kind in MOMENTS:
                     views[kind] = safe_get_local_optimizer_state(parameter, kind)[run]
             else:
                 views = {"weight": share.data[run]}
@@ -368,12 +234,11 @@ class _ShardedParameters(DeepSpeedInternals):
         yield from _private(self._optimizer, "fp32_partitioned_groups_flat")
 
     def _adam(self) -> torch.optim.AdamW:
-        adam: torch.optim.AdamW = _private(self._optimizer, "optimizer")
-        return adam
+        return _wrapped_adam(self._optimizer)
 
 
-def internals_of(engine: Any, *, zero: int, data_rank: int, data_size: int) -> DeepSpeedInternals:
-    """The private side of an engine.
+def share_of(engine: Any, *, zero: int, data_rank: int, data_size: int) -> OptimizerShare:
+    """This rank's share, found in an engine.
 
     Args:
         engine: what `deepspeed.initialize` returned.
@@ -384,7 +249,7 @@ def internals_of(engine: Any, *, zero: int, data_rank: int, data_size: int) -> D
     Raises:
         ConfigError: this version of DeepSpeed is not the one that this file knows.
     """
-    kind: type[DeepSpeedInternals]
+    kind: type[OptimizerShare]
     if zero == 3:
         kind = _ShardedParameters
     elif zero:
@@ -421,6 +286,12 @@ def _confine_trace_check(group: dist.ProcessGroup) -> None:
 
     _private(partitioned_param_coordinator, "assert_ints_same_as_other_ranks")
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = assert_same
+
+
+def _wrapped_adam(optimizer: Any) -> torch.optim.AdamW:
+    """The torch optimizer inside DeepSpeed's."""
+    adam: torch.optim.AdamW = _private(optimizer, "optimizer")
+    return adam
 
 
 def _private(owner: Any, name: str) -> Any:

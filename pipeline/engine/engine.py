@@ -24,8 +24,8 @@ from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.agreement import Agreed, RankFlags, agree
 from pipeline.distributed.topology import Topology
-from pipeline.engine.deepspeed_internals import DeepSpeedInternals
 from pipeline.engine.evaluation import EvalResult
+from pipeline.engine.optimizer_share import OptimizerShare
 
 
 class StepResult(NamedTuple):
@@ -89,7 +89,7 @@ class Engine:
         config: the run.
         topology: the grid of ranks.
         deepspeed_engine: what `deepspeed.initialize` returned.
-        internals: its private side.
+        share: what this rank owns of weights, gradients and moments.
         execution: how micro-batches run.
     """
 
@@ -98,7 +98,7 @@ class Engine:
         config: RunConfig,
         topology: Topology,
         deepspeed_engine: Any,
-        internals: DeepSpeedInternals,
+        share: OptimizerShare,
         execution: Execution,
     ) -> None:
         self.config = config
@@ -106,7 +106,7 @@ class Engine:
         self.model: MultiTokenModel = deepspeed_engine.module
         self.execution = execution
         self._engine = deepspeed_engine
-        self._internals = internals
+        self._share = share
         self._weights = torch.tensor(config.model.loss_weights, device=topology.device)
 
     def train_step(
@@ -126,11 +126,11 @@ class Engine:
         sums = self.execution.run(batches, scales)
         head_losses = self._global_sum(sums) / counts.clamp(min=1)
         finite = head_losses.isfinite().all()
-        finite &= self._internals.gradients_finite(self.topology.device)
+        finite &= self._share.gradients_finite(self.topology.device)
         agreed = agree(finite, flags())
         norm = self._apply(learning_rate) if agreed.finite else None
         if norm is None:
-            self._internals.discard_gradients()
+            self._share.discard_gradients()
             return StepResult(head_losses, float("nan"), False, agreed)
         self.execution.weights_changed()
         return StepResult(head_losses, norm, True, agreed)
@@ -185,7 +185,7 @@ class Engine:
         """
         self.execution.check()
         runs = {}
-        for fragment in self._internals.fragments():
+        for fragment in self._share.fragments():
             if placement_of(fragment.name).dim is None and self.topology.tensor_rank > 0:
                 continue  # every tensor-parallel rank has the same, and the first one saves it
             start = fragment.start + (fragment.owned.start or 0)
@@ -196,7 +196,7 @@ class Engine:
             self.topology.info.rank,
             self.topology.tensor_rank,
             self.topology.tensor_size,
-            self._internals.adam_step,
+            self._share.adam_step,
             runs,
         )
 
@@ -210,7 +210,7 @@ class Engine:
             CheckpointError: the files do not hold this model.
         """
         files = StateFiles(directory, self.config.model)
-        for fragment in self._internals.fragments():
+        for fragment in self._share.fragments():
             for kind, view in fragment.views.items():
                 part = files.part(
                     kind,
@@ -221,6 +221,6 @@ class Engine:
                     stop=fragment.stop,
                 )
                 view.copy_(part)
-        self._internals.adam_step = files.adam_step
-        self._internals.refresh_weights()
+        self._share.adam_step = files.adam_step
+        self._share.refresh_weights()
         self.execution.weights_changed()

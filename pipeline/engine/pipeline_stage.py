@@ -20,8 +20,8 @@ from model.errors import TrainingError
 from model.language_model import MultiTokenModel
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.topology import Topology
-from pipeline.engine.deepspeed_internals import DeepSpeedInternals
 from pipeline.engine.evaluation import evaluate_heads
+from pipeline.engine.optimizer_share import OptimizerShare
 from pipeline.stages.costs import micro_batch_order
 from pipeline.stages.links import StageLinks
 from pipeline.stages.plan import depths, num_depths
@@ -39,7 +39,7 @@ class PipelineStage:
         config: the run.
         topology: the grid of ranks, with more than one stage.
         deepspeed_engine: what `deepspeed.initialize` returned.
-        internals: its private side.
+        share: what this rank owns of weights, gradients and moments.
         dtype: of activations.
     """
 
@@ -48,14 +48,14 @@ class PipelineStage:
         config: RunConfig,
         topology: Topology,
         deepspeed_engine: Any,
-        internals: DeepSpeedInternals,
+        share: OptimizerShare,
         dtype: torch.dtype,
     ) -> None:
         self._config = config
         self._topology = topology
         self._engine = deepspeed_engine
         self._model: MultiTokenModel = deepspeed_engine.module
-        self._internals = internals
+        self._share = share
         self._links = StageLinks(topology, dtype)
         partitioned = config.parallel.zero == 3
         self._lm_head_partitioned = partitioned and self._model.part.owns_lm_head
@@ -70,23 +70,23 @@ class PipelineStage:
             chunk_tokens=config.train.loss_chunk_tokens,
             sparse_first_gradient=partitioned,
         )
-        internals.trace_whole_steps(topology.get_data_parallel_group())
+        share.trace_whole_steps(topology.get_data_parallel_group())
         self.weights_changed()
 
     def run(self, batches: list[Batch], scales: Tensor) -> Tensor:
         """Forward and backward of a step's micro-batches; each head's loss sum over them `[n]`."""
-        self._internals.begin_trace()
+        self._share.begin_trace()
         return self.runner.run(batches, scales)
 
     def _forward(
         self, inputs: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, list[tuple[nn.Module, int]]]:
         output = self._engine(inputs, documents=documents)
-        return output, self._internals.gradients_to_come()
+        return output, self._share.gradients_to_come()
 
     def _begin_backward(self, to_come: list[tuple[nn.Module, int]], is_last: bool) -> None:
-        self._internals.begin_backward()
-        self._internals.expect_gradients(to_come)
+        self._share.begin_backward()
+        self._share.expect_gradients(to_come)
         self._engine.set_gradient_accumulation_boundary(is_last)
 
     def _backward(self, surrogate: Tensor) -> None:
@@ -124,7 +124,7 @@ class PipelineStage:
                 head_group=self._topology.head_group,
             )
 
-        self._internals.begin_trace()
+        self._share.begin_trace()
         sums: Tensor = self._engine(inputs, pass_on, documents=batch.documents)
         return sums
 

@@ -1,6 +1,6 @@
 """Tensors of an export: those that transformers' classes expect, and equal to the checkpoint's.
 
-Nothing is built: classes stand on torch's meta device, tensors are read one at a time.
+Nothing is built: classes are on torch's meta device, tensors are read one at a time.
 """
 
 from pathlib import Path

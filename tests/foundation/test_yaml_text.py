@@ -85,7 +85,7 @@ def test_aliases_are_copies() -> None:
         ("? [a]\n: b", "line 1, column 3: a key is a list"),
         ("a: &x b\n*x : c", "line 2, column 1: a key is a list, a mapping or an alias"),
         ("a: *b", "line 1, column 4: the alias *b names nothing before it"),
-        ("a: &a [1, *a]", "the alias *a stands inside what it names"),
+        ("a: &a [1, *a]", "the alias *a is inside what it names"),
         ("a: 1\n---\nb: 2", "line 2, column 1: a second document begins"),
         ("%YAML 2.0\n---\na", "incompatible YAML document"),
         ('a: "\\0"', "line 1, column 4: a control character, U+0000"),

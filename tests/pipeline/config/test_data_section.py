@@ -7,24 +7,6 @@ import pytest
 from model.errors import ConfigError
 from pipeline.config.run_config import load_config, to_yaml
 
-SMALL = """\
-run: {name: small}
-model: {layers: 6, hidden_size: 64, attention_heads: 4, vocab_size: 96, future_tokens: 4}
-data: {shards: somewhere, sequence_length: 32}
-batch: {micro_size: 2}
-train: {steps: 100}
-optimizer: {learning_rate: 3e-4}
-schedule: {warmup_steps: 10}
-"""
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """A file with the fewest keys a run needs."""
-    path = tmp_path / "small.yaml"
-    path.write_text(SMALL)
-    return path
-
 
 def test_weights_of_sources_are_a_mapping_or_a_schedule(small: Path) -> None:
     """The short form is a schedule of one phase; both survive the resolved file."""

@@ -17,7 +17,8 @@ from model.errors import ConfigError, TrainingError
 from pipeline.config.run_config import Precision
 from pipeline.engine import deepspeed_internals
 from pipeline.engine.build import build_engine, check_coverage
-from pipeline.engine.deepspeed_internals import Fragment, internals_of
+from pipeline.engine.deepspeed_internals import share_of
+from pipeline.engine.optimizer_share import Fragment
 from tests.support.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.support.harness import RankFailedError, run_ranks
 
@@ -64,12 +65,12 @@ def _with_a_gap(case: Case) -> None:
     """An engine that does not find one parameter."""
     topology = build_topology(case)
     engine = build_engine(engine_config(case), topology, "fp32")
-    find = engine._internals.fragments
+    find = engine._share.fragments
 
     def forgetful() -> Iterator[Fragment]:
         return (found for found in find() if found.name != DROPPED)
 
-    engine._internals.fragments = forgetful  # type: ignore[method-assign]
+    engine._share.fragments = forgetful  # type: ignore[method-assign]
     check_coverage(engine)
 
 
@@ -89,7 +90,7 @@ def test_an_attribute_that_is_gone_is_named(zero: int, name: str) -> None:
     engine = SimpleNamespace(
         module=torch.nn.Linear(2, 2), optimizer=SimpleNamespace(optimizer=adam)
     )
-    fragments = internals_of(engine, zero=zero, data_rank=0, data_size=1).fragments()
+    fragments = share_of(engine, zero=zero, data_rank=0, data_size=1).fragments()
     with pytest.raises(ConfigError) as caught:
         next(fragments)
     assert f"has no {name!r}" in str(caught.value)
