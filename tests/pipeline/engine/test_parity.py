@@ -15,8 +15,6 @@ from tests.support.engine_cases import DEFAULT_BUCKET, TINY_BUCKET, Case
 from tests.support.parity_runs import Course, assert_same_course, train_in_ranks
 
 STEPS = 4
-# fp32 sums in another order: observed at most 5e-6 for gradients, over all cases.
-TOLERANCE = 1e-5
 
 
 REFERENCE = Case(backward="joint")
@@ -100,6 +98,4 @@ CASES = [
 )
 def test_layout_gives_the_gradients_of_one_process(case: Case) -> None:
     """Head losses, norm and every gradient agree over four steps, and so do the last weights."""
-    assert_same_course(
-        train_in_ranks(case, STEPS), _reference(case.documents, case.freeze), TOLERANCE
-    )
+    assert_same_course(train_in_ranks(case, STEPS), _reference(case.documents, case.freeze))

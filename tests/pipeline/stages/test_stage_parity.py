@@ -14,8 +14,6 @@ from tests.support.long_forms import part_of
 from tests.support.parity_runs import Course, assert_same_course, train_in_ranks
 
 STEPS = 5
-# fp32 sums in another order: observed at most 5e-6 for gradients, over all cases.
-TOLERANCE = 1e-5
 PLANS = {
     "trunk 0-2|heads 1-3": 2,
     "trunk 0-2|heads 1-2|heads 3": 3,
@@ -88,11 +86,11 @@ def _reference(documents: bool) -> Course:
 )
 def test_stages_train_as_one_process(case: Case) -> None:
     """Losses, norms and every gradient over five steps, and the weights after them, agree."""
-    assert_same_course(train_in_ranks(case, STEPS), _reference(case.documents), TOLERANCE)
+    assert_same_course(train_in_ranks(case, STEPS), _reference(case.documents))
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("case", [case for case in ALL if case not in PAIRWISE], ids=_name)
 def test_every_combination_of_stages_trains_as_one_process(case: Case) -> None:
     """The same for the rest of the matrix."""
-    assert_same_course(train_in_ranks(case, STEPS), _reference(case.documents), TOLERANCE)
+    assert_same_course(train_in_ranks(case, STEPS), _reference(case.documents))
