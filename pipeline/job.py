@@ -30,13 +30,10 @@ from pipeline.data.samples import (
 )
 from pipeline.data.validation import ValidationSamples
 from pipeline.distributed.agreement import on_all_ranks
+from pipeline.distributed.launch import Launch
 from pipeline.distributed.lease import Lease
-from pipeline.distributed.rendezvous import (
-    RankInfo,
-    device_index,
-    is_communication_error,
-    start_process_group,
-)
+from pipeline.distributed.meeting import is_communication_error, start_process_group
+from pipeline.distributed.rendezvous import RankInfo, device_index
 from pipeline.distributed.signals import EXIT_STOPPED, StopRequest
 from pipeline.distributed.topology import Topology
 from pipeline.distributed.watchdog import Watchdog
@@ -76,6 +73,7 @@ class Job:
         info: this rank's position.
         device: kind of device.
         precision: arithmetic.
+        launch: what this host shows of the job.
     """
 
     def __init__(
@@ -85,10 +83,12 @@ class Job:
         info: RankInfo,
         device: Device,
         precision: Precision,
+        launch: Launch,
     ) -> None:
         self.config = config
         self.resume = resume
         self.info = info
+        self._launch = launch
         self.kind: Device = device
         self.precision: Precision = precision
         self.position = f"rank {info.rank}/{info.world_size}"
@@ -136,7 +136,7 @@ class Job:
             index = device_index(self.info, torch.cuda.device_count(), os.environ)
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
-        start_process_group(self.info, device, config.train.timeout_s)
+        start_process_group(self.info, device, config.train.timeout_s, self._launch)
         topology = Topology(
             self.info,
             config.parallel.tensor,

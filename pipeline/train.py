@@ -23,10 +23,11 @@ from pipeline.config.run_config import (
     resolve_device,
     resolve_precision,
 )
+from pipeline.distributed.launch import Launch
+from pipeline.distributed.rendezvous import RankInfo, rank_info
 from pipeline.reporting.run_log import quieten_libraries
 
 if TYPE_CHECKING:
-    from pipeline.distributed.rendezvous import RankInfo
     from pipeline.job import Job
 
 EXIT_FAILED, EXIT_USER_FAULT = 1, 2
@@ -36,10 +37,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     """Run the command line; returns the exit code."""
     options = _parse(arguments, prog)
     quieten_libraries()
-    # Imported here so that --help does not wait for torch.
-    from pipeline.distributed.rendezvous import rank_info
-
-    info = rank_info(os.environ)
+    try:
+        info = rank_info(os.environ)
+    except ConfigError as error:
+        _say(f"error: {error}")
+        return EXIT_USER_FAULT
+    launch = Launch(info, os.environ, orphaned=lambda reason: _end_orphan(info, reason))
     try:
         config = load_config(options.config, options.set)
         if options.dry_run:
@@ -56,10 +59,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     # Imported late: DeepSpeed and megatron-core take seconds, and what is above needs neither.
     from pipeline.job import Job
 
-    return _run(Job(config, options.resume, info, device, precision), info)
+    return _run(Job(config, options.resume, info, device, precision, launch), info)
 
 
-def _run(job: "Job", info: "RankInfo") -> int:
+def _end_orphan(info: RankInfo, reason: str) -> NoReturn:
+    """End a rank that nobody would stop any more, from whatever it is in."""
+    _say(
+        f"error: rank {info.rank}/{info.world_size}: stopping, because {reason}, and nothing "
+        "would end this rank: start the job again, and it goes on from its last checkpoint"
+    )
+    os._exit(EXIT_FAILED)
+
+
+def _run(job: "Job", info: RankInfo) -> int:
     """Run the job; errors become one line that names the rank, and an exit code."""
     from pipeline.distributed.agreement import AgreedByAllRanks
     from pipeline.distributed.signals import EXIT_STOPPED

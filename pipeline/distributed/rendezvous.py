@@ -1,13 +1,8 @@
-"""How a process joins its job: its rank from the launcher's variables, and the rendezvous."""
+"""How a process finds its place: its rank and the rendezvous, from the launcher's variables."""
 
-import os
 import subprocess
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import NamedTuple
-
-import torch
-import torch.distributed as dist
 
 from model.errors import ConfigError
 
@@ -38,14 +33,66 @@ def rank_info(environment: Mapping[str, str]) -> RankInfo:
 
     Without either it is a job of one process. A Slurm batch script outside `srun` has
     SLURM_NTASKS but no step; it too is one process.
+
+    Raises:
+        ConfigError: the variables are not numbers, or contradict each other.
     """
+    names = _launcher_variables(environment)
+    if names is None:
+        return RankInfo(0, 0, 1)
+    rank, local, world = (_whole_number(environment, name) for name in names)
+    if rank >= world:
+        raise ConfigError(
+            f"{names[0]}={rank} is not below {names[2]}={world}; ranks count from 0: let torchrun "
+            "or srun set both"
+        )
+    return RankInfo(rank, local, world)
+
+
+def _whole_number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "0")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(
+            f"{name}={text!r} in the environment is not a whole number from 0; let torchrun or "
+            "srun set it, or unset it"
+        )
+    return int(text)
+
+
+def ranks_per_node(environment: Mapping[str, str]) -> int | None:
+    """How many ranks each node has; None when nobody says, or it is not the same for all."""
+    if "SLURM_STEP_ID" in environment and "LOCAL_WORLD_SIZE" not in environment:
+        text = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(x")[0]
+    else:
+        text = environment.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+def step_nodes(environment: Mapping[str, str]) -> list[str]:
+    """Names of the nodes of this Slurm step, in order; empty when they cannot be found out."""
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return shown.stdout.split()
+
+
+def rank_variables(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Names of the variables that hold the rank and the world size."""
+    rank, _, world = _launcher_variables(environment) or _LAUNCHERS[0]
+    return rank, world
+
+
+def _launcher_variables(environment: Mapping[str, str]) -> tuple[str, str, str] | None:
     for names in _LAUNCHERS:
         if names[0].startswith("SLURM") and "SLURM_STEP_ID" not in environment:
             continue
         if names[0] in environment and names[2] in environment:
-            rank, local, world = (int(environment.get(name, "0")) for name in names)
-            return RankInfo(rank, local, world)
-    return RankInfo(0, 0, 1)
+            return names
+    return None
 
 
 def device_index(info: RankInfo, visible: int, environment: Mapping[str, str]) -> int:
@@ -83,49 +130,11 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, str]:
         return environment["MASTER_ADDR"], port
     if not job or environment.get("SLURM_STEP_NUM_NODES", "1") == "1":
         return "127.0.0.1", port
-    nodes = environment.get("SLURM_STEP_NODELIST", "")
-    try:
-        shown = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-        return shown.stdout.split()[0], port
-    except (OSError, subprocess.CalledProcessError, IndexError):
+    names = step_nodes(environment)
+    if not names:
+        nodes = environment.get("SLURM_STEP_NODELIST", "")
         raise ConfigError(
             f"MASTER_ADDR is not set and SLURM_STEP_NODELIST={nodes!r} cannot be expanded; export "
             "MASTER_ADDR=<name of the first node> before srun, as slurm/pretrain_7b.sh does"
-        ) from None
-
-
-def start_process_group(info: RankInfo, device: torch.device, timeout_s: float) -> None:
-    """Join the job's process group: NCCL on GPUs, gloo on CPUs.
-
-    Raises:
-        ConfigError: the rendezvous failed (port taken, main node not reached).
-    """
-    address, port = rendezvous(os.environ)
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(
-            backend,
-            init_method="env://" if info.world_size > 1 else None,
-            store=None if info.world_size > 1 else dist.HashStore(),  # type: ignore[attr-defined]
-            rank=info.rank,
-            world_size=info.world_size,
-            timeout=timedelta(seconds=timeout_s),
         )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"MASTER_ADDR={address} MASTER_PORT={port}: rank {info.rank}/{info.world_size} could "
-            f"not join the job ({reason}); the port must be free on the first node and reachable "
-            "from all others: choose another MASTER_PORT, or check the address"
-        ) from error
-
-
-def is_communication_error(error: Exception) -> bool:
-    """Whether a collective broke, as it does when another rank is gone."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(
-        word in text for word in ("gloo", "nccl", "connection", "timed out", "socket")
-    )
+    return names[0], port
