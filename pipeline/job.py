@@ -136,6 +136,10 @@ class Job:
             index = device_index(self.info, torch.cuda.device_count(), os.environ)
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+            # Nothing reads memory that was not written.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         start_process_group(self.info, device, config.train.timeout_s, self._launch)
         topology = Topology(
             self.info,

@@ -23,6 +23,7 @@ from pipeline.config.run_config import (
     resolve_device,
     resolve_precision,
 )
+from pipeline.distributed.cuda_settings import prepare_cuda
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.rendezvous import RankInfo, rank_info
 from pipeline.reporting.run_log import quieten_libraries
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
             _print_dry_run(config, options.world_size or info.world_size)
             return 0
         data_parallel_size(config, info.world_size)
+        prepare_cuda(
+            os.environ, stages=len(config.stage_plan), deterministic=config.train.deterministic
+        )
         device, precision = _resolve(config)
     except (ConfigError, CheckpointError) as error:
         if info.rank == 0:  # every rank reads the same file and would say the same

@@ -4,17 +4,23 @@ The memory is kept from one save to the next: pages that the system has to find 
 copy several times slower, and memory that is taken once is known to suffice.
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
 from pipeline.checkpoint.sharded_tensors import Snapshot
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 64
 
 
 class HostCopy:
     """Memory of the size of this rank's snapshot, from its first use on."""
 
     def __init__(self) -> None:
-        self._runs: dict[str, Tensor] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, snapshot: Snapshot) -> Snapshot:
         """Copy a snapshot; the copy holds until the next call.
@@ -22,16 +28,40 @@ class HostCopy:
         Raises:
             RuntimeError: there is not enough memory.
         """
-        for key, run in snapshot.runs.items():
-            kept = self._runs.get(key)
-            if kept is None or kept.shape != run.shape or kept.dtype != run.dtype:
-                self._runs[key] = torch.empty(
-                    run.shape, dtype=run.dtype, device="cpu", pin_memory=run.is_cuda
-                )
-        runs = {key: self._runs[key] for key in snapshot.runs}
-        self._runs = runs
+        on_gpu = any(run.is_cuda for run in snapshot.runs.values())
+        runs = self._views(snapshot.runs, pinned=on_gpu)
         for key, run in snapshot.runs.items():
             runs[key].copy_(run.detach(), non_blocking=True)
-        if any(run.is_cuda for run in snapshot.runs.values()):
-            torch.cuda.synchronize()
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
         return snapshot._replace(runs=runs)
+
+    def _views(self, runs: dict[str, Tensor], *, pinned: bool) -> dict[str, Tensor]:
+        """Room for every run, one behind the other in one buffer."""
+        places, end = {}, 0
+        for key, run in runs.items():
+            places[key] = slice(end, end + run.nbytes)
+            end += -(-run.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if self._buffer.numel() < end:
+            if pinned and self._buffer.numel():
+                torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+            self._buffer = torch.empty(end, dtype=torch.uint8)
+            if pinned:
+                _pin(self._buffer)
+        return {
+            key: self._buffer[places[key]].view(run.dtype).view(run.shape)
+            for key, run in runs.items()
+        }
+
+
+def _pin(buffer: Tensor) -> None:
+    """Lock the buffer's pages, for the GPU to write into.
+
+    Not by torch's pinned tensors, which take a power of two: up to twice the memory.
+    """
+    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)):
+        logger.warning(
+            "%.1f GB of host memory could not be locked for copies from the GPU (ulimit -l); saves "
+            "hold training up longer",
+            buffer.numel() / 1e9,
+        )

@@ -72,12 +72,15 @@ class ParallelSection(Section):
         stages: pipeline stages: 1, auto:S, or what each stage holds, such as
             [trunk: 0-13, trunk: 14-27, heads: 1-2, heads: 3-4].
         reduce_bucket_size: gradient elements that ZeRO reduces at once.
+        reduce_precision: in which data-parallel ranks add up gradients in a bf16 run; auto = bf16
+            below 64 of them, fp32 from there on.
     """
 
     tensor: PositiveInt = 1
     zero: int = Field(default=3, ge=0, le=3)
     stages: StagesSetting = 1
     reduce_bucket_size: PositiveInt = 500_000_000
+    reduce_precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     @field_validator("stages", mode="before")
     @classmethod
@@ -118,6 +121,8 @@ class TrainSection(Section):
             attention again.
         loss_chunk_tokens: tokens of a micro-batch whose logits exist at once.
         transformer_engine: use its layers on GPUs where it is installed.
+        deterministic: kernels on a GPU that give the same bits each time, at some cost in speed;
+            without it a resume repeats to rounding. CPUs always repeat.
         timeout_s: after this an unanswered collective fails.
         heartbeat_timeout_s: silence after which a rank counts as dead.
         max_skipped_steps: steps in a row with gradients that are not finite before giving up.
@@ -135,7 +140,8 @@ class TrainSection(Section):
     head_backward: Literal["sequential", "joint"] = "sequential"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     loss_chunk_tokens: PositiveInt = 1024
-    transformer_engine: bool = True
+    transformer_engine: bool = False
+    deterministic: bool = False
     timeout_s: PositiveFloat = 600.0
     heartbeat_timeout_s: PositiveFloat = 40.0
     max_skipped_steps: Count = 5

@@ -62,6 +62,8 @@ class Topology:
             tensor_model_parallel_size=tensor_size,
             pipeline_model_parallel_size=self.num_stages,
             distributed_timeout_minutes=math.ceil(timeout_s / 60),
+            # Beside NCCL's groups nobody uses them, and each holds sockets to all its ranks.
+            create_gloo_process_groups=False,
         )
         ranks: list[int] = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
         self._data_parallel_ranks = ranks

@@ -18,8 +18,12 @@ from pipeline.checkpoint.coverage import Extent, coverage_problems
 from pipeline.config.run_config import Precision, RunConfig
 from pipeline.distributed.agreement import judged_by_main
 from pipeline.distributed.topology import Topology
-from pipeline.engine.deepspeed_config import deepspeed_config
-from pipeline.engine.deepspeed_internals import keep_off_shared_memory, share_of
+from pipeline.engine.deepspeed_config import deepspeed_config, optimizer_level
+from pipeline.engine.deepspeed_internals import (
+    fp32_sums_at_level_1,
+    keep_off_shared_memory,
+    share_of,
+)
 from pipeline.engine.engine import Engine, Execution
 from pipeline.engine.optimizer import build_adamw
 from pipeline.engine.pipeline_stage import PipelineStage
@@ -55,16 +59,17 @@ def build_engine(
     _prepare_communication(topology)
     dtype = DTYPES[precision]
     model = _build_model(config, topology, dtype, settings, imported)
-    wrapped, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_adamw(model, config.optimizer, fused=topology.device.type == "cuda"),
-        mpu=topology,
-        config=settings,
-        dist_init_required=False,
-    )
+    with fp32_sums_at_level_1():
+        wrapped, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_adamw(model, config.optimizer, fused=topology.device.type == "cuda"),
+            mpu=topology,
+            config=settings,
+            dist_init_required=False,
+        )
     share = share_of(
         wrapped,
-        zero=config.parallel.zero,
+        level=optimizer_level(config.parallel.zero, precision),
         data_rank=topology.data_rank,
         data_size=topology.data_size,
     )
@@ -154,5 +159,6 @@ def _uses_transformer_engine(config: RunConfig, topology: Topology) -> bool:
 def _prepare_communication(topology: Topology) -> None:
     """Let DeepSpeed use the process group that exists."""
     os.environ["LOCAL_RANK"] = str(topology.device.index or 0)
-    keep_off_shared_memory()
+    if topology.device.type == "cpu":  # on a GPU the list of ops would be probed for nothing
+        keep_off_shared_memory()
     deepspeed.init_distributed(dist_init_required=False)

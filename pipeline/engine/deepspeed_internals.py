@@ -8,18 +8,20 @@ every private attribute is read by `_private`, which says what is missing and wh
 
 Where a rank's share lies:
 
-    ZeRO 0, fp32   whole parameters on every data-parallel rank
-    ZeRO 0, bf16   whole fp32 copies, made by DeepSpeed's unfused optimizer
-    ZeRO 1, 2      one flat partition per parameter group; a parameter's fragment of it, if any
-    ZeRO 3         a padded share of every parameter
+    level 0     whole parameters on every data-parallel rank
+    level 1, 2  one flat partition per parameter group; a parameter's fragment of it, if any
+    level 3     a padded share of every parameter
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.constants import BFLOAT16
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
@@ -27,11 +29,13 @@ from torch import Tensor, nn
 from model.errors import ConfigError
 from pipeline.engine.optimizer_share import MOMENTS, Fragment, OptimizerShare
 
-TESTED_VERSIONS = ">=0.19.0,<=0.19.8"
+TESTED_VERSIONS = ">=0.19.8,<=0.19.8"
 
 
 class _WholeParameters(OptimizerShare):
-    """ZeRO 0 in fp32: DeepSpeed's optimizer is torch's own, on the model's parameters."""
+    """No ZeRO: DeepSpeed's optimizer is torch's own, on the model's parameters."""
+
+    deepspeed_clips = False
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's fragments of all parameters."""
@@ -56,34 +60,6 @@ class _WholeParameters(OptimizerShare):
     def _adam(self) -> torch.optim.AdamW:
         adam: torch.optim.AdamW = self._optimizer
         return adam
-
-
-class _WholeMasters(_WholeParameters):
-    """ZeRO 0 in bf16: DeepSpeed's unfused optimizer trains fp32 copies of whole parameters."""
-
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's fragments of all parameters."""
-        self.states()
-        masters = self._masters()
-        for name, parameter in self._model.named_parameters():
-            master = masters[parameter] if parameter.requires_grad else parameter
-            yield self._whole(name, parameter, master)
-
-    def refresh_weights(self) -> None:
-        """Copy loaded fp32 weights into those that the model computes with; a collective."""
-        for weight, master in self._masters().items():
-            weight.data.copy_(master.data)
-
-    def _masters(self) -> dict[Tensor, Tensor]:
-        groups = zip(
-            _private(self._optimizer, "fp16_groups"),
-            _private(self._optimizer, "fp32_groups"),
-            strict=True,
-        )
-        return {p: master for group in groups for p, master in zip(*group, strict=True)}
-
-    def _adam(self) -> torch.optim.AdamW:
-        return _wrapped_adam(self._optimizer)
 
 
 class _FlatPartitions(OptimizerShare):
@@ -130,6 +106,10 @@ class _FlatPartitions(OptimizerShare):
             sums = _private(self._optimizer, name)
             for index in list(sums):
                 sums[index] = None
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                _private(parameter, "grad_accum")
+                parameter.grad_accum = None  # type: ignore[attr-defined]
         _private(self._optimizer, "micro_step_id")
         self._optimizer.micro_step_id = -1  # DeepSpeed's value between steps
 
@@ -237,28 +217,41 @@ class _ShardedParameters(OptimizerShare):
         return _wrapped_adam(self._optimizer)
 
 
-def share_of(engine: Any, *, zero: int, data_rank: int, data_size: int) -> OptimizerShare:
+def share_of(engine: Any, *, level: int, data_rank: int, data_size: int) -> OptimizerShare:
     """This rank's share, found in an engine.
 
     Args:
         engine: what `deepspeed.initialize` returned.
-        zero: its ZeRO level.
+        level: its ZeRO level.
         data_rank: data-parallel rank.
         data_size: number of data-parallel ranks.
 
     Raises:
         ConfigError: this version of DeepSpeed is not the one that this file knows.
     """
-    kind: type[OptimizerShare]
-    if zero == 3:
-        kind = _ShardedParameters
-    elif zero:
-        kind = _FlatPartitions
-    elif isinstance(engine.optimizer, torch.optim.Optimizer):
-        kind = _WholeParameters
-    else:
-        kind = _WholeMasters
-    return kind(engine, data_rank, data_size)
+    kinds = (_WholeParameters, _FlatPartitions, _FlatPartitions, _ShardedParameters)
+    return kinds[level](engine, data_rank, data_size)
+
+
+@contextlib.contextmanager
+def fp32_sums_at_level_1() -> Iterator[None]:
+    """Within it DeepSpeed makes its engine at level 1 with the optimizer of levels 1 and 2.
+
+    For bf16 weights and fp32 sums it would choose another class at level 1, which clears gradients
+    at the start of a backward: those that heads have received by then would be lost. The class of
+    level 2 adds up in fp32 and, told not to divide gradients, reduces them once a step.
+    """
+    choose = _private(deepspeed.DeepSpeedEngine, "_do_optimizer_sanity_check")
+
+    def always_flat_partitions(engine: Any, optimizer: Any) -> Any:
+        chosen = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if chosen == BFLOAT16 else chosen
+
+    deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = always_flat_partitions
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def keep_off_shared_memory() -> None:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
@@ -25,6 +24,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.distributed.agreement import Agreed, RankFlags, agree
 from pipeline.distributed.topology import Topology
 from pipeline.engine.evaluation import EvalResult
+from pipeline.engine.optimizer import clip_whole_gradients
 from pipeline.engine.optimizer_share import OptimizerShare
 
 
@@ -144,12 +144,9 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.config.parallel.zero == 0:
-            # Without ZeRO DeepSpeed reports no norm, or one that misses tensor-parallel parts.
-            limit = self.config.optimizer.gradient_clipping or float("inf")
-            norm = float(
-                clip_grad_norm_(self.model.parameters(), max_norm=limit, mpu=self.topology)
-            )
+        if not self._share.deepspeed_clips:
+            limit = self.config.optimizer.gradient_clipping
+            norm = clip_whole_gradients(self.model.named_parameters(), limit, self.topology)
             if not math.isfinite(norm):
                 return None
             self._engine.step()

@@ -70,7 +70,12 @@ class OptimizerShare(MicroBatchesInFlight, abc.ABC):
         engine: what `deepspeed.initialize` returned.
         data_rank: data-parallel rank.
         data_size: number of data-parallel ranks.
+
+    Attributes:
+        deepspeed_clips: whether DeepSpeed computes the gradient norm and clips when it steps.
     """
+
+    deepspeed_clips = True
 
     def __init__(self, engine: Any, data_rank: int, data_size: int) -> None:
         self._engine = engine

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_prep.loading.loader import Batch
 from model.sharding import merge_slices, placement_of
-from pipeline.config.run_config import RunConfig
+from pipeline.config.run_config import Precision, RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
 
@@ -35,6 +35,7 @@ class Case:
     documents: bool = False
     freeze: str = "none"
     stages: str = "1"
+    precision: Precision = "fp32"
 
     @property
     def num_stages(self) -> int:
@@ -79,7 +80,7 @@ def engine_config(case: Case) -> RunConfig:
             },
             "train": {
                 "steps": 10,
-                "precision": "fp32",
+                "precision": case.precision,
                 "device": "cpu",
                 "head_backward": case.backward,
                 "activation_checkpointing": case.checkpointing,

@@ -24,7 +24,7 @@ def gradients(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if engine.config.parallel.zero == 0:
+        if not engine._share.deepspeed_clips:
             assert parameter.grad is not None, name
             yield name, parameter.grad
         else:

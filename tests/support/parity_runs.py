@@ -77,7 +77,7 @@ def relative_difference(actual: Any, expected: Any) -> float:
 
 def _train(case: Case, num_steps: int) -> Course:
     topology = build_topology(case)
-    engine = build_engine(engine_config(case), topology, "fp32")
+    engine = build_engine(engine_config(case), topology, case.precision)
     recorded: list[dict[str, Tensor]] = []
     _record_gradients(engine, recorded)
     steps = []

@@ -146,6 +146,19 @@ def test_a_snapshot_on_the_host_does_not_change() -> None:
     assert larger.runs[key].tolist() == [1] * 5
 
 
+def test_a_copy_on_the_host_is_one_buffer() -> None:
+    """Runs of any type and length lie in it one behind the other, and none overlaps another."""
+    runs = {
+        run_key("weight", "a", 0): torch.arange(7, dtype=torch.float32),
+        run_key("weight", "b", 0): torch.arange(5, dtype=torch.bfloat16),
+        run_key("exp_avg", "a", 3): torch.arange(3, dtype=torch.float64),
+    }
+    copy = HostCopy().take(Snapshot(0, 0, 1, 0, runs))
+    assert all(torch.equal(copy.runs[key], run) for key, run in runs.items())
+    assert all(copy.runs[key].dtype == run.dtype for key, run in runs.items())
+    assert len({run.untyped_storage().data_ptr() for run in copy.runs.values()}) == 1
+
+
 def test_files_of_a_larger_model_are_refused(folders: dict[tuple[int, int], Path]) -> None:
     """More elements than the model's sizes give are not cut off silently."""
     smaller = MODEL.model_copy(update={"vocab_size": 48})

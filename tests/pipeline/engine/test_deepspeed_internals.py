@@ -90,7 +90,7 @@ def test_an_attribute_that_is_gone_is_named(zero: int, name: str) -> None:
     engine = SimpleNamespace(
         module=torch.nn.Linear(2, 2), optimizer=SimpleNamespace(optimizer=adam)
     )
-    fragments = share_of(engine, zero=zero, data_rank=0, data_size=1).fragments()
+    fragments = share_of(engine, level=zero, data_rank=0, data_size=1).fragments()
     with pytest.raises(ConfigError) as caught:
         next(fragments)
     assert f"has no {name!r}" in str(caught.value)
