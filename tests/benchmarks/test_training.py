@@ -1,0 +1,56 @@
+"""The comparison with plain PyTorch compares the same model, and runs."""
+
+import pytest
+import torch
+
+from benchmarks import training
+from benchmarks.plain_model import PlainModel
+from benchmarks.training import ARMS, TINY, measure
+from benchmarks.training_arms import Arm, run_arm
+from model.config import ModelConfig
+from model.part import ModelPart
+from pipeline.reporting.run_summary import part_parameters
+
+
+def _plain(arm: Arm) -> PlainModel:
+    return PlainModel(
+        trunk_layers=TINY.layers - arm.heads,
+        future_tokens=arm.heads,
+        hidden=TINY.hidden,
+        ffn=TINY.ffn,
+        vocabulary=TINY.vocabulary,
+    )
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_plain_model_has_the_same_parameters(heads: int) -> None:
+    """As many as this project's model of that configuration."""
+    config = ModelConfig(
+        layers=TINY.layers,
+        hidden_size=TINY.hidden,
+        attention_heads=1,
+        ffn_hidden_size=TINY.ffn,
+        vocab_size=TINY.vocabulary,
+        future_tokens=heads,
+    )
+    ours = part_parameters(ModelPart.whole(config), config)
+    plain = sum(weight.numel() for weight in _plain(Arm("plain", heads)).parameters())
+    assert plain == ours
+
+
+def test_the_plain_loop_trains() -> None:
+    """It takes a turn, whose time and memory are counted."""
+    torch.manual_seed(0)
+    turns = run_arm(Arm("plain", 4), TINY, "cpu")
+    seconds, peak = next(turns)
+    assert seconds > 0
+    assert peak >= 0
+
+
+@pytest.mark.stress
+def test_every_arm_runs() -> None:
+    """In turns, each in a process of its own."""
+    results, failures = measure(TINY, "cpu", 1)
+    assert failures.keys() <= {"transformers.Trainer, n = 1, ZeRO-1"}, failures
+    assert results.keys() | failures.keys() == ARMS.keys()
+    assert "| Headway, n = 4, ZeRO-1 |" in training._section(results, failures, TINY, "cpu")
