@@ -79,7 +79,7 @@ def _train(case: Case, num_steps: int) -> Course:
     topology = build_topology(case)
     engine = build_engine(engine_config(case), topology, case.precision)
     recorded: list[dict[str, Tensor]] = []
-    _record_gradients(engine, recorded)
+    record_gradients(engine, recorded)
     steps = []
     for step in range(num_steps):
         batches = local_batches(step, case, topology.data_rank)
@@ -92,7 +92,7 @@ def _train(case: Case, num_steps: int) -> Course:
     return Course(steps, weights)
 
 
-def _record_gradients(engine: Engine, recorded: list[dict[str, Tensor]]) -> None:
+def record_gradients(engine: Engine, recorded: list[dict[str, Tensor]]) -> None:
     """Keep each step's gradients as they are just before the optimizer moves."""
     apply = engine._apply
 
