@@ -15,9 +15,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.tokenization.encoder_probe import probe_texts
+from data_prep.tokenization.encoder_probe import mark_texts, probe_texts
 from data_prep.tokenization.tokenizer import TokenArray, Tokenizer
-from data_prep.tokenization.unicode_versions import is_disputed
+from data_prep.tokenization.unicode_versions import asks_for_marks, is_disputed
 
 EncoderChoice = Literal["auto", "gigatoken", "tokenizers"]
 EncoderName = Literal["bytes", "gigatoken", "tokenizers"]
@@ -120,6 +120,8 @@ def choose_encoder(tokenizer: Tokenizer, choice: EncoderChoice) -> EncoderReport
 def _why_not_gigatoken(tokenizer: Tokenizer) -> str:
     """Why gigatoken cannot encode for this tokenizer; empty when it can."""
     texts = probe_texts(tokenizer.special_names)
+    if asks_for_marks(orjson.loads(tokenizer.content)):
+        texts += mark_texts()
     try:
         ids, ends = _Gigatoken(tokenizer).encode([text.encode() for text in texts])
     except ImportError as error:
@@ -184,13 +186,16 @@ class _Gigatoken:
                 token for token in layout.get("added_tokens") or [] if not token.get("special")
             ]
         self._layout = orjson.dumps(layout)
+        self._with_marks = asks_for_marks(layout)
         self._grown = 0
         self._backend = self._load()
 
     def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Ids of all texts, and the position where each ends."""
         ids, ends = self._encode_all(texts)
-        disputed = {number for number, text in enumerate(texts) if is_disputed(text)}
+        disputed = {
+            number for number, text in enumerate(texts) if is_disputed(text, self._with_marks)
+        }
         if not disputed:
             return ids, ends
         pieces: list[NDArray[Any]] = np.split(ids, ends[:-1])

@@ -1,11 +1,14 @@
 """Texts on which two encoders of one tokenizer would show their differences."""
 
 import random
+import unicodedata
 from collections.abc import Sequence
 
 SEED = 20_240_501
 NUM_RANDOM = 150
 LONG_CHARACTERS = 4000
+MARKED_CHARACTERS = range(0xC0, 0x1F000)
+HANGUL = "가", "힣"  # composed by rule; some are among the other texts
 
 _WORDS = """
 a A the The _x __init__ def return self. x=1 (a,b) {} [] // /* */ # ## -> => != == <= 0 7 12 123
@@ -44,6 +47,23 @@ def probe_texts(special_names: Sequence[str]) -> list[str]:
     ]
     texts.append("".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdef0123456789+/", k=long)))
     texts.append("".join(_random_character(rng) for _ in range(long)))
+    return texts
+
+
+def mark_texts() -> list[str]:
+    """Every mark that has an order among marks, and everything that marks and letters compose to.
+
+    Each mark stands among marks of two other classes, in both orders; each composed character is
+    written whole and in parts.
+    """
+    texts = []
+    for number in MARKED_CHARACTERS:
+        character = chr(number)
+        parts = unicodedata.normalize("NFD", character)
+        if unicodedata.combining(character):
+            texts.append(f"a\u0301{character}\u0323 e\u0323{character}\u0301")
+        elif parts != character and not HANGUL[0] <= character <= HANGUL[1]:
+            texts.append(f"{character} {parts} {parts}\u0323")
     return texts
 
 
