@@ -48,8 +48,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
     if problems:
         print(f"{given.directory}: {problems} problems")
         return 1
-    for line in describe(load_manifest(given.directory)):
+    manifest = load_manifest(given.directory)
+    for line in describe(manifest):
         print(line)
+    if why := _open_tokenizer(given.directory, manifest).why_lossy:
+        print(f"documents were not decoded back to their text: {why}")
     print(f"{given.directory}: ok")
     return 0
 

@@ -123,8 +123,13 @@ def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
 
 
 def _choose_encoder(job: PreparedJob, observer: Observer) -> EncoderName:
-    """Find the encoder, and say why when it is not the fast one."""
+    """Find the encoder; say why when it is not the fast one, and what cannot be checked."""
     report = choose_encoder(job.tokenizer, job.options.encoder)
     if report.note:
         observer.say(f"note: {report.note}")
+    if why := job.tokenizer.why_lossy:
+        observer.say(
+            f"note: {why}, so text need not come back from its ids: documents that do not are "
+            "counted in a sample, not refused"
+        )
     return report.name

@@ -22,8 +22,8 @@ from data_prep.tokenization.tokenizer import (
     bytes_tokenizer,
     check_vocabulary,
     read_tokenizer,
-    train_tokenizer,
 )
+from data_prep.tokenization.training import train_watched
 from data_prep.workers.phase import Observer
 
 TRAIN_PREFIX = "train:"
@@ -106,9 +106,13 @@ def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
     """The tokenizer, unless it is still to be trained."""
     spec = options.tokenizer
     if spec == "bytes":
-        return Tokenizer(bytes_tokenizer(), options.eos_token, "bytes", options.special_tokens)
+        tokenizer = Tokenizer(bytes_tokenizer(), options.eos_token, spec, options.special_tokens)
+        tokenizer.check_end("--tokenizer bytes")
+        return tokenizer
     if not spec.startswith(TRAIN_PREFIX):
-        return read_tokenizer(Path(spec), options.eos_token, options.special_tokens)
+        tokenizer = read_tokenizer(Path(spec), options.eos_token, options.special_tokens)
+        tokenizer.check_end(f"--tokenizer {spec}")
+        return tokenizer
     digits = spec.removeprefix(TRAIN_PREFIX)
     if not (digits.isascii() and digits.isdecimal() and len(digits) <= LONGEST_VOCABULARY_DIGITS):
         raise DataError(f"--tokenizer {spec}: the vocabulary is not a number; e.g. train:8192")
@@ -122,11 +126,19 @@ def _store_tokenizer(
     """Put tokenizer.json into the output; one that an earlier run trained there is kept."""
     path = options.output / TOKENIZER
     if given is None:
+        vocabulary = int(options.tokenizer.removeprefix(TRAIN_PREFIX))
         if not path.is_file():
-            vocabulary = int(options.tokenizer.removeprefix(TRAIN_PREFIX))
             observer.say(f"training a tokenizer of {vocabulary:,} tokens on a sample of the input")
-            write_whole(path, train_tokenizer(_training_texts(options, plan), vocabulary))
-        return read_tokenizer(path, options.eos_token, options.special_tokens)
+            texts = _training_texts(options, plan)
+            write_whole(path, train_watched(texts, vocabulary, observer.say))
+        tokenizer = read_tokenizer(path, options.eos_token, options.special_tokens)
+        tokenizer.check_end(f"--tokenizer {options.tokenizer}")
+        if tokenizer.vocab_size < vocabulary:
+            observer.say(
+                f"note: the input gives a vocabulary of {tokenizer.vocab_size:,} tokens, not of "
+                f"{vocabulary:,}: it holds no more pieces that occur twice"
+            )
+        return tokenizer
     if not path.is_file() or path.read_bytes() != given.content:
         write_whole(path, given.content)
     return given

@@ -96,6 +96,7 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     }
     counts = {segment.file: _Counts() for segment in unit.segments}
     inputs = {segment.file: segment.input for segment in unit.segments}
+    before = encoder.sampled, encoder.altered
     duplicates = find_duplicates(job.output, unit.number) if job.dedup == "exact" else frozenset()
     first_text = 0
     with _RejectList(rejects_path(job.output, unit.number)) as rejects:
@@ -119,6 +120,8 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
         job_id=job.job_id,
         shards=shards,
         ledgers={file: count.ledger() for file, count in counts.items()},
+        sampled=encoder.sampled - before[0],
+        altered=encoder.altered - before[1],
     )
     record_finished(job.output, done)
     return done

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 SEED = 20_240_501
 NUM_RANDOM = 150
 LONG_CHARACTERS = 4000
+MOST_NAMES = 2000
 MARKED_CHARACTERS = range(0xC0, 0x1F000)
 HANGUL = "가", "힣"  # composed by rule; some are among the other texts
 
@@ -26,18 +27,19 @@ _SOURCE = '''def f(x: int) -> dict[str, int]:
 '''
 
 
-def probe_texts(special_names: Sequence[str]) -> list[str]:
-    """Words, blanks, code, random Unicode, long runs and texts of special tokens; repeatable.
+def probe_texts(added_names: Sequence[str]) -> list[str]:
+    """Words, blanks, code, random Unicode, long runs and texts of added tokens; repeatable.
 
     Args:
-        special_names: The texts of the tokenizer's special tokens.
+        added_names: The texts of the tokens that stand beside the vocabulary.
     """
+    added_names = list(dict.fromkeys(added_names))[:MOST_NAMES]
     rng = random.Random(SEED)
-    names = [*special_names, *(name[:-1] for name in special_names)]
+    names = [*added_names, *(name[:-1] for name in added_names)]
     words = _WORDS.split()
     pieces = [*words, *_BLANKS, *_BLANKS, *names]
     texts = [_SOURCE, *words, *_BLANKS, *names]
-    texts += [f"a{name}{name} b\n{name}" for name in special_names]
+    texts += [f"a{name}{name} b\n{name}" for name in added_names]
     for _ in range(NUM_RANDOM):
         texts.append("".join(rng.choices(pieces, k=rng.randint(2, 40))))
         texts.append("".join(_random_character(rng) for _ in range(rng.randint(1, 60))))
