@@ -3,7 +3,7 @@
 from functools import partial
 
 from data_prep.building.commit import REJECTS, commit, find_committed
-from data_prep.building.dedup import DedupJob, mark_duplicates
+from data_prep.building.dedup import DedupJob, forget_damaged, mark_duplicates
 from data_prep.building.identity import claim_output
 from data_prep.building.journal import (
     find_finished,
@@ -117,6 +117,8 @@ def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
             max_document_bytes=options.max_document_bytes,
             num_units=len(job.sizes),
         )
+        if not workers.shares_output:
+            forget_damaged(dedup, observer)
         mark_duplicates(dedup, job.sizes, workers, observer)
     work = partial(encode_unit, unit_job)
     workers.run(Phase("encode", "encoding", work, is_finished, job.sizes), observer)
