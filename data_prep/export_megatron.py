@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, run_command
 from data_prep.shards.atomic import whole_file
 from data_prep.shards.shard_set import ShardSet
 
@@ -46,17 +46,17 @@ def main(
     parser.add_argument("--split", default="train", metavar="NAME", help="train or validation")
     parser.add_argument("--source", metavar="NAME", help="only this source")
     given = parser.parse_args(arguments)
-    try:
+
+    def run() -> int:
         shards = ShardSet.open(given.directory, given.split, given.source)
         export(shards, given.prefix)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
-        f"{given.prefix}.bin and .idx: {shards.num_documents:,} documents, "
-        f"{shards.num_tokens:,} tokens"
-    )
-    return 0
+        print(
+            f"{given.prefix}.bin and .idx: {shards.num_documents:,} documents, "
+            f"{shards.num_tokens:,} tokens"
+        )
+        return 0
+
+    return run_command(run)
 
 
 def export(shards: ShardSet, prefix: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, run_command
 from data_prep.shards.arrow_file import ShardRows, read_shard
 from data_prep.shards.shard_set import ShardSet
 
@@ -46,6 +46,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
     add("--search", metavar="TEXT", help="list documents that contain TEXT")
     add("--limit", type=int, default=10, metavar="K", help="most documents of a search (10)")
     given = parser.parse_args(arguments)
+    return run_command(lambda: _inspect(given))
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    """Do what was asked for; give the exit status."""
     try:
         shards = ShardSet.open(given.directory, given.split, given.source)
         if given.document is not None:
@@ -54,9 +59,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
             return _print_matches(shards, given.search, given.limit)
         if given.document is None:
             _summarize(shards)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         # The reader, such as `head`, has enough; nothing more can be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from data_prep.errors import DataError
+from data_prep.errors import run_command
 from data_prep.loading.length_figures import histogram, percentiles, sequence_figures
 from data_prep.shards.atomic import write_whole
 from data_prep.shards.manifest import TRAIN, VALIDATION, InputEntry, Ledger, Manifest
@@ -38,13 +38,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
         help="the page (report.html)",
     )
     given = parser.parse_args(arguments)
-    try:
-        write_whole(given.output, make_page(given.directory).encode())
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(given.output)
-    return 0
+
+    def run() -> int:
+        write_whole(given.output, make_page(given.directory).encode("utf-8", "backslashreplace"))
+        print(given.output)
+        return 0
+
+    return run_command(run)
 
 
 def make_page(directory: Path) -> str:

@@ -18,7 +18,7 @@ from data_prep.building.build import REJECTS, build
 from data_prep.building.data_config import read_config
 from data_prep.building.journal import claims_folder
 from data_prep.building.options import BuildOptions
-from data_prep.errors import BadRecordsError, DataError
+from data_prep.errors import EXIT_ERROR, DataError, print_error, printable, run_command
 from data_prep.inputs.file_names import IGNORED_DIRECTORIES
 from data_prep.shards.manifest import VALIDATION, Manifest
 from data_prep.workers.array_tasks import ArrayWorkers, find_array_task
@@ -27,18 +27,14 @@ from data_prep.workers.phase import Workers
 from data_prep.workers.pool import LocalWorkers
 from data_prep.workers.progress import ProgressLine
 
-EXIT_DATA_ERROR = 1
-EXIT_BAD_RECORDS = 3
-EXIT_INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python data_prep/shard.py") -> int:
     """Run the command on every rank that was started; give its exit status."""
     try:
         world = join_world(os.environ)
     except DataError as error:
-        _print_error(error)
-        return EXIT_DATA_ERROR
+        print_error(error)
+        return EXIT_ERROR
     if world is None:
         return _run(arguments, prog, None)
     return world.run(lambda: _run(arguments, prog, world))
@@ -47,25 +43,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python data_prep/s
 def _run(arguments: Sequence[str] | None, prog: str, world: World | None) -> int:
     """Build the set; under MPI on rank 0, which coordinates the others."""
     progress = ProgressLine(Console(stderr=True))
-    try:
+
+    def run() -> int:
         try:
             options, task = parse_options(arguments, prog)
             manifest = build(options, progress, _choose_workers(options, task, world))
         finally:
             progress.close()
-    except DataError as error:
-        _print_error(error)
-        return EXIT_BAD_RECORDS if isinstance(error, BadRecordsError) else EXIT_DATA_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print(summarize(manifest, options.output))
-    return 0
+        print(printable(summarize(manifest, options.output)))
+        return 0
 
-
-def _print_error(error: DataError) -> None:
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    return run_command(run, "interrupted; run the same command again to resume")
 
 
 def _choose_workers(options: BuildOptions, task: str | None, world: World | None) -> Workers:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.building.journal import find_edit
-from data_prep.errors import DataError
+from data_prep.errors import DataError, explain, printable, run_command, shown
 from data_prep.shards.manifest import (
     TOKENIZER,
     Manifest,
@@ -37,23 +37,29 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
         help="documents that are decoded back (1000)",
     )
     given = parser.parse_args(arguments)
+    return run_command(lambda: _verify(given.directory, given.sample))
+
+
+def _verify(directory: Path, sample: int) -> int:
+    """Print what is wrong with a set, or what it holds; give the exit status."""
     problems = 0
     try:
-        for problem in find_problems(given.directory, given.sample):
+        for problem in find_problems(directory, sample):
             problems += 1
-            print(problem, file=sys.stderr)
-    except DataError as error:
+            print(printable(problem), file=sys.stderr)
+    except (DataError, OSError) as error:
         problems += 1
-        print(error, file=sys.stderr)
+        explained = explain(error) if isinstance(error, OSError) else error
+        print(printable(str(explained)), file=sys.stderr)
     if problems:
-        print(f"{given.directory}: {problems} problems")
+        print(f"{shown(directory)}: {problems} problems")
         return 1
-    manifest = load_manifest(given.directory)
+    manifest = load_manifest(directory)
     for line in describe(manifest):
         print(line)
-    if why := _open_tokenizer(given.directory, manifest).why_lossy:
+    if why := _open_tokenizer(directory, manifest).why_lossy:
         print(f"documents were not decoded back to their text: {why}")
-    print(f"{given.directory}: ok")
+    print(f"{shown(directory)}: ok")
     return 0
 
 

@@ -13,7 +13,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, shown
 
 TokenArray = NDArray[Any]  # uint16 or uint32
 SpecialTokens = Literal["text", "id", "reject"]
@@ -190,8 +190,8 @@ class Tokenizer:
 
     def _why_token_lossy(self) -> str:
         """A token beside the vocabulary whose letters the decoder would take for bytes."""
-        numbers = {name: self._backend.token_to_id(name) for name in self.found_names}
-        lossy = (name for name, number in numbers.items() if self.decode([number]) != name)
+        known = self._backend.get_vocab(with_added_tokens=True)
+        lossy = (name for name in self.found_names if self.decode([known[name]]) != name)
         return "".join(
             f"the added token {name!r} decodes to something else" for name in [*lossy][:1]
         )
@@ -238,13 +238,14 @@ def read_tokenizer(
     Raises:
         DataError: There is none, or it cannot be used.
     """
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path
     try:
+        file = path / "tokenizer.json" if path.is_dir() else path
         content = file.read_bytes()
     except OSError as error:
         raise DataError(
-            f"--tokenizer {file}: {error.strerror}; give a tokenizer.json, a directory that holds "
-            "one, train:VOCABULARY or bytes"
+            f"--tokenizer {shown(file)}: {error.strerror}; give a tokenizer.json, a directory that "
+            "holds one, train:VOCABULARY or bytes"
         ) from error
     named = eos_token or _configured_eos(file.parent)
     return Tokenizer(content, named, str(file), special_tokens)
