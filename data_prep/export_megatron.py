@@ -31,6 +31,12 @@ TYPES: dict[str, tuple[int, np.dtype[Any]]] = {
     "uint32": (4, np.dtype("<i4")),
 }
 COPIED_TOKENS = 1 << 22
+EPILOG = """\
+example:
+  PROG data/corpus megatron/corpus_train --split train
+
+exit status: 0 written, 1 an error, 2 wrong arguments, 130 after Ctrl-C
+"""
 
 
 def main(
@@ -40,6 +46,8 @@ def main(
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Write a split of a shard set as PREFIX.bin and PREFIX.idx.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument("prefix", metavar="PREFIX", help="path of the files without .bin and .idx")

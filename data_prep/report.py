@@ -22,13 +22,24 @@ from data_prep.shards.shard_set import ShardSet
 from foundation.pages import Block, Figures, Paragraph, Section, Table, render_page
 from foundation.plots import svg_plot
 
+EPILOG = """\
+example:
+  PROG data/corpus --output corpus.html
+
+exit status: 0 written, 1 an error, 2 wrong arguments, 130 after Ctrl-C
+"""
 LISTED_FILES = 10
 Cells = Sequence[object]
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_prep.report") -> int:
     """Run the command; give its exit status."""
-    parser = argparse.ArgumentParser(prog=prog, description="Write a page about a shard set.")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Write a page about a shard set.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
+    )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument(
         "--output",

@@ -19,6 +19,14 @@ from data_prep.shards.manifest import (
 from data_prep.shards.shard_checks import ShardChecks
 from data_prep.tokenization.tokenizer import Tokenizer
 
+EPILOG = """\
+examples:
+  PROG data/corpus
+  PROG data/corpus --sample 100000
+
+exit status: 0 the set is whole, 1 it is not (each problem is a line), 2 wrong arguments,
+130 after Ctrl-C
+"""
 SAMPLED_DOCUMENTS = 1000
 
 
@@ -27,6 +35,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Check the files, counts, ids and documents of a shard set.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument(

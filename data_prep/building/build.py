@@ -21,7 +21,13 @@ from data_prep.inputs.input_files import LeftOut
 from data_prep.shards.atomic import remove_leftovers
 from data_prep.shards.manifest import Manifest
 from data_prep.tokenization.encoder import EncoderName, choose_encoder
-from data_prep.workers.phase import Observer, Phase, Workers
+from data_prep.workers.phase import (
+    FAST_BYTES_PER_WORKER,
+    SLOW_BYTES_PER_WORKER,
+    Observer,
+    Phase,
+    Workers,
+)
 from data_prep.workers.pool import LocalWorkers
 
 __all__ = ["REJECTS", "build"]
@@ -121,7 +127,8 @@ def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
             forget_damaged(dedup, observer)
         mark_duplicates(dedup, job.sizes, workers, observer)
     work = partial(encode_unit, unit_job)
-    workers.run(Phase("encode", "encoding", work, is_finished, job.sizes), observer)
+    worth = SLOW_BYTES_PER_WORKER if unit_job.encoder == "tokenizers" else FAST_BYTES_PER_WORKER
+    workers.run(Phase("encode", "encoding", work, is_finished, job.sizes, worth), observer)
 
 
 def _choose_encoder(job: PreparedJob, observer: Observer) -> EncoderName:

@@ -17,6 +17,7 @@ left is believed only when that fits.
 
 import shutil
 from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,9 @@ from numpy.typing import NDArray
 from data_prep.building.journal import JOURNAL, is_committed
 from data_prep.building.plan import unit_list
 from data_prep.inputs.reading import read_unit
-from data_prep.inputs.records import Reading
+from data_prep.inputs.records import Reading, RecordBatch
 from data_prep.shards.atomic import whole_file
+from data_prep.workers import pulse
 from data_prep.workers.phase import Done, Observer, Phase, Workers
 
 FOLDER = "dedup"
@@ -137,7 +139,7 @@ def _hash_unit(job: DedupJob, number: int) -> Done:
     planned = unit_list(job.output, job.job_id)[number]
     reading = Reading(job.text_keys[planned.source], job.max_document_bytes)
     digests, records = bytearray(), array("I")
-    texts = (text for batch in read_unit(planned.unit, reading) for text in batch.texts)
+    texts = (text for batch in _counted(read_unit(planned.unit, reading)) for text in batch.texts)
     for index, text in enumerate(texts):
         if text:
             digests += xxhash.xxh3_128_digest(text)
@@ -153,6 +155,13 @@ def _hash_unit(job: DedupJob, number: int) -> Done:
     counts = np.array([len(hashes.high), len(hashes.repeated)], dtype=np.uint64)
     _write(job, _hashes_path(job.output, number), counts, *hashes)
     return Done()
+
+
+def _counted(batches: Iterable[RecordBatch]) -> Iterator[RecordBatch]:
+    """The batches, while the text that they hold is counted as read."""
+    for batch in batches:
+        pulse.add(sum(map(len, batch.texts)))
+        yield batch
 
 
 def _merge_partition(job: DedupJob, number: int) -> Done:

@@ -34,6 +34,7 @@ from data_prep.shards.manifest import (
 )
 from data_prep.tokenization.encoder import Encoder, EncoderName
 from data_prep.tokenization.tokenizer import SpecialTokens, Tokenizer
+from data_prep.workers import pulse
 from data_prep.workers.phase import Done
 
 HASH_VALUES = 1 << 64
@@ -102,6 +103,7 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     with _RejectList(rejects_path(job.output, unit.number)) as rejects:
         for batch in read_unit(unit, Reading(source.text_key, job.max_document_bytes)):
             num_texts = len(batch.texts)
+            pulse.add(sum(map(len, batch.texts)))
             if duplicates:
                 counts[batch.file].duplicates += _drop_duplicates(batch, first_text, duplicates)
             first_text += num_texts

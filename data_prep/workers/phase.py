@@ -8,6 +8,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+# A process starts in about a second of one core, in which a core reads and encodes some 60 MB, or
+# 4 MB with the slow library.
+FAST_BYTES_PER_WORKER = 1 << 26
+SLOW_BYTES_PER_WORKER = 1 << 22
+
 
 class Done(NamedTuple):
     """What one finished item adds to the progress."""
@@ -28,6 +33,9 @@ class Observer(Protocol):
     def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
         """More of the phase is on disk."""
 
+    def reading(self, text_bytes: int) -> None:
+        """Text that was read in this phase so far, that of unfinished units included."""
+
     def skip(self, input_bytes: int) -> None:
         """That much is on disk, done by others."""
 
@@ -45,6 +53,7 @@ class Phase:
         work: Does one item; can be sent to another process.
         is_finished: Whether the result of an item is on disk.
         sizes: Input bytes of each item, `[items]`.
+        bytes_per_worker: Input for which another process takes longer to start than it saves.
     """
 
     name: str
@@ -52,6 +61,7 @@ class Phase:
     work: Callable[[int], Done]
     is_finished: Callable[[int], bool]
     sizes: NDArray[np.int64]
+    bytes_per_worker: int = FAST_BYTES_PER_WORKER
 
 
 class Workers(Protocol):
