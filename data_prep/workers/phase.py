@@ -8,10 +8,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-# A process starts in about a second of one core, in which a core reads and encodes some 60 MB, or
-# 4 MB with the slow library.
-FAST_BYTES_PER_WORKER = 1 << 26
-SLOW_BYTES_PER_WORKER = 1 << 22
+# To start a process takes 1.2 s of one core, in which one that runs encodes 80 MB, or 5 MB with the
+# slow library (benchmarks/data_prep.py: 41 MB in 2.8 s by one process and 4.8 s by two, 160 MB in
+# 6.6 s and 12.7 s on two busy cores); and the first process of several only waits.
+FAST_BYTES_PER_WORKER = 1 << 27
+SLOW_BYTES_PER_WORKER = 1 << 23
 
 
 class Done(NamedTuple):

@@ -42,8 +42,9 @@ def read_slowly(item: int) -> Done:
     [
         (0, FAST_BYTES_PER_WORKER, 1),
         (41, FAST_BYTES_PER_WORKER, 1),
-        (140, FAST_BYTES_PER_WORKER, 2),
-        (41, SLOW_BYTES_PER_WORKER, 8),
+        (160, FAST_BYTES_PER_WORKER, 1),
+        (280, FAST_BYTES_PER_WORKER, 2),
+        (41, SLOW_BYTES_PER_WORKER, 4),
         (4_000, FAST_BYTES_PER_WORKER, 8),
     ],
 )
