@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
             eos_token=options.eos_token,
             report=print,
         )
-    except (CheckpointError, ConfigError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

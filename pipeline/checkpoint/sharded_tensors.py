@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from foundation.bounded_files import check_regular
 from foundation.durable_files import FileEntry
 from model.config import ModelConfig
 from model.errors import CheckpointError
@@ -134,6 +135,7 @@ class StateFiles:
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         self._directory = directory
         self._shapes = parameter_shapes(config)
+        self._tensor_sizes = config.tensor_parallel_sizes
         self._runs: dict[tuple[str, str, int], list[_Run]] = defaultdict(list)
         self._open: tuple[Path, Any] | None = None
         paths = sorted(directory.glob(_PATTERN))
@@ -141,7 +143,7 @@ class StateFiles:
             raise CheckpointError(
                 f"{directory} has no {_PATTERN}; use a complete checkpoint, written by this version"
             )
-        self.tensor_size, self.adam_step = 1, 0
+        self.tensor_size, self.adam_step = 0, 0  # until the first file says it
         for path in paths:
             self._index(path)
         for (kind, name, _), runs in self._runs.items():
@@ -286,12 +288,17 @@ class StateFiles:
         try:
             file = self._file(path)
             metadata: Mapping[str, str] = file.metadata() or {}
-            rank = int(metadata["tensor_rank"])
-            self.tensor_size = int(metadata["tensor_size"])
+            rank, size = int(metadata["tensor_rank"]), int(metadata["tensor_size"])
+            if size not in self._tensor_sizes or self.tensor_size not in (0, size):
+                raise ValueError(f"tensor_size={size}")
+            self.tensor_size = size
             self.adam_step = max(self.adam_step, int(metadata["adam_step"]))
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 kind, name, first = parse_run_key(key)
-                stop = first + file.get_slice(key).get_shape()[0]
+                run = file.get_slice(key)
+                if run.get_dtype() != "F32" or len(run.get_shape()) != 1 or first < 0:
+                    raise ValueError("a run that is not flat and in fp32")
+                stop = first + run.get_shape()[0]
                 self._runs[kind, name, rank].append(_Run(first, stop, path, key))
         except (KeyError, ValueError) as error:
             raise CheckpointError(
@@ -303,6 +310,7 @@ class StateFiles:
         """The file, opened; the last one stays open."""
         if self._open is None or self._open[0] != path:
             try:
+                check_regular(path)
                 opened = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
