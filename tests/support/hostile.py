@@ -6,18 +6,55 @@ import re
 import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_prep.errors import DataError
 from model.errors import CheckpointError, ConfigError
+from tests.support.long_forms import part_of
 
 ERRORS = (ConfigError, DataError, CheckpointError)
+ALL = list(HealthCheck)
 CASE_LIMIT_S = 10.0
 CASE_LIMIT_BYTES = 2 << 30
 _LONGEST_LINE = 2000
 # What a terminal would act on, or could not show at all.
 _NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+Test = Callable[..., None]
+_STRESS = 50  # times as many examples as `make test` tries
+
+
+def fuzzed(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Test], Test]:
+    """Make a property test of a function that has fixtures beside the arguments that are drawn.
+
+    `make test` tries the same few examples each time, `make stress` many others.
+    """
+
+    def decorate(test: Test) -> Test:
+        settings_of = partial(settings, deadline=None, database=None, suppress_health_check=ALL)
+        drawn = given(**strategies)
+        few = settings_of(max_examples=examples, derandomize=True)(drawn(test))
+        many = settings_of(max_examples=_STRESS * examples)(drawn(test))
+
+        @pytest.mark.parametrize("run", part_of((few, many), lambda number, _: number == 0))
+        def form(run: Test, **fixtures: object) -> None:
+            run(**fixtures)
+
+        names = [name for name in signature(test).parameters if name not in strategies]
+        kept = [Parameter(name, Parameter.KEYWORD_ONLY) for name in ("run", *names)]
+        form.__signature__ = Signature(kept)  # type: ignore[attr-defined]
+        form.__doc__ = test.__doc__
+        return form
+
+    return decorate
 
 
 class Ended(NamedTuple):
