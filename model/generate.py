@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from foundation.bounded_files import told
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.folder import read_record
 
@@ -59,8 +60,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.ge
     warnings.filterwarnings("ignore", category=UserWarning)
     try:
         return _generate(options)
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

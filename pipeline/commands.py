@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from foundation.bounded_files import told
 from foundation.json_text import read_json
 from pipeline import __version__
 
@@ -146,7 +147,9 @@ def _run_by_path(command: Command, arguments: Sequence[str], prog: str) -> int:
         try:
             found = kind_of(path)
             break
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            reasons.append(told(error))
+        except ValueError as error:
             reasons.append(str(error))
     if found is None:
         return _refuse(reasons[0])

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from foundation.bounded_files import told
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import PARTIAL, WEIGHTS, committed, step_of
 from pipeline.checkpoint.files import (
@@ -41,8 +42,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     given = parser.parse_args(arguments)
     try:
         return _show(given.path, verified=given.verify)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from foundation.bounded_files import read_bounded
+from foundation.bounded_files import read_bounded, told
 from foundation.durable_files import write_whole
 from foundation.pages import Figures, Listing, Section, Table, render_page
 from foundation.plots import shades, svg_plot
@@ -172,8 +172,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     options = parser.parse_args(arguments)
     try:
         path = write_report(options.run_dir)
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     print(path)
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.errors import DataError
+from foundation.bounded_files import told
 from model.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.config.run_config import (
     Device,
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         device, precision = _resolve(config)
     except (ConfigError, CheckpointError, OSError) as error:
         if rank == 0:  # every rank reads the same file and would say the same
-            _say(f"error: {error}")
+            _say(f"error: {told(error) if isinstance(error, OSError) else error}")
         return EXIT_USER_FAULT
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs that this run leaves alone

@@ -1,4 +1,4 @@
-"""Configurations of any content: a dry run describes the run, or refuses it with one clear error."""
+"""Configurations of any content: a dry run describes the run, or ends with one clear error."""
 
 import subprocess
 import sys
@@ -32,15 +32,7 @@ VALUES = (
     *("9" * 400, "-" + "9" * 400, "9" * 5000, "1e999", "1e308", "-1e308", "1e-320", ".inf", ".nan"),
     *(str(1 << 63), str((1 << 64) - 1), str((1 << 63) - 1), str(-(1 << 63)), "1000000000000"),
     *("0", "-1", "1", "2", "5", "64", "0.5", "1.5", "true", "null", "''", "nope", "auto", "cuda"),
-    *(
-        '"a\\0b"',
-        '"a\\nb"',
-        '"\\e[2J"',
-        '"\\ud800"',
-        '"\\u2028"',
-        "x" * 5000,
-        "'" + "a/" * 3000 + "'",
-    ),
+    *('"a\\0b"', '"a\\nb"', '"\\e[2J"', '"\\ud800"', '"\\u2028"', "x" * 5000, "a/" * 3000),
     *("!!int abc", "!!python/object:os.system x", "&a [*a]", "*nothing", "[" * 100 + "]" * 100),
     *("[" * 50_000, "{a: {a: {a: 1}}}", "[]", "{}", "[1, 2, 3]", "[[1, 2], [2, 3]]", "[[5, 1]]"),
     *("[{trunk: 0-999999999999}]", "[{trunk: 0-1}, {heads: 1-4}]", "auto:" + "9" * 9, "auto:3"),
@@ -51,6 +43,11 @@ VALUES = (
 )
 TEXTS = st.sampled_from(VALUES) | st.text(max_size=20) | st.integers().map(str)
 KEYS = st.sampled_from([key for key in known_keys() if not key.startswith("train.init_from")])
+FRACTIONS = {
+    *("model.rope_theta", "model.norm_eps", "model.init_std", "model.embedding_init_std"),
+    *("optimizer.learning_rate", "optimizer.eps", "optimizer.weight_decay"),
+    "optimizer.gradient_clipping",
+}
 STRANGE_KEYS = st.sampled_from(["train.stepz", "x", "'a\\nb'.c", "x" * 5000, "run.'", "model.{"])
 
 
@@ -127,12 +124,12 @@ def test_numbers_of_400_digits(folder: Path, setting: str) -> None:
 
 @pytest.mark.parametrize("value", [str(1 << 63), str((1 << 64) - 1), "-.inf", ".nan"])
 def test_numbers_that_no_key_can_hold(folder: Path, value: str) -> None:
-    """Past int64, infinite and not a number: no key takes them, but those of text and choices."""
+    """Past int64, infinite and not a number: no key takes them, but a fraction is of any size."""
     (folder / "run.yaml").write_text(yaml_of({}, ""))
     for key in known_keys():
         ended = dry_run(folder, "--set", f"{key}={value}")
-        assert ended.code == 2, (key, value)
-        assert key in ended.errors
+        assert ended.code == 2 or (key in FRACTIONS and value.isdecimal()), (key, value)
+        assert ended.code == 0 or key in ended.errors
 
 
 @pytest.mark.parametrize(
@@ -168,7 +165,7 @@ def test_nonsense_is_named(folder: Path, setting: str, words: str) -> None:
     assert len(ended.errors.splitlines()) == 1
 
 
-@pytest.mark.parametrize("ranks", ["0", "-1", "1048577", "9" * 40, "9" * 5000, "nope"])
+@pytest.mark.parametrize("ranks", ["0", "-1", "1048577", "9" * 1000, "nope"])
 def test_worlds_that_are_none(folder: Path, ranks: str) -> None:
     """--world-size takes numbers of ranks only."""
     (folder / "run.yaml").write_text(yaml_of({}, ""))
