@@ -10,7 +10,6 @@ import stat
 from pathlib import Path
 
 MAX_BYTES = 1 << 26
-_SHOWN = 100  # letters
 _LONGEST_NAME = 255  # bytes, on the file systems in use
 
 
@@ -41,14 +40,6 @@ def check_inside(folder: Path, path: Path) -> None:
     """
     if not path.resolve(strict=True).is_relative_to(folder.resolve()):
         raise OSError(errno.EPERM, "a link leads out of the folder", str(path))
-
-
-def told(error: OSError) -> str:
-    """An error of the system in one line, with as much of the path as anybody reads."""
-    path = "" if error.filename is None else os.fsdecode(error.filename)
-    shown = path if len(path) <= _SHOWN else path[:_SHOWN] + "..."
-    reason = error.strerror or str(error)
-    return f"{shown}: {reason}" if shown else reason
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:

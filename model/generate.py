@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from foundation.bounded_files import told
+from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.folder import read_record
 
@@ -122,8 +122,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ConfigError(f"--heads {options.heads} must be at least 1; 1 is plain decoding")
     if not 1 <= options.max_new_tokens <= _MOST_NEW_TOKENS:
         raise ConfigError(
-            f"--max-new-tokens {options.max_new_tokens} must be at least 1 and at most "
-            f"{_MOST_NEW_TOKENS:,}; the default is 64"
+            f"--max-new-tokens {printable(str(options.max_new_tokens))} must be at least 1 and "
+            f"at most {_MOST_NEW_TOKENS:,}; the default is 64"
         )
     # Outside, probabilities in fp32 are all zero, or all equal.
     if options.temperature != 0 and not 1e-3 <= options.temperature <= 1e3:
@@ -133,7 +133,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
             "0 takes the likeliest token, 1 samples from the model as it is"
         )
     if not 0 <= options.seed < 1 << 63:
-        raise ConfigError(f"--seed {options.seed} must be from 0 to 2^63 - 1; the default is 0")
+        given = printable(str(options.seed))
+        raise ConfigError(f"--seed {given} must be from 0 to 2^63 - 1; the default is 0")
     if options.compare and options.temperature > 0:
         raise ConfigError(
             f"--compare needs --temperature 0, not {options.temperature:g}: sampled outputs agree "
@@ -159,7 +160,8 @@ def _heads(wanted: int | None, available: int) -> int:
         return available
     if wanted > available:
         raise ConfigError(
-            f"--heads {wanted}, but this export has {available}; use 1 to {available}"
+            f"--heads {printable(str(wanted))}, but this export has {available}; use 1 to "
+            f"{available}"
         )
     return wanted
 

@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from foundation.bounded_files import told
 from foundation.json_text import read_json
+from foundation.shown_text import told
 from pipeline import __version__
 
 PROGRAM = "headway"

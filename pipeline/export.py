@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import DataError
-from foundation.bounded_files import told
+from foundation.shown_text import told
 from model.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.exporting.target import check_target

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from foundation.bounded_files import told
+from foundation.shown_text import told
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import PARTIAL, WEIGHTS, committed, step_of
 from pipeline.checkpoint.files import (

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from foundation.bounded_files import read_bounded, told
+from foundation.bounded_files import read_bounded
 from foundation.durable_files import write_whole
 from foundation.pages import Figures, Listing, Section, Table, render_page
 from foundation.plots import shades, svg_plot
+from foundation.shown_text import told
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.reporting.final_figures import final_figures, values_of

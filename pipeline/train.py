@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.errors import DataError
-from foundation.bounded_files import told
+from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.config.run_config import (
     Device,
@@ -114,8 +114,8 @@ def _assumed_ranks(given: int | None, info: "RankInfo") -> int:
         return info.world_size
     if not 1 <= given <= _MOST_RANKS:
         raise ConfigError(
-            f"--world-size {given if abs(given) <= _MOST_RANKS else format(given, '.0e')} must be "
-            f"1 to {_MOST_RANKS:,}; give the number of ranks that the run is to have"
+            f"--world-size {printable(str(given), 20)} must be 1 to {_MOST_RANKS:,}; give the "
+            "number of ranks that the run is to have"
         )
     return given
 

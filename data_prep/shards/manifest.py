@@ -13,6 +13,7 @@ from data_prep.errors import DataError
 from data_prep.shards.arrow_file import ShardFile
 from data_prep.shards.atomic import write_whole
 from foundation.bounded_files import is_name_inside, read_bounded
+from foundation.shown_text import printable
 
 FORMAT = "headway-shards"
 FORMAT_VERSION = 1
@@ -22,7 +23,6 @@ TRAIN = "train"
 VALIDATION = "validation"
 _LARGEST_NUMBER = 1 << 62
 _LARGEST_BYTES = 1 << 32  # a set of a million shards has some hundred megabytes
-_SHOWN = 200  # letters
 
 
 class _Entry(BaseModel):
@@ -249,9 +249,9 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest.model_validate_json(read_bounded(path, _LARGEST_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
-        where = _shown(".".join(str(part) for part in first["loc"]) or "file")
+        where = printable(".".join(str(part) for part in first["loc"]) or "file")
         raise DataError(
-            f"{path} is not a valid manifest ({where}: {_shown(first['msg'])}); make the shards "
+            f"{path} is not a valid manifest ({where}: {printable(first['msg'])}); make the shards "
             "again"
         ) from error
     except OSError as error:
@@ -294,12 +294,6 @@ def _names_of(manifest: Manifest) -> Iterator[str]:
 
 def _find_name_fault(name: str) -> str:
     return "" if name.isprintable() else f"{name[:80]!a} holds what cannot be shown"
-
-
-def _shown(text: str) -> str:
-    """The beginning of a text that may be anything, in one line."""
-    line = " ".join(text.split())[:_SHOWN]
-    return line if line.isprintable() else ascii(line)
 
 
 def _is_consistent(manifest: Manifest) -> bool:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from foundation.json_text import read_json
+from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.hugging_face.stored_tensors import printable, reason
 from model.rope_scaling import RopeScaling
 
 CONFIG_NAME = "config.json"

@@ -30,9 +30,9 @@ from pydantic import (
 
 from foundation.bounded_files import is_name_inside, read_bounded
 from foundation.durable_files import FileEntry, read_entry
+from foundation.shown_text import printable
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.hugging_face.stored_tensors import printable
 
 RECORD_NAME = "headway.json"
 CARD_NAME = "README.md"

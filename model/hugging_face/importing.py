@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.config import read_llama_config
@@ -29,9 +30,7 @@ from model.hugging_face.stored_tensors import (
     MODEL_INDEX_NAME,
     MODEL_NAME,
     open_tensors,
-    printable,
     read_weight_map,
-    reason,
 )
 from model.parameter_shapes import head_of, parameter_shapes
 from model.rope_scaling import RopeScaling

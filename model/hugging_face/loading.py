@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from foundation.bounded_files import read_bounded
+from foundation.shown_text import reason
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord, read_record, verify_files
 from model.hugging_face.names import hf_names, hf_shapes, join
-from model.hugging_face.stored_tensors import open_tensors, reason
+from model.hugging_face.stored_tensors import open_tensors
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import head_of, parameter_shapes
 from model.process_groups import ensure_single_process

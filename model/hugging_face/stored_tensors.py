@@ -8,11 +8,11 @@ from torch import Tensor
 
 from foundation.bounded_files import check_regular, is_name_inside
 from foundation.json_text import read_json
+from foundation.shown_text import reason
 from model.errors import CheckpointError
 
 MODEL_NAME = "model.safetensors"
 MODEL_INDEX_NAME = "model.safetensors.index.json"
-_SHOWN = 200  # letters
 ALL_HEADS_INDEX_NAME = "all_heads.safetensors.index.json"
 
 
@@ -102,14 +102,3 @@ def open_tensors(path: Path) -> Any:
     """
     check_regular(path)
     return safe_open(path, framework="pt")
-
-
-def reason(error: Exception) -> str:
-    """What is wrong with a file, in one short line that can be shown."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return printable(" ".join(text.split()))
-
-
-def printable(text: str) -> str:
-    """The beginning of a text, with escapes for what cannot be shown."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[:_SHOWN])

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from foundation.bounded_files import check_regular
 from foundation.durable_files import FileEntry
+from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.parameter_shapes import checked_parameters, parameter_shapes
@@ -153,8 +154,7 @@ class StateFiles:
     def extents(self) -> Iterator[Extent]:
         """Which elements the files hold."""
         for (kind, name, rank), runs in self._runs.items():
-            for run in runs:
-                yield Extent(kind, name, rank, run.start, run.stop)
+            yield from (Extent(kind, name, rank, run.start, run.stop) for run in runs)
 
     def names(self) -> list[str]:
         """Parameters that the files hold, in the model's order; others last."""
@@ -267,8 +267,8 @@ class StateFiles:
         shape = self._shapes.get(name)
         if shape is None:
             raise CheckpointError(
-                f"{self._directory}: parameter {name} is not one of this model's; use a checkpoint "
-                "of this model"
+                f"{self._directory}: parameter {printable(name)} is not one of this model's; use a "
+                "checkpoint of this model"
             )
         return placement_of(name), shape
 
@@ -302,8 +302,8 @@ class StateFiles:
                 self._runs[kind, name, rank].append(_Run(first, stop, path, key))
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is not a file of this project's checkpoints ({error}); use another "
-                "checkpoint"
+                f"{path} is not a file of this project's checkpoints ({reason(error)}); use "
+                "another checkpoint"
             ) from error
 
     def _file(self, path: Path) -> Any:
@@ -314,7 +314,7 @@ class StateFiles:
                 opened = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
-                    f"{path} cannot be read ({str(error).splitlines()[0]}); use another checkpoint"
+                    f"{path} cannot be read ({reason(error)}); use another checkpoint"
                 ) from error
             self._open = (path, opened)
         return self._open[1]

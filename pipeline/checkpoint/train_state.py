@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_prep.loading.data_summary import DataSummary, differences
 from data_prep.loading.mixture import BLOCK_SAMPLES, MixtureSegment
 from foundation.json_text import read_json
+from foundation.shown_text import printable, reason
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import STATE_NAME
 from pipeline.checkpoint.files import STATE_VERSION, other_version
 
-_SHOWN = 120  # letters
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}*$", max_length=1000)]  # shown in terminals
 Ranks = Annotated[int, Field(gt=0, lt=2**31)]
@@ -132,8 +132,8 @@ def _fault(error: OSError | ValueError) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return f"{where[:_SHOWN]!a}: {first['type']}"
-    return (error.strerror or "no file") if isinstance(error, OSError) else str(error)[:_SHOWN]
+        return f"{printable(where)}: {first['type']}"
+    return reason(error)
 
 
 def layout_changes(saved: Layout, current: Layout) -> list[str]:

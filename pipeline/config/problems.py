@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from foundation.shown_text import printable
+
 _WANTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -18,7 +20,7 @@ _WANTED = {
     "finite_number": "a finite number",
     "model_type": "a mapping of keys",
 }
-_SHOWN, _LONGEST_KEY = 60, 80  # letters
+_SHOWN, _LONGEST_KEY, _LONGEST_LINE = 60, 80, 1500  # letters
 MOST_PROBLEMS = 50  # nobody reads more before mending these
 _BOUNDS = {
     "greater_than": ("gt", "more than"),
@@ -45,7 +47,7 @@ def plain_problems(section: str, error: ValidationError, known_keys: Collection[
         key = _dotted(section, fault["loc"])
         if fault["type"] == "value_error":
             lines = str(fault["ctx"]["error"]).splitlines()
-            problems += [f"{section}.{_printable(line)}" for line in lines]
+            problems += [f"{section}.{printable(line, _LONGEST_LINE)}" for line in lines]
         elif fault["type"] in {"extra_forbidden", "invalid_key"}:
             path = ".".join([section, *map(_key_text, fault["loc"])])
             problems.append(unknown_key(path, known_keys))
@@ -98,18 +100,12 @@ def shown(value: object) -> str:
     if isinstance(value, PurePath):
         value = str(value)
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return _printable(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")
-
-
-def _printable(text: str) -> str:
-    """A text with escapes for what a terminal would act on or could not show."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return printable(text, _SHOWN)
 
 
 def _key_text(key: int | str) -> str:
     """A key as it was given, shortened when long."""
-    text = _printable(str(key)[:_LONGEST_KEY])
-    return text if len(str(key)) <= _LONGEST_KEY else f"{text}..."
+    return printable(str(key), _LONGEST_KEY)
 
 
 def _dotted(section: str, location: Sequence[int | str]) -> str:

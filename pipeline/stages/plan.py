@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+from foundation.shown_text import printable
 from model.config import MAX_LAYERS, ModelConfig
 from model.part import ModelPart, span_text
 
@@ -36,17 +37,15 @@ def setting_problem(stages: StagesSetting) -> str | None:
     if isinstance(stages, str):
         if _AUTO.fullmatch(stages):
             return None
-        return f"stages={_shortened(repr(stages))} is not a plan; {remedy}"
+        return f"stages={printable(repr(stages), _SHOWN)} is not a plan; {remedy}"
     if not stages:
         return f"stages=[] has no stage; {remedy}"
     for number, stage in enumerate(stages):
         for kind, span in stage.items():
             if kind not in _KINDS:
-                return (
-                    f"stages: stage {number} holds {_shortened(repr(kind))}, known are trunk and "
-                    f"heads; {remedy}"
-                )
-            match, given = _SPAN.fullmatch(str(span).strip()), _shortened(str(span))
+                given = printable(repr(kind), _SHOWN)
+                return f"stages: stage {number} holds {given}, known are trunk and heads; {remedy}"
+            match, given = _SPAN.fullmatch(str(span).strip()), printable(str(span), _SHOWN)
             if match is None or int(match[2] or match[1]) < int(match[1]):
                 return (
                     f"stages: stage {number} has {kind}: {given}, which is not a number or a "
@@ -91,10 +90,10 @@ def plan_problems(stages: StagesSetting, model: ModelConfig) -> list[str]:
                 "read what the whole trunk gives"
             )
     balanced = plan_text(balanced_plan(count, model))
-    given = _shortened(plan_text(parts), _SHOWN_PLAN)
+    given = printable(plan_text(parts), _SHOWN_PLAN)
     return [
         f"parallel.stages={given}: {problem}; the balanced plan is "
-        f"{_shortened(balanced, _SHOWN_PLAN)}"
+        f"{printable(balanced, _SHOWN_PLAN)}"
         for problem in problems
     ]
 
@@ -249,10 +248,6 @@ def _numbers_text(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:_SHOWN_NUMBERS]))
     more = len(numbers) - _SHOWN_NUMBERS
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-def _shortened(text: str, longest: int = _SHOWN) -> str:
-    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def depths(plan: Sequence[ModelPart]) -> list[int]:

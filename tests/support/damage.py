@@ -16,7 +16,7 @@ _CONTENTS = (
     (1 << 62).to_bytes(8, "little") + b"{}",
     (2).to_bytes(8, "little") + b"{}",
 )
-_VALUES = (
+_VALUES: tuple[Any, ...] = (
     *(
         None,
         True,

@@ -133,7 +133,7 @@ def check_ended(ended: Ended) -> None:
 
 @contextlib.contextmanager
 def untouched(folder: Path) -> Iterator[None]:
-    """Check that what is inside leaves every file below the folder as it was."""
+    """Check that what is inside leaves every file below the folder as it was, and adds none."""
     before = _facts(folder)
     yield
     assert _facts(folder) == before
@@ -143,5 +143,6 @@ def _facts(folder: Path) -> dict[str, tuple[int, int, int]]:
     found = {}
     for path in sorted(folder.rglob("*")):
         facts = path.lstat()
-        found[str(path)] = (facts.st_mode, facts.st_size, facts.st_mtime_ns)
+        times = (0, 0) if path.is_dir() else (facts.st_size, facts.st_mtime_ns)
+        found[str(path)] = (facts.st_mode, *times)
     return found
