@@ -1,7 +1,7 @@
 """The sizes of a model, what must hold between them, and what follows from them."""
 
 from collections.abc import Callable, Iterable
-from math import gcd
+from math import gcd, isqrt
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
@@ -9,8 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field
 from model.rope_scaling import RopeScaling
 
 _FFN_MULTIPLE = 256
+_SHOWN = 200  # letters
 
-PositiveInt = Annotated[int, Field(gt=0)]
+# Far above any model; below, what is computed from the sizes takes no time and no room.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20
+MAX_VOCABULARY = 1 << 24
+
+Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 
 
 class ParameterCount(NamedTuple):
@@ -67,13 +74,15 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    layers: PositiveInt
-    hidden_size: PositiveInt
-    attention_heads: PositiveInt
-    vocab_size: PositiveInt
-    future_tokens: PositiveInt
-    kv_heads: PositiveInt = Field(default_factory=_default_kv_heads)
-    ffn_hidden_size: PositiveInt = Field(default_factory=_default_ffn_hidden_size)
+    layers: Layers
+    hidden_size: Width
+    attention_heads: Width
+    vocab_size: Annotated[int, Field(gt=0, le=MAX_VOCABULARY)]
+    future_tokens: Layers
+    kv_heads: Width = Field(default_factory=_default_kv_heads)
+    ffn_hidden_size: Annotated[int, Field(gt=0, le=4 * MAX_WIDTH)] = Field(
+        default_factory=_default_ffn_hidden_size
+    )
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -147,6 +156,8 @@ class ModelConfig(BaseModel):
         if weights is None:
             return None
         problems = []
+        shown = str(list(weights))
+        shown = shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
         future_tokens = info.data.get("future_tokens", len(weights))
         if len(weights) != future_tokens:
             problems.append(
@@ -155,11 +166,11 @@ class ModelConfig(BaseModel):
             )
         if any(weight < 0 for weight in weights):
             problems.append(
-                f"head_weights={list(weights)} has a negative weight; use 0 to leave a head out"
+                f"head_weights={shown} has a negative weight; use 0 to leave a head out"
             )
         elif not any(weights):
             problems.append(
-                f"head_weights={list(weights)} has no weight above 0, so nothing would be "
+                f"head_weights={shown} has no weight above 0, so nothing would be "
                 "learned; give at least one head a positive weight"
             )
         if problems:
@@ -268,7 +279,8 @@ class ModelConfig(BaseModel):
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _nearest(value: int, workable: Iterable[int]) -> str:

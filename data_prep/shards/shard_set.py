@@ -21,8 +21,10 @@ from data_prep.shards.manifest import (
 )
 from data_prep.shards.open_files import ShardFiles
 from data_prep.tokenization.tokenizer import TokenArray, Tokenizer
+from foundation.bounded_files import check_regular, read_bounded
 
 CHECKSUM_BLOCK_BYTES = 1 << 22
+TOKENIZER_BYTES = 1 << 30
 # Document offsets are read in blocks of a page.
 OFFSETS_PER_READ = 512
 
@@ -157,7 +159,8 @@ class ShardSet:
             DataError: It cannot be read.
         """
         known = self.manifest.tokenizer
-        content, path = self.tokenizer_path.read_bytes(), os.fspath(self.tokenizer_path)
+        content = read_bounded(self.tokenizer_path, TOKENIZER_BYTES)
+        path = os.fspath(self.tokenizer_path)
         return Tokenizer(content, known.eos_token, path, self.manifest.special_tokens)
 
     def read(self, start: int, count: int) -> TokenArray:
@@ -260,6 +263,7 @@ class ShardSet:
             path = self.directory / shard.path
             digest = xxhash.xxh3_128()
             try:
+                check_regular(path)
                 with path.open("rb") as file:
                     while block := file.read(CHECKSUM_BLOCK_BYTES):
                         digest.update(block)
@@ -278,7 +282,7 @@ class ShardSet:
 
     def _check_tokenizer(self) -> None:
         try:
-            content = self.tokenizer_path.read_bytes()
+            content = read_bounded(self.tokenizer_path, TOKENIZER_BYTES)
         except OSError as error:
             raise DataError(
                 f"{self.tokenizer_path} is missing ({error.strerror}); copy the set again"

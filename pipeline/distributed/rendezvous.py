@@ -1,6 +1,7 @@
 """How a process joins its job: its rank from the launcher's variables, and the rendezvous."""
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
@@ -38,14 +39,31 @@ def rank_info(environment: Mapping[str, str]) -> RankInfo:
 
     Without either it is a job of one process. A Slurm batch script outside `srun` has
     SLURM_NTASKS but no step; it too is one process.
+
+    Raises:
+        ConfigError: the variables are not of a job.
     """
     for names in _LAUNCHERS:
         if names[0].startswith("SLURM") and "SLURM_STEP_ID" not in environment:
             continue
         if names[0] in environment and names[2] in environment:
-            rank, local, world = (int(environment.get(name, "0")) for name in names)
-            return RankInfo(rank, local, world)
+            info = RankInfo(*(_number_of(name, environment.get(name, "0")) for name in names))
+            if not 0 <= info.rank < info.world_size:
+                raise ConfigError(
+                    f"{names[0]}={info.rank} is not a rank of {names[2]}={info.world_size}, which "
+                    "has ranks from 0; start the job by torchrun or srun, or unset both variables"
+                )
+            return info
     return RankInfo(0, 0, 1)
+
+
+def _number_of(name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ConfigError(
+            f"{name}={text[:40]!r} in the environment is not a number of a rank or of ranks; start "
+            "the job by torchrun or srun, or unset the variable"
+        )
+    return int(text)
 
 
 def device_index(info: RankInfo, visible: int, environment: Mapping[str, str]) -> int:
