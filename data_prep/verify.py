@@ -17,7 +17,9 @@ from data_prep.shards.manifest import (
     read_manifest,
 )
 from data_prep.shards.shard_checks import ShardChecks
+from data_prep.shards.shard_set import TOKENIZER_BYTES
 from data_prep.tokenization.tokenizer import Tokenizer
+from foundation.bounded_files import read_bounded
 
 EPILOG = """\
 examples:
@@ -109,7 +111,7 @@ def find_problems(directory: Path, sample: int = SAMPLED_DOCUMENTS) -> Iterator[
 def _open_tokenizer(directory: Path, manifest: Manifest) -> Tokenizer:
     known, path = manifest.tokenizer, directory / TOKENIZER
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, TOKENIZER_BYTES)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); copy the set again") from error
     if hashlib.sha256(content).hexdigest() != known.sha256:

@@ -294,11 +294,24 @@ class ShardSet:
             )
 
     def _offsets(self, number: int, first: int, count: int) -> NDArray[np.int64]:
-        """Entries [first, first + count) of a shard's offsets: document r is [r] to [r + 1]."""
+        """Entries [first, first + count) of a shard's offsets: document r is [r] to [r + 1].
+
+        Raises:
+            DataError: They cannot be read, or are no offsets.
+        """
         out = np.empty(count, np.int64)
         shard = self.shards[number]
         position = shard.offsets_offset + first * out.itemsize
         self._files.read(self._numbers[number], out.view(np.uint8).data, position)
+        # Wrong ones would be trusted: a search among them need not end, and a length be anything.
+        first_is_wrong = first == 0 and out[0] != 0
+        last_is_wrong = first + count == shard.rows + 1 and out[-1] != shard.tokens
+        if first_is_wrong or last_is_wrong or bool((out[1:] <= out[:-1]).any()):
+            raise DataError(
+                f"{self.directory / shard.path}: the starts of its documents do not rise from 0 to "
+                f"its {shard.tokens:,} tokens; copy the set again, or delete this file and run the "
+                "same data_prep/shard.py command again"
+            )
         return out
 
     def _starts_in_shard(self, number: int, first: int, end: int) -> NDArray[np.int64]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import orjson
 import pytest
 from hypothesis import strategies as st
@@ -22,7 +21,10 @@ from data_prep.shards.shard_set import ShardSet
 from tests.data_prep.conftest import Silence, make_texts
 from tests.support.hostile import call_command, fuzzed, refusal_of, untouched
 
-SEQUENCE = SequenceFormat(sequence_length=64, future_tokens=2, packing="best_fit", documents=True)
+FORMATS = (
+    SequenceFormat(sequence_length=64, future_tokens=2, packing="best_fit", documents=True),
+    SequenceFormat(sequence_length=64, future_tokens=2, packing="concat", documents=True),
+)
 
 
 class Damage(NamedTuple):
@@ -139,10 +141,12 @@ def read_all(directory: Path) -> list[bytes]:
             found.append(shards.read(0, shards.num_tokens).tobytes())
             found.append(shards.document_lengths().tobytes())
             layout = BatchLayout(micro_size=2)
-            loader = TokenLoader(shards, SEQUENCE, layout, seed=3)
-            for sample in range(0, loader.num_samples - 2, 2):
-                for batch in loader.step_batches(sample):
-                    found.append(np.asarray(batch.tokens).tobytes())
+            for form in FORMATS:
+                loader = TokenLoader(shards, form, layout, seed=3)
+                for sample in range(0, loader.num_samples - 2, 2):
+                    found += [
+                        batch.tokens.numpy().tobytes() for batch in loader.step_batches(sample)
+                    ]
         finally:
             shards.close()
     return found
