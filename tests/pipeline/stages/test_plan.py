@@ -17,6 +17,7 @@ from pipeline.stages.costs import (
     step_time,
 )
 from pipeline.stages.plan import (
+    MAX_STAGES,
     balanced_plan,
     depths,
     layer_equivalents,
@@ -223,10 +224,11 @@ def test_many_micro_batches_are_not_played_through() -> None:
 
 
 def test_the_largest_plans_take_no_time(model: ModelConfig) -> None:
-    """A thousand layers on hundreds of stages, and a list that names every layer twice."""
+    """A thousand layers on a hundred stages, and a list that names every layer twice."""
     large = model.model_copy(update={"layers": 1024, "future_tokens": 512})
     with limits(10):
-        assert len(balanced_plan(511, large)) == 511
+        assert len(balanced_plan(MAX_STAGES, large)) == MAX_STAGES
+        assert "more than the 128 stages" in plan_problems(MAX_STAGES + 1, large)[0]
         problems = plan_problems(({"trunk": "0-511"}, {"trunk": "0-511"}), large)
     assert "and 504 more are in two stages" in problems[0]
     assert all(len(problem) < 2000 for problem in problems)
