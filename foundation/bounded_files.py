@@ -51,11 +51,11 @@ def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     # Opening a pipe would wait for its writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
-        _refuse_irregular(path, os.fstat(descriptor))
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes", str(path))
-    return content
+        facts = os.fstat(descriptor)
+        _refuse_irregular(path, facts)
+        if facts.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes", str(path))
+        return file.read(facts.st_size)  # no more, if it grows meanwhile
 
 
 def _refuse_irregular(path: Path, facts: os.stat_result) -> None:

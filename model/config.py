@@ -243,24 +243,27 @@ class ModelConfig(BaseModel):
             One line per size that cannot be divided, each starting with its key and ending with
             the nearest values that can; empty when the model splits.
         """
-        limit = 2 * max(self.attention_heads, self.ffn_hidden_size, self.vocab_size) + 2 * size
-        multiples = range(size, limit, size)
 
         def heads_work(value: int) -> bool:
             whole = self.hidden_size % value == 0 and value % self.kv_heads == 0
             return whole and (self.hidden_size // value) % 2 == 0
 
-        candidates: dict[str, Callable[[int], bool]] = {
-            "attention_heads": heads_work,
-            "kv_heads": lambda value: self.attention_heads % value == 0,
-            "ffn_hidden_size": lambda value: True,
-            "vocab_size": lambda value: value > self.vocab_size,
+        ffn, vocabulary = self.ffn_hidden_size, self.vocab_size
+        # The values that may work, and which of them do.
+        candidates: dict[str, tuple[range, Callable[[int], bool]]] = {
+            "attention_heads": (range(1, self.hidden_size + 1), heads_work),
+            "kv_heads": (
+                range(1, self.attention_heads + 1),
+                lambda value: self.attention_heads % value == 0,
+            ),
+            "ffn_hidden_size": (range(1, ffn + size), lambda value: True),
+            "vocab_size": (range(vocabulary, vocabulary + size), lambda value: True),
         }
         problems = []
-        for key, works in candidates.items():
+        for key, (values, works) in candidates.items():
             value: int = getattr(self, key)
             if value % size:
-                advice = _nearest(value, (m for m in multiples if works(m)))
+                advice = _nearest(value, _nearest_multiples(value, size, values, works))
                 problems.append(
                     f"{key}={value} is not divisible by the tensor-parallel size {size}; {advice}"
                 )
@@ -281,6 +284,16 @@ class ModelConfig(BaseModel):
 def _divisors(number: int) -> list[int]:
     small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
+
+
+def _nearest_multiples(
+    value: int, size: int, values: range, works: Callable[[int], bool]
+) -> list[int]:
+    """The multiples of `size` next to `value`, below and above, that are in `values` and work."""
+    below = range(value // size * size, values.start - 1, -size)
+    above = range(value // size * size + size, values.stop, size)
+    found = (next(filter(works, multiples), None) for multiples in (below, above))
+    return [multiple for multiple in found if multiple is not None]
 
 
 def _nearest(value: int, workable: Iterable[int]) -> str:

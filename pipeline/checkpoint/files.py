@@ -15,6 +15,7 @@ import xxhash
 from foundation.bounded_files import check_inside, is_name_inside, read_bounded
 from foundation.durable_files import FileEntry, read_entry, write_synced
 from foundation.json_text import read_json
+from foundation.shown_text import printable, reason
 from model.errors import CheckpointError
 from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import (
@@ -172,12 +173,18 @@ def checkpoint_path(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / STATE_NAME).is_file() or (path / MANIFEST).is_file():
-        return path
-    for folder in (path, path / FOLDER):
-        newest = newest_checkpoint(folder)
-        if newest is not None:
-            return newest
+    try:
+        if (path / STATE_NAME).is_file() or (path / MANIFEST).is_file():
+            return path
+        for folder in (path, path / FOLDER):
+            newest = newest_checkpoint(folder)
+            if newest is not None:
+                return newest
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(str(path))} cannot be read ({reason(error)}); give a folder such as "
+            "runs/NAME/checkpoints/step_00000100, or the run's folder"
+        ) from error
     raise CheckpointError(
         f"{path} is not a checkpoint: it has neither {STATE_NAME} nor {LATEST}; give a folder such "
         "as runs/NAME/checkpoints/step_00000100, or the run's folder"

@@ -12,7 +12,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from foundation.bounded_files import check_regular
 from foundation.durable_files import sync_folder, write_synced
+from foundation.shown_text import reason
 from model.errors import CheckpointError
 from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import (
@@ -283,8 +285,19 @@ class CheckpointFolder:
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration in a checkpoint; keys that this version lacks are left out."""
+    """The resolved configuration in a checkpoint; keys that this version lacks are left out.
+
+    Raises:
+        CheckpointError: it is missing, or no file.
+        ConfigError: it cannot be used.
+    """
     path = checkpoint / RESOLVED_CONFIG_NAME
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}); use another checkpoint"
+        ) from error
     return load_config(
         path, left_out=lambda key: logger.warning("%s: unknown key %s is left out", path, key)
     )

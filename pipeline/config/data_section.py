@@ -12,7 +12,6 @@ from pipeline.config.sections import (
     Count,
     FilePath,
     Name,
-    PositiveInt,
     Section,
 )
 
@@ -54,11 +53,11 @@ class DataSection(Section):
     """
 
     shards: FilePath
-    sequence_length: PositiveInt
+    sequence_length: Annotated[int, Field(gt=0, lt=2**31)]
     tokenizer: FilePath | None = None
     train_split: Split = "train"
     eval_split: Split = "validation"
-    prefetch_steps: PositiveInt = 2
+    prefetch_steps: Annotated[int, Field(gt=0, le=10_000)] = 2
     document_mask: bool = False
     packing: Literal["concat", "best_fit"] = "concat"
     weights: dict[Name, Weight] | None = None

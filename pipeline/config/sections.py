@@ -28,6 +28,7 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Samples = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
@@ -128,8 +129,8 @@ class BatchSection(Section):
         accumulation: micro-batches of a step on a data-parallel rank.
     """
 
-    micro_size: PositiveInt
-    accumulation: PositiveInt = 1
+    micro_size: Samples
+    accumulation: Samples = 1
 
 
 class TrainSection(Section):
@@ -262,7 +263,7 @@ class EvalSection(Section):
     """
 
     every_steps: Count = 0
-    samples: PositiveInt = 64
+    samples: Samples = 64
 
 
 class CheckpointSection(Section):

@@ -18,6 +18,7 @@ from model.part import ModelPart, span_text
 # What parallel.stages may hold: a number, `auto:S`, or one mapping per stage.
 StagesSetting = int | str | tuple[Mapping[str, int | str], ...]
 
+MAX_STAGES = 128
 # Numbers that int() takes whole; whether they fit the model is another question.
 _AUTO = re.compile(r"auto:([1-9][0-9]{0,8})")
 _SPAN = re.compile(r"([0-9]{1,18})(?:\s*-\s*([0-9]{1,18}))?")
@@ -75,6 +76,11 @@ def plan_problems(stages: StagesSetting, model: ModelConfig) -> list[str]:
         return [
             f"parallel.stages={count} is more than model.layers={model.layers}, and each stage "
             f"needs a layer or a head; use at most auto:{model.layers}"
+        ]
+    if count > MAX_STAGES:
+        return [
+            f"parallel.stages={count} is more than the {MAX_STAGES} stages that a run may have; "
+            f"use at most auto:{MAX_STAGES}"
         ]
     if isinstance(stages, int | str):
         return []
@@ -197,17 +203,16 @@ def _last_cut(
     best: Sequence[tuple[float, tuple[int, ...]]], sums: Sequence[float], stage: int, stop: int
 ) -> tuple[float, tuple[int, ...]]:
     """The best plan of the first `stop` items whose last stage, number `stage`, begins at a cut."""
-    found: tuple[float, tuple[int, ...]] | None = None
-    for cut in range(stop - 1, stage - 1, -1):
+    cut = stop - 1
+    heaviest, cuts = max(best[cut][0], sums[stop] - sums[cut]), best[cut][1]
+    for cut in range(stop - 2, stage - 1, -1):
         last = sums[stop] - sums[cut]
-        if found is not None and last > found[0]:
+        if last > heaviest:
             break  # as is the last stage of every earlier cut
-        heaviest = max(best[cut][0], last)
-        if found is None or heaviest <= found[0]:
-            plan = (heaviest, (*best[cut][1], stop))
-            found = plan if found is None else min(found, plan)
-    assert found is not None, (stage, stop)
-    return found
+        weight = max(best[cut][0], last)
+        if weight < heaviest or (weight == heaviest and best[cut][1] < cuts):
+            heaviest, cuts = weight, best[cut][1]
+    return heaviest, (*cuts, stop)
 
 
 def _listed(stages: Sequence[Mapping[str, int | str]]) -> list[ModelPart]:
