@@ -58,7 +58,7 @@ def _verify(directory: Path, sample: int) -> int:
     try:
         for problem in find_problems(directory, sample):
             problems += 1
-            print(printable(problem), file=sys.stderr)
+            print(printable(" ".join(problem.splitlines())), file=sys.stderr)
     except (DataError, OSError) as error:
         problems += 1
         explained = explain(error) if isinstance(error, OSError) else error

@@ -22,6 +22,7 @@ from data_prep.shards.manifest import (
 from data_prep.shards.open_files import ShardFiles
 from data_prep.tokenization.tokenizer import TokenArray, Tokenizer
 from foundation.bounded_files import check_regular, read_bounded
+from foundation.shown_text import printable
 
 CHECKSUM_BLOCK_BYTES = 1 << 22
 TOKENIZER_BYTES = 1 << 30
@@ -272,8 +273,8 @@ class ShardSet:
             if digest.hexdigest() != shard.file_xxh3_128:
                 raise DataError(
                     f"{path} is damaged: its checksum is {digest.hexdigest()}, the manifest says "
-                    f"{shard.file_xxh3_128}; delete it and run the same data_prep/shard.py command "
-                    "again"
+                    f"{printable(shard.file_xxh3_128)}; delete it and run the same "
+                    "data_prep/shard.py command again"
                 )
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ DAMAGE = st.builds(
     | st.sampled_from([b"\0" * 64, b"\xff" * 64, b"9" * 400, b"../", b"\x1b[2J", b'"', b"-1"]),
 )
 # Values of manifest.json: each was found to be believed once, or might be.
-VALUES = st.sampled_from(
+VALUES: st.SearchStrategy[object] = st.sampled_from(
     [
         *(0, -1, 1, 1 << 31, 1 << 62, 1 << 63, 1 << 70, 0.5, 1e308, True, None, "", [], {}, "x"),
         *("../../etc/passwd", "/dev/zero", "a\nb", "a\x1b[2J", "uint16", "uint32", "x" * 3000),
