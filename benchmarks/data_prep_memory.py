@@ -116,6 +116,9 @@ class _Silence:
     def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
         pass
 
+    def reading(self, text_bytes: int) -> None:
+        """Ignore signs of life."""
+
     def skip(self, input_bytes: int) -> None:
         pass
 

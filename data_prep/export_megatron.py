@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, run_command
 from data_prep.shards.atomic import whole_file
 from data_prep.shards.shard_set import ShardSet
 
@@ -31,6 +31,12 @@ TYPES: dict[str, tuple[int, np.dtype[Any]]] = {
     "uint32": (4, np.dtype("<i4")),
 }
 COPIED_TOKENS = 1 << 22
+EPILOG = """\
+example:
+  PROG data/corpus megatron/corpus_train --split train
+
+exit status: 0 written, 1 an error, 2 wrong arguments, 130 after Ctrl-C
+"""
 
 
 def main(
@@ -40,23 +46,25 @@ def main(
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Write a split of a shard set as PREFIX.bin and PREFIX.idx.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument("prefix", metavar="PREFIX", help="path of the files without .bin and .idx")
     parser.add_argument("--split", default="train", metavar="NAME", help="train or validation")
     parser.add_argument("--source", metavar="NAME", help="only this source")
     given = parser.parse_args(arguments)
-    try:
+
+    def run() -> int:
         shards = ShardSet.open(given.directory, given.split, given.source)
         export(shards, given.prefix)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
-        f"{given.prefix}.bin and .idx: {shards.num_documents:,} documents, "
-        f"{shards.num_tokens:,} tokens"
-    )
-    return 0
+        print(
+            f"{given.prefix}.bin and .idx: {shards.num_documents:,} documents, "
+            f"{shards.num_tokens:,} tokens"
+        )
+        return 0
+
+    return run_command(run)
 
 
 def export(shards: ShardSet, prefix: str) -> None:

@@ -3,15 +3,25 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, run_command
 from data_prep.shards.arrow_file import ShardRows, read_shard
 from data_prep.shards.shard_set import ShardSet
 
+EPILOG = """\
+examples:
+  PROG data/corpus
+  PROG data/corpus --split validation --document 5
+  PROG data/corpus --search 'def main' --limit 3
+
+exit status: 0 found, 1 an error or nothing found, 2 wrong arguments, 130 after Ctrl-C
+"""
 CONTEXT_CHARACTERS = 60
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Document(NamedTuple):
@@ -37,6 +47,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Show what a shard set holds: a summary, a document, or where a text occurs.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
     )
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="a shard set")
@@ -46,6 +58,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
     add("--search", metavar="TEXT", help="list documents that contain TEXT")
     add("--limit", type=int, default=10, metavar="K", help="most documents of a search (10)")
     given = parser.parse_args(arguments)
+    return run_command(lambda: _inspect(given))
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    """Do what was asked for; give the exit status."""
     try:
         shards = ShardSet.open(given.directory, given.split, given.source)
         if given.document is not None:
@@ -54,9 +71,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
             return _print_matches(shards, given.search, given.limit)
         if given.document is None:
             _summarize(shards)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         # The reader, such as `head`, has enough; nothing more can be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,15 +96,25 @@ def find_document(shards: ShardSet, number: int) -> Document:
     raise AssertionError(f"document {number} of {shards.num_documents} is in no shard")
 
 
-def search(shards: ShardSet, text: str) -> Iterator[Document]:
+def search(
+    shards: ShardSet, text: str, say: Callable[[str], None] | None = None
+) -> Iterator[Document]:
     """Documents that contain a text, in order; one document in memory at a time.
+
+    Args:
+        shards: Where to look.
+        text: What to look for.
+        say: Shows a line now and then.
 
     Raises:
         DataError: A shard cannot be read.
     """
-    first = 0
+    first, said_s = 0, time.monotonic()
     for index, shard in enumerate(shards.shards):
         for document in _documents(shards, index, first, 0):
+            if say is not None and time.monotonic() - said_s >= SECONDS_BETWEEN_LINES:
+                said_s = time.monotonic()
+                say(f"searched {document.number:,} of {shards.num_documents:,} documents")
             if text in document.text:
                 yield document
         first += shard.rows
@@ -135,7 +159,7 @@ def _print_matches(shards: ShardSet, text: str, limit: int) -> int:
     if not text or limit < 1:
         raise DataError("--search needs a text that is not empty, and --limit at least 1")
     found = 0
-    for document in search(shards, text):
+    for document in search(shards, text, lambda line: print(line, file=sys.stderr)):
         found_at = document.text.index(text)
         start = max(0, found_at - CONTEXT_CHARACTERS)
         end = found_at + len(text) + CONTEXT_CHARACTERS

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from data_prep.errors import DataError
+from data_prep.errors import run_command
 from data_prep.loading.length_figures import histogram, percentiles, sequence_figures
 from data_prep.shards.atomic import write_whole
 from data_prep.shards.manifest import TRAIN, VALIDATION, InputEntry, Ledger, Manifest
@@ -22,13 +22,24 @@ from data_prep.shards.shard_set import ShardSet
 from foundation.pages import Block, Figures, Paragraph, Section, Table, render_page
 from foundation.plots import svg_plot
 
+EPILOG = """\
+example:
+  PROG data/corpus --output corpus.html
+
+exit status: 0 written, 1 an error, 2 wrong arguments, 130 after Ctrl-C
+"""
 LISTED_FILES = 10
 Cells = Sequence[object]
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_prep.report") -> int:
     """Run the command; give its exit status."""
-    parser = argparse.ArgumentParser(prog=prog, description="Write a page about a shard set.")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Write a page about a shard set.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
+    )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument(
         "--output",
@@ -38,13 +49,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
         help="the page (report.html)",
     )
     given = parser.parse_args(arguments)
-    try:
-        write_whole(given.output, make_page(given.directory).encode())
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(given.output)
-    return 0
+
+    def run() -> int:
+        write_whole(given.output, make_page(given.directory).encode("utf-8", "backslashreplace"))
+        print(given.output)
+        return 0
+
+    return run_command(run)
 
 
 def make_page(directory: Path) -> str:

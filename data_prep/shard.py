@@ -18,7 +18,15 @@ from data_prep.building.build import REJECTS, build
 from data_prep.building.data_config import read_config
 from data_prep.building.journal import claims_folder
 from data_prep.building.options import BuildOptions
-from data_prep.errors import BadRecordsError, DataError
+from data_prep.errors import (
+    EXIT_BAD_RECORDS,
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    DataError,
+    print_error,
+    printable,
+    run_command,
+)
 from data_prep.inputs.file_names import IGNORED_DIRECTORIES
 from data_prep.shards.manifest import VALIDATION, Manifest
 from data_prep.workers.array_tasks import ArrayWorkers, find_array_task
@@ -27,9 +35,24 @@ from data_prep.workers.phase import Workers
 from data_prep.workers.pool import LocalWorkers
 from data_prep.workers.progress import ProgressLine
 
-EXIT_DATA_ERROR = 1
-EXIT_BAD_RECORDS = 3
-EXIT_INTERRUPTED = 130
+DESCRIPTION = f"""\
+Tokenize .jsonl, .json and text files (also .gz, .zst, .xz), .parquet, .arrow, saved Hugging Face
+datasets and directories of them into Arrow shards with a held-out split. In a directory .json files
+are taken only by --glob. Killed at any point, the same command finishes the rest.
+
+Folders left out: {", ".join(sorted(IGNORED_DIRECTORIES)[:8])},
+{", ".join(sorted(IGNORED_DIRECTORIES)[8:])}.
+"""
+EPILOG = f"""\
+examples:
+  PROG --input raw/*.jsonl.gz --output data/corpus --tokenizer train:32000
+  PROG --input src docs --exclude tests --output data/code --tokenizer bytes --dedup
+  PROG --input hf:allenai/c4:en@train --output data/c4 --tokenizer train:8192
+  PROG --config configs/data/mixture.yaml
+
+exit status: 0 complete, {EXIT_ERROR} an error, 2 wrong arguments,
+{EXIT_BAD_RECORDS} more bad records than --max-bad-fraction, {EXIT_INTERRUPTED} after Ctrl-C
+"""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python data_prep/shard.py") -> int:
@@ -37,8 +60,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python data_prep/s
     try:
         world = join_world(os.environ)
     except DataError as error:
-        _print_error(error)
-        return EXIT_DATA_ERROR
+        print_error(error)
+        return EXIT_ERROR
     if world is None:
         return _run(arguments, prog, None)
     return world.run(lambda: _run(arguments, prog, world))
@@ -47,25 +70,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python data_prep/s
 def _run(arguments: Sequence[str] | None, prog: str, world: World | None) -> int:
     """Build the set; under MPI on rank 0, which coordinates the others."""
     progress = ProgressLine(Console(stderr=True))
-    try:
+
+    def run() -> int:
         try:
             options, task = parse_options(arguments, prog)
             manifest = build(options, progress, _choose_workers(options, task, world))
         finally:
             progress.close()
-    except DataError as error:
-        _print_error(error)
-        return EXIT_BAD_RECORDS if isinstance(error, BadRecordsError) else EXIT_DATA_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print(summarize(manifest, options.output))
-    return 0
+        print(printable(summarize(manifest, options.output)))
+        return 0
 
-
-def _print_error(error: DataError) -> None:
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    return run_command(run, "interrupted; run the same command again to resume")
 
 
 def _choose_workers(options: BuildOptions, task: str | None, world: World | None) -> Workers:
@@ -111,13 +126,9 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         argument_default=argparse.SUPPRESS,
-        description=(
-            "Tokenize .jsonl, .json and text files (also .gz, .zst, .xz), .parquet, .arrow, saved "
-            "Hugging Face datasets and directories of them into Arrow shards with a held-out "
-            "split. In a directory .json files are taken only by --glob. Killed at any point, the "
-            "same command finishes the rest. "
-            "Folders named " + ", ".join(sorted(IGNORED_DIRECTORIES)) + " are left out."
-        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=DESCRIPTION,
+        epilog=EPILOG.replace("PROG", prog),
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="YAML with any of these options, and sources")
@@ -137,7 +148,7 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
         metavar="FILE|train:8192|bytes",
         help="a tokenizer.json or a directory with one; one trained on the input; or plain bytes",
     )
-    add("--workers", type=int, metavar="N", help="processes (default: the cores it may use)")
+    add("--workers", type=int, metavar="N", help="processes (default: what the input is worth)")
     add(
         "--array-task",
         metavar="I/N",

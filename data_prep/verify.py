@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.building.journal import find_edit
-from data_prep.errors import DataError
+from data_prep.errors import DataError, explain, printable, run_command, shown
 from data_prep.shards.manifest import (
     TOKENIZER,
     Manifest,
@@ -17,8 +17,18 @@ from data_prep.shards.manifest import (
     read_manifest,
 )
 from data_prep.shards.shard_checks import ShardChecks
+from data_prep.shards.shard_set import TOKENIZER_BYTES
 from data_prep.tokenization.tokenizer import Tokenizer
+from foundation.bounded_files import read_bounded
 
+EPILOG = """\
+examples:
+  PROG data/corpus
+  PROG data/corpus --sample 100000
+
+exit status: 0 the set is whole, 1 it is not (each problem is a line), 2 wrong arguments,
+130 after Ctrl-C
+"""
 SAMPLED_DOCUMENTS = 1000
 
 
@@ -27,6 +37,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Check the files, counts, ids and documents of a shard set.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a shard set")
     parser.add_argument(
@@ -37,20 +49,29 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_pre
         help="documents that are decoded back (1000)",
     )
     given = parser.parse_args(arguments)
+    return run_command(lambda: _verify(given.directory, given.sample))
+
+
+def _verify(directory: Path, sample: int) -> int:
+    """Print what is wrong with a set, or what it holds; give the exit status."""
     problems = 0
     try:
-        for problem in find_problems(given.directory, given.sample):
+        for problem in find_problems(directory, sample):
             problems += 1
-            print(problem, file=sys.stderr)
-    except DataError as error:
+            print(printable(" ".join(problem.splitlines())), file=sys.stderr)
+    except (DataError, OSError) as error:
         problems += 1
-        print(error, file=sys.stderr)
+        explained = explain(error) if isinstance(error, OSError) else error
+        print(printable(str(explained)), file=sys.stderr)
     if problems:
-        print(f"{given.directory}: {problems} problems")
+        print(f"{shown(directory)}: {problems} problems")
         return 1
-    for line in describe(load_manifest(given.directory)):
+    manifest = load_manifest(directory)
+    for line in describe(manifest):
         print(line)
-    print(f"{given.directory}: ok")
+    if why := _open_tokenizer(directory, manifest).why_lossy:
+        print(f"documents were not decoded back to their text: {why}")
+    print(f"{shown(directory)}: ok")
     return 0
 
 
@@ -90,7 +111,7 @@ def find_problems(directory: Path, sample: int = SAMPLED_DOCUMENTS) -> Iterator[
 def _open_tokenizer(directory: Path, manifest: Manifest) -> Tokenizer:
     known, path = manifest.tokenizer, directory / TOKENIZER
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, TOKENIZER_BYTES)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); copy the set again") from error
     if hashlib.sha256(content).hexdigest() != known.sha256:

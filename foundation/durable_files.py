@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from foundation.bounded_files import check_regular
+
 BLOCK_BYTES = 1 << 22
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -45,8 +47,9 @@ def read_entry(path: Path, *, from_disk: bool = True) -> FileEntry:
         from_disk: read what the disk has of a synced file, not what this machine remembers of it.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file.
     """
+    check_regular(path)  # a device may have no end
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         if from_disk:

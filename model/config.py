@@ -1,7 +1,7 @@
 """The sizes of a model, what must hold between them, and what follows from them."""
 
 from collections.abc import Callable, Iterable
-from math import gcd
+from math import gcd, isqrt
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
@@ -9,8 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field
 from model.rope_scaling import RopeScaling
 
 _FFN_MULTIPLE = 256
+_SHOWN = 200  # letters
 
-PositiveInt = Annotated[int, Field(gt=0)]
+# Far above any model; below, what is computed from the sizes takes no time and no room.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20
+MAX_VOCABULARY = 1 << 24
+
+Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
+Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 
 
 class ParameterCount(NamedTuple):
@@ -67,13 +74,15 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    layers: PositiveInt
-    hidden_size: PositiveInt
-    attention_heads: PositiveInt
-    vocab_size: PositiveInt
-    future_tokens: PositiveInt
-    kv_heads: PositiveInt = Field(default_factory=_default_kv_heads)
-    ffn_hidden_size: PositiveInt = Field(default_factory=_default_ffn_hidden_size)
+    layers: Layers
+    hidden_size: Width
+    attention_heads: Width
+    vocab_size: Annotated[int, Field(gt=0, le=MAX_VOCABULARY)]
+    future_tokens: Layers
+    kv_heads: Width = Field(default_factory=_default_kv_heads)
+    ffn_hidden_size: Annotated[int, Field(gt=0, le=4 * MAX_WIDTH)] = Field(
+        default_factory=_default_ffn_hidden_size
+    )
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -147,6 +156,8 @@ class ModelConfig(BaseModel):
         if weights is None:
             return None
         problems = []
+        shown = str(list(weights))
+        shown = shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
         future_tokens = info.data.get("future_tokens", len(weights))
         if len(weights) != future_tokens:
             problems.append(
@@ -155,11 +166,11 @@ class ModelConfig(BaseModel):
             )
         if any(weight < 0 for weight in weights):
             problems.append(
-                f"head_weights={list(weights)} has a negative weight; use 0 to leave a head out"
+                f"head_weights={shown} has a negative weight; use 0 to leave a head out"
             )
         elif not any(weights):
             problems.append(
-                f"head_weights={list(weights)} has no weight above 0, so nothing would be "
+                f"head_weights={shown} has no weight above 0, so nothing would be "
                 "learned; give at least one head a positive weight"
             )
         if problems:
@@ -232,24 +243,27 @@ class ModelConfig(BaseModel):
             One line per size that cannot be divided, each starting with its key and ending with
             the nearest values that can; empty when the model splits.
         """
-        limit = 2 * max(self.attention_heads, self.ffn_hidden_size, self.vocab_size) + 2 * size
-        multiples = range(size, limit, size)
 
         def heads_work(value: int) -> bool:
             whole = self.hidden_size % value == 0 and value % self.kv_heads == 0
             return whole and (self.hidden_size // value) % 2 == 0
 
-        candidates: dict[str, Callable[[int], bool]] = {
-            "attention_heads": heads_work,
-            "kv_heads": lambda value: self.attention_heads % value == 0,
-            "ffn_hidden_size": lambda value: True,
-            "vocab_size": lambda value: value > self.vocab_size,
+        ffn, vocabulary = self.ffn_hidden_size, self.vocab_size
+        # The values that may work, and which of them do.
+        candidates: dict[str, tuple[range, Callable[[int], bool]]] = {
+            "attention_heads": (range(1, self.hidden_size + 1), heads_work),
+            "kv_heads": (
+                range(1, self.attention_heads + 1),
+                lambda value: self.attention_heads % value == 0,
+            ),
+            "ffn_hidden_size": (range(1, ffn + size), lambda value: True),
+            "vocab_size": (range(vocabulary, vocabulary + size), lambda value: True),
         }
         problems = []
-        for key, works in candidates.items():
+        for key, (values, works) in candidates.items():
             value: int = getattr(self, key)
             if value % size:
-                advice = _nearest(value, (m for m in multiples if works(m)))
+                advice = _nearest(value, _nearest_multiples(value, size, values, works))
                 problems.append(
                     f"{key}={value} is not divisible by the tensor-parallel size {size}; {advice}"
                 )
@@ -268,7 +282,18 @@ class ModelConfig(BaseModel):
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _nearest_multiples(
+    value: int, size: int, values: range, works: Callable[[int], bool]
+) -> list[int]:
+    """The multiples of `size` next to `value`, below and above, that are in `values` and work."""
+    below = range(value // size * size, values.start - 1, -size)
+    above = range(value // size * size + size, values.stop, size)
+    found = (next(filter(works, multiples), None) for multiples in (below, above))
+    return [multiple for multiple in found if multiple is not None]
 
 
 def _nearest(value: int, workable: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.folder import read_record
 
@@ -25,6 +26,7 @@ EXIT_DIFFERENT = 3
 EXIT_INTERRUPTED = 130
 
 _COMPARE_ROUNDS = 2
+_MOST_NEW_TOKENS = 1 << 20
 # Below this, threads wait for one another longer than they compute, far longer on a busy machine.
 _ONE_THREAD_PARAMETERS = 30_000_000
 
@@ -60,6 +62,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.ge
         return _generate(options)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -115,15 +120,21 @@ def _generate(options: argparse.Namespace) -> int:
 def _check_numbers(options: argparse.Namespace) -> None:
     if options.heads is not None and options.heads < 1:
         raise ConfigError(f"--heads {options.heads} must be at least 1; 1 is plain decoding")
-    if options.max_new_tokens < 1:
+    if not 1 <= options.max_new_tokens <= _MOST_NEW_TOKENS:
         raise ConfigError(
-            f"--max-new-tokens {options.max_new_tokens} must be at least 1; the default is 64"
+            f"--max-new-tokens {printable(str(options.max_new_tokens))} must be at least 1 and "
+            f"at most {_MOST_NEW_TOKENS:,}; the default is 64"
         )
-    if not 0 <= options.temperature < float("inf"):
+    # Outside, probabilities in fp32 are all zero, or all equal.
+    if options.temperature != 0 and not 1e-3 <= options.temperature <= 1e3:
         raise ConfigError(
-            f"--temperature {options.temperature:g} must be 0 or a positive number; "
+            f"--temperature {options.temperature:g} must be 0 or a positive number from "
+            "0.001 to 1,000; "
             "0 takes the likeliest token, 1 samples from the model as it is"
         )
+    if not 0 <= options.seed < 1 << 63:
+        given = printable(str(options.seed))
+        raise ConfigError(f"--seed {given} must be from 0 to 2^63 - 1; the default is 0")
     if options.compare and options.temperature > 0:
         raise ConfigError(
             f"--compare needs --temperature 0, not {options.temperature:g}: sampled outputs agree "
@@ -149,7 +160,8 @@ def _heads(wanted: int | None, available: int) -> int:
         return available
     if wanted > available:
         raise ConfigError(
-            f"--heads {wanted}, but this export has {available}; use 1 to {available}"
+            f"--heads {printable(str(wanted))}, but this export has {available}; use 1 to "
+            f"{available}"
         )
     return wanted
 
@@ -160,6 +172,10 @@ def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport") -
     limit = description.sequence_length
     prompts = []
     for number, text in enumerate(texts, 1):
+        if not _is_unicode(text):
+            raise ConfigError(
+                f"prompt {number} is not UTF-8 text; convert it to UTF-8, or give another --prompt"
+            )
         ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids or [description.eos_id]
         if len(ids) >= limit:
             raise ConfigError(
@@ -175,6 +191,15 @@ def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport") -
             file=sys.stderr,
         )
     return prompts
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it is text; bytes of a command line that are none come as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _move(loaded: "LoadedExport", device: "torch.device") -> None:
@@ -200,16 +225,24 @@ def _run(
     from model.decoding.self_speculative import generate
 
     start = time.perf_counter()
-    result = generate(
-        loaded.model,
-        prompts,
-        heads=heads,
-        max_new_tokens=options.max_new_tokens,
-        eos_id=loaded.record.description.eos_id,
-        temperature=options.temperature,
-        generator=torch.Generator(device).manual_seed(options.seed),
-        device=device,
-    )
+    try:
+        result = generate(
+            loaded.model,
+            prompts,
+            heads=heads,
+            max_new_tokens=options.max_new_tokens,
+            eos_id=loaded.record.description.eos_id,
+            temperature=options.temperature,
+            generator=torch.Generator(device).manual_seed(options.seed),
+            device=device,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"--max-new-tokens {options.max_new_tokens}: no memory for the keys and values of so "
+            "many tokens; give a smaller number, or fewer prompts"
+        ) from error
     return Run(result, heads, time.perf_counter() - start)
 
 

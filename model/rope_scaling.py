@@ -31,10 +31,10 @@ class RopeScaling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     rope_type: Literal["linear", "llama3"]
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, le=1e6)
     low_freq_factor: float | None = Field(default=None, gt=0)
     high_freq_factor: float | None = Field(default=None, gt=0)
-    original_max_position_embeddings: int | None = Field(default=None, gt=0)
+    original_max_position_embeddings: int | None = Field(default=None, gt=0, lt=2**31)
 
     @model_validator(mode="after")
     def _has_the_parameters_of_its_kind(self) -> Self:

@@ -7,17 +7,19 @@ each, one of data_prep and one of pipeline; what PATH is decides which.
 """
 
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from foundation.json_text import read_json
+from foundation.shown_text import told
 from pipeline import __version__
 
 PROGRAM = "headway"
 EXIT_USAGE = 2
+_MANIFEST_BYTES = 1 << 30
 Kind = Literal["shard set", "run"]
 _KINDS: tuple[Kind, ...] = ("shard set", "run")
 
@@ -126,7 +128,7 @@ def kind_of(path: Path) -> Kind:
 
 def _manifest_keys(path: Path) -> set[str]:
     try:
-        content = json.loads((path / "manifest.json").read_bytes())
+        content = read_json(path / "manifest.json", _MANIFEST_BYTES)
     except (OSError, ValueError):
         return set()
     return set(content) if isinstance(content, dict) else set()
@@ -145,6 +147,8 @@ def _run_by_path(command: Command, arguments: Sequence[str], prog: str) -> int:
         try:
             found = kind_of(path)
             break
+        except OSError as error:
+            reasons.append(told(error))
         except ValueError as error:
             reasons.append(str(error))
     if found is None:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import DataError
+from foundation.shown_text import told
 from model.errors import CheckpointError, ConfigError
+from pipeline.checkpoint.files import checkpoint_path
 from pipeline.exporting.target import check_target
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         )
     except (CheckpointError, ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; nothing was exported", file=sys.stderr)
@@ -93,6 +98,7 @@ def export(
         DataError: the tokenizer has no known end-of-document token.
     """
     check_target(directory)
+    checkpoint = checkpoint_path(checkpoint)
     # Imported here so that --help and mistakes do not wait for torch and megatron-core.
     from pipeline.exporting.exporter import export_checkpoint
 

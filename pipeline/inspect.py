@@ -7,14 +7,13 @@ missing or damaged, 2 when there is no checkpoint.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from foundation.shown_text import told
 from model.errors import CheckpointError
-from pipeline.checkpoint.file_names import PARTIAL, STATE_NAME, WEIGHTS, committed, step_of
+from pipeline.checkpoint.file_names import PARTIAL, WEIGHTS, committed, step_of
 from pipeline.checkpoint.files import (
     checkpoint_path,
     newest_checkpoint,
@@ -22,6 +21,7 @@ from pipeline.checkpoint.files import (
     size_problems,
     verify,
 )
+from pipeline.checkpoint.train_state import TrainState, read_state
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -41,17 +41,24 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     )
     given = parser.parse_args(arguments)
     try:
-        chosen = checkpoint_path(given.path)
+        return _show(given.path, verified=given.verify)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    check = verify if given.verify else size_problems
-    if chosen == given.path:
-        problems = {chosen: check(chosen)}
-    else:
-        problems = {path: check(path) for path in committed(chosen.parent)}
+    except OSError as error:
+        print(f"error: {told(error)}", file=sys.stderr)
+        return 2
+
+
+def _show(path: Path, *, verified: bool) -> int:
+    """Print what a path names; the exit code."""
+    chosen = checkpoint_path(path)
+    check = verify if verified else size_problems
+    paths = [chosen] if chosen == path else committed(chosen.parent)
+    problems = {path: check(path) or _state_problems(path) for path in paths}
+    if chosen != path:
         print("\n".join(describe_run(chosen.parent, problems)), end="\n\n")
-    print("\n".join(describe(chosen, problems[chosen], verified=given.verify)))
+    print("\n".join(describe(chosen, problems[chosen], verified=verified)))
     return 1 if any(problems.values()) else 0
 
 
@@ -63,13 +70,14 @@ def describe_run(directory: Path, problems: dict[Path, list[str]]) -> list[str]:
         problems: what is wrong with each.
     """
     newest = newest_checkpoint(directory)
-    losses = {path: _state(path).get("eval_loss") for path in problems}
-    judged = {path: loss for path, loss in losses.items() if isinstance(loss, float)}
+    states = {path: _state(path) for path in problems}
+    losses = {path: state.eval_loss if state else None for path, state in states.items()}
+    judged = {path: loss for path, loss in losses.items() if loss is not None}
     best = min(judged, key=lambda path: (judged[path], -(step_of(path) or 0)), default=None)
     lines = [f"{directory}: {len(problems)} checkpoints"]
     for path, found in problems.items():
         loss = losses[path]
-        remarks = [f"validation loss {loss:.4f}"] if isinstance(loss, float) else []
+        remarks = [f"validation loss {loss:.4f}"] if loss is not None else []
         remarks += ["best"] if path == best else []
         remarks += ["latest"] if path == newest else []
         remarks += [f"DAMAGED: {found[0]}"] if found else []
@@ -91,30 +99,35 @@ def describe(checkpoint: Path, problems: Sequence[str], *, verified: bool) -> li
         verified: whether its contents were compared, too, and not only sizes.
     """
     state = _state(checkpoint)
-    layout = state.get("layout", {})
     lines = [f"checkpoint    {checkpoint}"]
-    if state:
-        lines += [
-            f"step          {state['step']:,}, of which {state['skipped_steps']:,} were skipped",
-            f"tokens        {state['tokens']:,}",
-            f"data          next sample {state['next_sample']:,} of sequences of "
-            f"{state['sequence_length']:,} tokens, seed {state['data_seed']}, shard set "
-            f"{state['data_fingerprint'] or 'unknown'}",
-            f"layout        {layout['world_size']} ranks = {layout['data']} data x "
-            f"{layout['tensor']} tensor x {layout['stages']} stages, ZeRO {layout['zero']}, "
-            f"{layout['precision']}",
-        ]
-    if state.get("samples_by_source"):
-        counts = ", ".join(f"{name} {n:,}" for name, n in state["samples_by_source"].items())
-        lines.append(f"sources       samples of {counts}")
-    if state.get("eval_loss") is not None:
-        lines.append(f"validation    loss {state['eval_loss']:.6f}")
+    if state is not None:
+        lines += _progress(state)
     lines += _files(checkpoint)
     checked = "every checksum" if verified else "sizes; --verify reads every file"
     if problems:
         lines += [f"health        DAMAGED: {problem}" for problem in problems]
     else:
         lines.append(f"health        whole ({checked})")
+    return lines
+
+
+def _progress(state: TrainState) -> list[str]:
+    layout = state.layout
+    lines = [
+        f"step          {state.step:,}, of which {state.skipped_steps:,} were skipped",
+        f"tokens        {state.tokens:,}",
+        f"data          next sample {state.next_sample:,} of sequences of "
+        f"{state.sequence_length:,} tokens, seed {state.data_seed}, shard set "
+        f"{state.data_fingerprint or 'unknown'}",
+        f"layout        {layout.world_size} ranks = {layout.data} data x "
+        f"{layout.tensor} tensor x {layout.stages} stages, ZeRO {layout.zero}, "
+        f"{layout.precision}",
+    ]
+    if state.samples_by_source:
+        counts = ", ".join(f"{name} {n:,}" for name, n in state.samples_by_source.items())
+        lines.append(f"sources       samples of {counts}")
+    if state.eval_loss is not None:
+        lines.append(f"validation    loss {state.eval_loss:.6f}")
     return lines
 
 
@@ -131,13 +144,21 @@ def _files(checkpoint: Path) -> list[str]:
     ]
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    """The progress in a checkpoint; empty when it cannot be read."""
+def _state(checkpoint: Path) -> TrainState | None:
+    """The progress in a checkpoint; None when it cannot be read."""
     try:
-        state = json.loads((checkpoint / STATE_NAME).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) and "layout" in state else {}
+        return read_state(checkpoint)
+    except CheckpointError:
+        return None
+
+
+def _state_problems(checkpoint: Path) -> list[str]:
+    """Why the progress in a checkpoint cannot be read, if it cannot."""
+    try:
+        read_state(checkpoint)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def _bytes(checkpoint: Path) -> int:

@@ -4,23 +4,26 @@ Command line: python -m pipeline.report RUN_DIR
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from foundation.bounded_files import read_bounded
 from foundation.durable_files import write_whole
 from foundation.pages import Figures, Listing, Section, Table, render_page
 from foundation.plots import shades, svg_plot
+from foundation.shown_text import told
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.reporting.final_figures import final_figures, values_of
 from pipeline.reporting.metrics import Scalars, read_metrics
 
 REPORT_NAME = "report.html"
+_MOST_CURVES = 64  # of heads or sources
 
 _LEAD = "Head k predicts the token k positions ahead. Dashed curves are held-out data."
 
@@ -57,8 +60,7 @@ def write_report(run_dir: str | Path) -> Path:
         raise ConfigError(f"{run_dir} has no metrics yet; wait until the run has done a step")
     heads = _num_heads(records)
     figures = [_figure(plot, records) for plot in _plots(heads, _sources(records))]
-    config_path = run_dir / RESOLVED_CONFIG_NAME
-    config = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
+    config = _config_text(run_dir / RESOLVED_CONFIG_NAME)
     sections = [
         Section("Final figures", [Table(final_figures(records, heads))]),
         Section("Curves", [Figures([figure for figure in figures if figure is not None])]),
@@ -76,16 +78,27 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
+def _config_text(path: Path) -> str:
+    """The resolved configuration, as far as it is text; empty when it cannot be read."""
+    try:
+        text = read_bounded(path).decode(errors="replace")
+    except OSError:
+        return ""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+
+
 def _num_heads(records: Sequence[Scalars]) -> int:
+    """Heads that the records have losses of; of very many the first ones."""
     keys = {key for record in records for key in record}
-    numbers = [int(m[1]) for key in keys if (m := re.fullmatch(r"loss_head_(\d+)", key))]
-    return max(numbers, default=0)
+    present = (f"loss_head_{head}" in keys for head in range(1, _MOST_CURVES + 1))
+    return sum(takewhile(bool, present))
 
 
 def _sources(records: Sequence[Scalars]) -> list[str]:
-    """Names of the sources of a mixture; none of a run on one source."""
+    """Names of the sources of a mixture; none of a run on one source, of very many the first."""
     keys = dict.fromkeys(key for record in records for key in record)
-    return [key.removeprefix("epochs_") for key in keys if key.startswith("epochs_")]
+    names = [key.removeprefix("epochs_") for key in keys if key.startswith("epochs_")]
+    return names[:_MOST_CURVES]
 
 
 def _plots(num_heads: int, sources: Sequence[str]) -> list[Plot]:
@@ -144,7 +157,7 @@ def _draw(axes: Any, curve: Curve, records: Sequence[Scalars]) -> None:
     axes.plot(
         [step for step, _ in points],
         [value for _, value in points],
-        label=curve.label,
+        label=curve.label.replace("$", r"\$"),  # which would begin a formula
         color=curve.color,
         linestyle="--" if curve.dashed else "-",
         linewidth=1.4 if curve.dashed else 1.1,
@@ -162,6 +175,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         path = write_report(options.run_dir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     print(path)
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.errors import DataError
+from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError, TrainingError
 from pipeline.config.run_config import (
     Device,
@@ -32,31 +33,30 @@ if TYPE_CHECKING:
     from pipeline.job import Job
 
 EXIT_FAILED, EXIT_USER_FAULT = 1, 2
+_MOST_RANKS = 1 << 20
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.train") -> int:
     """Run the command line; returns the exit code."""
     options = _parse(arguments, prog)
     quieten_libraries()
+    rank = 0
     try:
         info = rank_info(os.environ)
-    except ConfigError as error:
-        _say(f"error: {error}")
-        return EXIT_USER_FAULT
-    launch = Launch(info, os.environ, orphaned=lambda reason: _end_orphan(info, reason))
-    try:
+        rank = info.rank
+        launch = Launch(info, os.environ, orphaned=lambda reason: _end_orphan(info, reason))
         config = load_config(options.config, options.set)
         if options.dry_run:
-            _print_dry_run(config, options.world_size or info.world_size)
+            _print_dry_run(config, _assumed_ranks(options.world_size, info))
             return 0
         data_parallel_size(config, info.world_size)
         prepare_cuda(
             os.environ, stages=len(config.stage_plan), deterministic=config.train.deterministic
         )
         device, precision = _resolve(config)
-    except (ConfigError, CheckpointError) as error:
-        if info.rank == 0:  # every rank reads the same file and would say the same
-            _say(f"error: {error}")
+    except (ConfigError, CheckpointError, OSError) as error:
+        if rank == 0:  # every rank reads the same file and would say the same
+            _say(f"error: {told(error) if isinstance(error, OSError) else error}")
         return EXIT_USER_FAULT
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs that this run leaves alone
@@ -118,6 +118,18 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks that a dry run assumes")
     return parser.parse_args(arguments)
+
+
+def _assumed_ranks(given: int | None, info: "RankInfo") -> int:
+    """The ranks that a dry run assumes: those of --world-size, else those of this job."""
+    if given is None:
+        return info.world_size
+    if not 1 <= given <= _MOST_RANKS:
+        raise ConfigError(
+            f"--world-size {printable(str(given), 20)} must be 1 to {_MOST_RANKS:,}; give the "
+            "number of ranks that the run is to have"
+        )
+    return given
 
 
 def _resolve(config: RunConfig) -> tuple[Device, Precision]:

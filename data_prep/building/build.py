@@ -3,7 +3,7 @@
 from functools import partial
 
 from data_prep.building.commit import REJECTS, commit, find_committed
-from data_prep.building.dedup import DedupJob, mark_duplicates
+from data_prep.building.dedup import DedupJob, forget_damaged, mark_duplicates
 from data_prep.building.identity import claim_output
 from data_prep.building.journal import (
     find_finished,
@@ -21,7 +21,13 @@ from data_prep.inputs.input_files import LeftOut
 from data_prep.shards.atomic import remove_leftovers
 from data_prep.shards.manifest import Manifest
 from data_prep.tokenization.encoder import EncoderName, choose_encoder
-from data_prep.workers.phase import Observer, Phase, Workers
+from data_prep.workers.phase import (
+    FAST_BYTES_PER_WORKER,
+    SLOW_BYTES_PER_WORKER,
+    Observer,
+    Phase,
+    Workers,
+)
 from data_prep.workers.pool import LocalWorkers
 
 __all__ = ["REJECTS", "build"]
@@ -117,14 +123,22 @@ def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
             max_document_bytes=options.max_document_bytes,
             num_units=len(job.sizes),
         )
+        if not workers.shares_output:
+            forget_damaged(dedup, observer)
         mark_duplicates(dedup, job.sizes, workers, observer)
     work = partial(encode_unit, unit_job)
-    workers.run(Phase("encode", "encoding", work, is_finished, job.sizes), observer)
+    worth = SLOW_BYTES_PER_WORKER if unit_job.encoder == "tokenizers" else FAST_BYTES_PER_WORKER
+    workers.run(Phase("encode", "encoding", work, is_finished, job.sizes, worth), observer)
 
 
 def _choose_encoder(job: PreparedJob, observer: Observer) -> EncoderName:
-    """Find the encoder, and say why when it is not the fast one."""
+    """Find the encoder; say why when it is not the fast one, and what cannot be checked."""
     report = choose_encoder(job.tokenizer, job.options.encoder)
     if report.note:
         observer.say(f"note: {report.note}")
+    if why := job.tokenizer.why_lossy:
+        observer.say(
+            f"note: {why}, so text need not come back from its ids: documents that do not are "
+            "counted in a sample, not refused"
+        )
     return report.name

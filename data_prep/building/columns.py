@@ -11,6 +11,7 @@ from data_prep.tokenization.tokenizer import TokenArray
 
 BATCH_BYTES = 1 << 22
 LARGEST_ROOM_TOKENS = 1 << 24
+LARGEST_LIMIT_TOKENS = 1 << 60
 
 
 class Columns:
@@ -23,7 +24,7 @@ class Columns:
 
     def __init__(self, encoder: Encoder, limit_tokens: int) -> None:
         self._encoder = encoder
-        self._limit = limit_tokens
+        self._limit = min(limit_tokens, LARGEST_LIMIT_TOKENS)
         self._texts: list[bytes] = []
         self._text_bytes = 0
         # Not touched, not in memory: the room is virtual until tokens are put there.

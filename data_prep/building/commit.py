@@ -56,7 +56,7 @@ def commit(job: PreparedJob, observer: Observer, *, verify: bool = False) -> Man
     output = job.options.output
     for file in job.plan.files:
         check_unchanged(file)
-    shards, inputs = _gather(job, verify)
+    shards, inputs = _gather(job, verify, observer)
     _check_rejects(job.options, inputs)
     manifest = _describe(job, shards, inputs)
     totals = manifest.totals
@@ -108,11 +108,14 @@ def _is_noted(output: Path, note: bytes) -> bool:
     return path.is_file() and path.read_bytes() == note
 
 
-def _gather(job: PreparedJob, verify: bool) -> tuple[list[ShardEntry], list[InputEntry]]:
+def _gather(
+    job: PreparedJob, verify: bool, observer: Observer
+) -> tuple[list[ShardEntry], list[InputEntry]]:
     """Read the journal once, in order: the shards, a ledger per file, and rejects.jsonl."""
     output, plan = job.options.output, job.plan
     shards: dict[str, list[ShardEntry]] = {TRAIN: [], VALIDATION: []}
     ledgers: dict[int, Ledger] = {}
+    sampled = altered = 0
     with whole_file(output / REJECTS) as temporary, open(temporary, "wb") as gathered:
         for unit in range(len(job.sizes)):
             record = find_finished(output, job.job_id, unit)
@@ -124,6 +127,8 @@ def _gather(job: PreparedJob, verify: bool) -> tuple[list[ShardEntry], list[Inpu
                     f"unit {unit} of {output} was finished but its files are gone or damaged; run "
                     "the same command again to rebuild it"
                 )
+            sampled += record.sampled
+            altered += record.altered
             for shard in record.shards:
                 shards[shard.split].append(shard)
             for file, ledger in record.ledgers.items():
@@ -132,6 +137,10 @@ def _gather(job: PreparedJob, verify: bool) -> tuple[list[ShardEntry], list[Inpu
             if any(ledger.rejects for ledger in record.ledgers.values()):
                 with open(rejects_path(output, unit), "rb") as part:
                     shutil.copyfileobj(part, gathered)
+    if sampled:
+        observer.say(
+            f"of {sampled:,} documents that were decoded again, {altered:,} came back as other text"
+        )
     inputs = [
         InputEntry(source=plan.sources[source].name, **file._asdict(), ledger=ledgers[number])
         for number, (file, source) in enumerate(zip(plan.files, plan.file_sources, strict=True))

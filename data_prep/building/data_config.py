@@ -23,7 +23,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from data_prep.building.options import BuildOptions, Source
-from data_prep.errors import DataError
+from data_prep.errors import DataError, shown
 from foundation.yaml_text import YamlError, read_yaml
 
 _YAML_NAMES = {"inputs": "input", "globs": "glob"}
@@ -42,9 +42,11 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path)
     except OSError as error:
-        raise DataError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"--config {shown(path)} cannot be read: {error.strerror}") from error
     except YamlError as error:
-        raise DataError(f"--config {path} is not valid YAML: {error}") from error
+        raise DataError(f"--config {shown(path)} is not valid YAML: {error}") from error
+    except ValueError as error:  # of a name with NUL in it
+        raise DataError(f"--config {shown(path)} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"--config {path} holds no keys; write for example output: data/corpus")
     problems: list[str] = []

@@ -11,15 +11,17 @@ workers and restartable like the encoding itself:
 
 Memory is that of one unit or one partition, whatever the size of the corpus: a text that fills
 half of it is in a partition at most once per unit. The files live in journal/dedup until the set
-is committed.
+is committed. Each begins with a checksum of its job, its name and its content: what an earlier run
+left is believed only when that fits.
 """
 
 import shutil
 from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -28,15 +30,18 @@ from numpy.typing import NDArray
 from data_prep.building.journal import JOURNAL, is_committed
 from data_prep.building.plan import unit_list
 from data_prep.inputs.reading import read_unit
-from data_prep.inputs.records import Reading
+from data_prep.inputs.records import Reading, RecordBatch
 from data_prep.shards.atomic import whole_file
+from data_prep.workers import pulse
 from data_prep.workers.phase import Done, Observer, Phase, Workers
 
 FOLDER = "dedup"
 PARTITION_TEXTS = 1 << 21
-_HEADER_BYTES = 16
+_SUM_BYTES = 16
+_COUNTS_BYTES = 16
 _TEXT_BYTES = 20
 _RECORD_BITS = 32
+_BLOCK_BYTES = 1 << 22
 
 Integer = TypeVar("Integer", np.uint32, np.uint64)
 
@@ -104,11 +109,24 @@ def find_duplicates(output: Path, unit: int) -> frozenset[int]:
     found = set(_read_hashes(_hashes_path(output, unit)).repeated.tolist())
     bounds = np.array([unit << _RECORD_BITS, (unit + 1) << _RECORD_BITS], dtype=np.uint64)
     for path in _folder(output).glob("merged-*[0-9]"):
-        if path.stat().st_size:
-            keys = np.memmap(path, dtype=np.uint64, mode="r")
+        if path.stat().st_size > _SUM_BYTES:
+            keys = np.memmap(path, dtype=np.uint64, mode="r", offset=_SUM_BYTES)
             first, last = np.searchsorted(keys, bounds)
             found.update((keys[first:last] & np.uint64((1 << _RECORD_BITS) - 1)).tolist())
     return frozenset(found)
+
+
+def forget_damaged(job: DedupJob, observer: Observer) -> None:
+    """Remove what an earlier run left and is not as this job wrote it, with what follows from it.
+
+    Reads the files whole; to be called while nobody else works on the output.
+    """
+    folder = _folder(job.output)
+    damaged = [path for path in sorted(folder.glob("*")) if not _is_intact(job, path)]
+    if damaged:
+        observer.say(f"note: {damaged[0]} is damaged; documents are compared again")
+        for path in (*damaged, *folder.glob("merged-*")):
+            path.unlink(missing_ok=True)
 
 
 def forget_duplicates(output: Path) -> None:
@@ -121,7 +139,7 @@ def _hash_unit(job: DedupJob, number: int) -> Done:
     planned = unit_list(job.output, job.job_id)[number]
     reading = Reading(job.text_keys[planned.source], job.max_document_bytes)
     digests, records = bytearray(), array("I")
-    texts = (text for batch in read_unit(planned.unit, reading) for text in batch.texts)
+    texts = (text for batch in _counted(read_unit(planned.unit, reading)) for text in batch.texts)
     for index, text in enumerate(texts):
         if text:
             digests += xxhash.xxh3_128_digest(text)
@@ -133,11 +151,17 @@ def _hash_unit(job: DedupJob, number: int) -> Done:
     order = np.lexsort((low, high))
     high, low, record = high[order], low[order], record[order]
     first = _starts_group(high, low)
-    _write_hashes(
-        _hashes_path(job.output, number),
-        _UnitHashes(high[first], low[first], record[first], np.sort(record[~first])),
-    )
+    hashes = _UnitHashes(high[first], low[first], record[first], np.sort(record[~first]))
+    counts = np.array([len(hashes.high), len(hashes.repeated)], dtype=np.uint64)
+    _write(job, _hashes_path(job.output, number), counts, *hashes)
     return Done()
+
+
+def _counted(batches: Iterable[RecordBatch]) -> Iterator[RecordBatch]:
+    """The batches, while the text that they hold is counted as read."""
+    for batch in batches:
+        pulse.add(sum(map(len, batch.texts)))
+        yield batch
 
 
 def _merge_partition(job: DedupJob, number: int) -> Done:
@@ -159,8 +183,7 @@ def _merge_partition(job: DedupJob, number: int) -> Done:
     # Slices are in unit order, so the stable sort leaves the earliest of equal texts first.
     order = np.lexsort((low, high))
     duplicates = np.sort(key[order][~_starts_group(high[order], low[order])])
-    with whole_file(_merged_path(job, number)) as temporary:
-        duplicates.tofile(temporary)
+    _write(job, _merged_path(job, number), duplicates)
     return Done()
 
 
@@ -192,23 +215,45 @@ def _merged_path(job: DedupJob, partition: int) -> Path:
     return _folder(job.output) / f"merged-{partition}-of-{job.partitions}"
 
 
-def _write_hashes(path: Path, hashes: _UnitHashes) -> None:
-    counts = np.array([len(hashes.high), len(hashes.repeated)], dtype=np.uint64)
+def _write(job: DedupJob, path: Path, *parts: NDArray[Any]) -> None:
+    """Write the checksum of the parts, then the parts."""
+    digest = _digest_of(job, path)
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data)
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        for part in (counts, *hashes):
+        file.write(digest.digest())
+        for part in parts:
             part.tofile(file)
+
+
+def _digest_of(job: DedupJob, path: Path) -> xxhash.xxh3_128:
+    """The checksum of nothing yet: files of other jobs, units and partitions do not fit."""
+    return xxhash.xxh3_128(f"{job.job_id} {path.name}".encode())
+
+
+def _is_intact(job: DedupJob, path: Path) -> bool:
+    """Whether a file is as this job wrote it."""
+    digest = _digest_of(job, path)
+    try:
+        with path.open("rb") as file:
+            known = file.read(_SUM_BYTES)
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except OSError:
+        return False
+    return known == digest.digest()
 
 
 def _read_counts(path: Path) -> tuple[int, int]:
     """Number of texts and of repeated records in a file of hashes."""
-    counts = np.fromfile(path, dtype=np.uint64, count=2)
+    counts = np.fromfile(path, dtype=np.uint64, count=2, offset=_SUM_BYTES)
     return int(counts[0]), int(counts[1])
 
 
 def _read_hashes(path: Path) -> _UnitHashes:
     """Map a file of hashes: a search in it reads a few pages."""
     texts, repeated = _read_counts(path)
-    position = _HEADER_BYTES
+    position = _SUM_BYTES + _COUNTS_BYTES
 
     def part(dtype: type[Integer], count: int) -> NDArray[Integer]:
         nonlocal position

@@ -19,7 +19,9 @@ CLAIMS = "claims"
 class UnitRecord(BaseModel):
     """The journal entry of a finished unit: its shards, and a ledger per input file.
 
-    `xxh3` is the checksum of the rest: an entry that does not match it counts as not there.
+    `xxh3` is the checksum of the rest: an entry that does not match it counts as not there. Of a
+    tokenizer that may change text, `sampled` documents were decoded again, and `altered` of them
+    came back as other text; entries of other tokenizers do not have these keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,17 +30,26 @@ class UnitRecord(BaseModel):
     job_id: str
     shards: list[ShardEntry]
     ledgers: dict[int, Ledger]
+    sampled: int = 0
+    altered: int = 0
     xxh3: str = ""
 
     def checksum(self) -> str:
         """What `xxh3` is to be."""
-        return entry_of(self.model_dump_json(exclude={"xxh3"}).encode()).xxh3
+        return entry_of(self._as_json({"xxh3"})).xxh3
+
+    def with_checksum(self) -> bytes:
+        """The content of its file."""
+        return self.model_copy(update={"xxh3": self.checksum()})._as_json(set())
+
+    def _as_json(self, left_out: set[str]) -> bytes:
+        without = left_out if self.sampled else {*left_out, "sampled", "altered"}
+        return self.model_dump_json(exclude=without).encode()
 
 
 def record_finished(output: Path, record: UnitRecord) -> None:
     """Write the journal entry of a unit; its shards are on disk already."""
-    summed = record.model_copy(update={"xxh3": record.checksum()})
-    write_whole(_entry_path(output, record.unit), summed.model_dump_json().encode())
+    write_whole(_entry_path(output, record.unit), record.with_checksum())
 
 
 def find_finished(output: Path, job_id: str, unit: int) -> UnitRecord | None:

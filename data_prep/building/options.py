@@ -17,6 +17,8 @@ from data_prep.tokenization.tokenizer import SpecialTokens
 BadRecordPolicy = Literal["skip", "fail"]
 Dedup = Literal["none", "exact"]
 STDLIB_PREFIX = "python:stdlib"
+LONGEST_NAME_BYTES = 200
+LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,14 @@ class BuildOptions:
         ):
             if value is not None and value < 1:
                 yield f"--{name} {value} is not a positive number"
+        for option, text in (
+            ("output", os.fspath(self.output)),
+            ("tokenizer", self.tokenizer),
+            ("eos-token", self.eos_token or ""),
+            ("text-key", self.text_key),
+        ):
+            if problem := _why_no_text(text):
+                yield f"--{option} {text[:LONGEST_SHOWN]!a} {problem}; write it another way"
         if not self.sources and not self.inputs:
             yield "no input: name files or directories with --input, or sources in a --config"
         if self.sources and self.inputs:
@@ -139,8 +149,10 @@ class BuildOptions:
 
 def _source_problems(sources: tuple[Source, ...]) -> Iterator[str]:
     for source in sources:
-        if not source.name or "/" in source.name or source.name.startswith("."):
-            yield f"--source {source.name!r} is not a folder name; use letters or digits"
+        name = source.name
+        is_plain = name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME_BYTES
+        if not name or not is_plain or "/" in name or name.startswith("."):
+            yield f"--source {name[:LONGEST_SHOWN]!a} is not a folder name; use letters or digits"
         if source.weight is not None and not 0.0 < source.weight < math.inf:
             yield (
                 f"source {source.name}: weight {source.weight:g} is not a positive number; leave "
@@ -156,6 +168,13 @@ def _source_problems(sources: tuple[Source, ...]) -> Iterator[str]:
             f"{', '.join(weighted)} with a weight but {missing} without one; give every source a "
             "weight, or none to mix by tokens"
         )
+
+
+def _why_no_text(text: str) -> str:
+    """Why a value cannot be passed on to the libraries; empty when it can."""
+    if "\0" in text:
+        return "holds the character NUL"
+    return "is not UTF-8" if any("\ud800" <= sign <= "\udfff" for sign in text) else ""
 
 
 def _resolve(path: Path) -> Path:

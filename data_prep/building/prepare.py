@@ -1,6 +1,7 @@
 """The start of a build: claim the output, store the tokenizer and the unit list in it."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.building.identity import claim_output, describe_job, hash_description
+from data_prep.building.journal import JOURNAL, is_unit_finished
 from data_prep.building.options import BuildOptions
 from data_prep.building.plan import Plan, PlannedUnit, are_units_written, write_units
 from data_prep.building.unit import is_held_out
@@ -22,11 +24,12 @@ from data_prep.tokenization.tokenizer import (
     bytes_tokenizer,
     check_vocabulary,
     read_tokenizer,
-    train_tokenizer,
 )
+from data_prep.tokenization.training import train_watched
 from data_prep.workers.phase import Observer
 
 TRAIN_PREFIX = "train:"
+TRAINED = "trained.json"
 TRAINING_SAMPLE_CHARACTERS = 1 << 26
 TRAINING_SAMPLE_UNITS = 64
 LONGEST_VOCABULARY_DIGITS = 9
@@ -86,17 +89,16 @@ def prepare(intent: Intent, observer: Observer) -> PreparedJob:
     """
     options, plan = intent.options, intent.plan
     claim_output(options.output, intent.description, may_clear=True)
-    tokenizer = _store_tokenizer(options, intent.given, plan, observer)
+    tokenizer = _store_tokenizer(intent, observer)
     # The list on disk is for the workers; it follows from the plan and is not believed.
     if not are_units_written(options.output, plan.units):
         write_units(options.output, plan.units)
     sizes = np.array([planned.unit.bytes for planned in plan.units], dtype=np.int64)
-    described = hash_description(intent.description) + tokenizer.sha256
     return PreparedJob(
         options=options,
         plan=plan._replace(units=[]),
         sizes=sizes,
-        job_id=hashlib.sha256(described.encode()).hexdigest(),
+        job_id=_job_id(intent, tokenizer),
         spec=intent.spec,
         tokenizer=tokenizer,
     )
@@ -106,9 +108,13 @@ def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
     """The tokenizer, unless it is still to be trained."""
     spec = options.tokenizer
     if spec == "bytes":
-        return Tokenizer(bytes_tokenizer(), options.eos_token, "bytes", options.special_tokens)
+        tokenizer = Tokenizer(bytes_tokenizer(), options.eos_token, spec, options.special_tokens)
+        tokenizer.check_end("--tokenizer bytes")
+        return tokenizer
     if not spec.startswith(TRAIN_PREFIX):
-        return read_tokenizer(Path(spec), options.eos_token, options.special_tokens)
+        tokenizer = read_tokenizer(Path(spec), options.eos_token, options.special_tokens)
+        tokenizer.check_end(f"--tokenizer {spec}")
+        return tokenizer
     digits = spec.removeprefix(TRAIN_PREFIX)
     if not (digits.isascii() and digits.isdecimal() and len(digits) <= LONGEST_VOCABULARY_DIGITS):
         raise DataError(f"--tokenizer {spec}: the vocabulary is not a number; e.g. train:8192")
@@ -116,20 +122,65 @@ def _given_tokenizer(options: BuildOptions) -> Tokenizer | None:
     return None
 
 
-def _store_tokenizer(
-    options: BuildOptions, given: Tokenizer | None, plan: Plan, observer: Observer
-) -> Tokenizer:
-    """Put tokenizer.json into the output; one that an earlier run trained there is kept."""
+def _job_id(intent: Intent, tokenizer: Tokenizer) -> str:
+    described = hash_description(intent.description) + tokenizer.sha256
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _store_tokenizer(intent: Intent, observer: Observer) -> Tokenizer:
+    """Put tokenizer.json into the output; the one that an earlier run trained there is kept."""
+    path, given = intent.options.output / TOKENIZER, intent.given
+    if given is not None:
+        if not path.is_file() or path.read_bytes() != given.content:
+            write_whole(path, given.content)
+        return given
+    tokenizer = _find_trained(intent)
+    if tokenizer is None:
+        if path.exists():
+            observer.say(f"note: {path} is not the tokenizer that was trained here")
+        tokenizer = _train(intent, observer)
+    tokenizer.check_end(f"--tokenizer {intent.options.tokenizer}")
+    return tokenizer
+
+
+def _find_trained(intent: Intent) -> Tokenizer | None:
+    """The tokenizer that an earlier run of this job trained, if the journal knows it."""
+    output, options = intent.options.output, intent.options
+    try:
+        tokenizer = read_tokenizer(output / TOKENIZER, options.eos_token, options.special_tokens)
+    except DataError:
+        return None
+    note = output / JOURNAL / TRAINED
+    noted = note.read_bytes() if note.is_file() else b""
+    if noted == _trained_note(intent, tokenizer):
+        return tokenizer
+    # Builds of earlier versions have no such note, but the id of their job depends on the file.
+    job_id = _job_id(intent, tokenizer)
+    units = range(len(intent.plan.units))
+    is_known = any(is_unit_finished(output, job_id, unit) for unit in units)
+    return tokenizer if is_known else None
+
+
+def _trained_note(intent: Intent, tokenizer: Tokenizer) -> bytes:
+    return json.dumps({"job_id": _job_id(intent, tokenizer), "sha256": tokenizer.sha256}).encode()
+
+
+def _train(intent: Intent, observer: Observer) -> Tokenizer:
+    """Train the tokenizer of a job, and note which one it is."""
+    options = intent.options
     path = options.output / TOKENIZER
-    if given is None:
-        if not path.is_file():
-            vocabulary = int(options.tokenizer.removeprefix(TRAIN_PREFIX))
-            observer.say(f"training a tokenizer of {vocabulary:,} tokens on a sample of the input")
-            write_whole(path, train_tokenizer(_training_texts(options, plan), vocabulary))
-        return read_tokenizer(path, options.eos_token, options.special_tokens)
-    if not path.is_file() or path.read_bytes() != given.content:
-        write_whole(path, given.content)
-    return given
+    vocabulary = int(options.tokenizer.removeprefix(TRAIN_PREFIX))
+    observer.say(f"training a tokenizer of {vocabulary:,} tokens on a sample of the input")
+    texts = _training_texts(options, intent.plan)
+    write_whole(path, train_watched(texts, vocabulary, observer.say))
+    tokenizer = read_tokenizer(path, options.eos_token, options.special_tokens)
+    if tokenizer.vocab_size < vocabulary:
+        observer.say(
+            f"note: the input gives a vocabulary of {tokenizer.vocab_size:,} tokens, not of "
+            f"{vocabulary:,}: it holds no more pieces that occur twice"
+        )
+    write_whole(options.output / JOURNAL / TRAINED, _trained_note(intent, tokenizer))
+    return tokenizer
 
 
 def _training_texts(options: BuildOptions, plan: Plan) -> Iterator[str]:

@@ -34,6 +34,7 @@ from data_prep.shards.manifest import (
 )
 from data_prep.tokenization.encoder import Encoder, EncoderName
 from data_prep.tokenization.tokenizer import SpecialTokens, Tokenizer
+from data_prep.workers import pulse
 from data_prep.workers.phase import Done
 
 HASH_VALUES = 1 << 64
@@ -96,11 +97,13 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     }
     counts = {segment.file: _Counts() for segment in unit.segments}
     inputs = {segment.file: segment.input for segment in unit.segments}
+    before = encoder.sampled, encoder.altered
     duplicates = find_duplicates(job.output, unit.number) if job.dedup == "exact" else frozenset()
     first_text = 0
     with _RejectList(rejects_path(job.output, unit.number)) as rejects:
         for batch in read_unit(unit, Reading(source.text_key, job.max_document_bytes)):
             num_texts = len(batch.texts)
+            pulse.add(sum(map(len, batch.texts)))
             if duplicates:
                 counts[batch.file].duplicates += _drop_duplicates(batch, first_text, duplicates)
             first_text += num_texts
@@ -119,6 +122,8 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
         job_id=job.job_id,
         shards=shards,
         ledgers={file: count.ledger() for file, count in counts.items()},
+        sampled=encoder.sampled - before[0],
+        altered=encoder.altered - before[1],
     )
     record_finished(job.output, done)
     return done

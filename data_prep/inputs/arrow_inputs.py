@@ -1,7 +1,7 @@
 """Read the text column of .parquet (by row groups) and of .arrow (IPC files and streams)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, shown
 from data_prep.inputs.records import Reading, RecordBatch
 
 PARQUET_MAGIC = b"PAR1"
@@ -20,6 +20,9 @@ END_OF_STREAM = CONTINUATION + bytes(4)
 BATCH_ROWS = 256
 READ_BYTES = 1 << 20
 BATCH_BYTES = 1 << 21
+SHOWN_NAMES = 12
+SHOWN_CHARACTERS = 60
+SHOWN_REASON = 300
 
 _BYTES_OF = {
     pa.string(): pa.binary(),
@@ -152,7 +155,9 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {path}: {error}; fetch it again or --exclude it") from error
+        raise DataError(
+            f"cannot read {shown(path)}: {_first_line(error)}; fetch it again or --exclude it"
+        ) from error
 
 
 def _first_byte(group: Any) -> int:
@@ -174,12 +179,23 @@ def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
     key = reading.text_key
     path_in_schema = (key,) if key in schema.names else tuple(key.split("."))
     kind = schema
-    for name in path_in_schema:
-        names = [field.name for field in kind]
-        if names.count(name) != 1:
+    for depth, name in enumerate(path_in_schema):
+        if depth and not pa.types.is_struct(kind):
             raise DataError(
-                f"{path} has no column {key!r}; it has {', '.join(schema.names)}: name the text "
-                "with --text-key, or --exclude the file"
+                f"{path} has no column {key!r}: {'.'.join(path_in_schema[:depth])!r} is "
+                f"{_short(kind)}, which has no parts with names; name the text with --text-key, or "
+                "--exclude the file"
+            )
+        names = [field.name for field in kind]
+        if name not in names:
+            raise DataError(
+                f"{path} has no column {key!r}; it has {_listed(names)}: name the text with "
+                "--text-key, or --exclude the file"
+            )
+        if names.count(name) > 1:
+            raise DataError(
+                f"{path} has {names.count(name)} columns of the name {name!r}; rename all but one, "
+                "or --exclude the file"
             )
         kind = kind.field(name).type
     if pa.types.is_dictionary(kind):
@@ -194,10 +210,22 @@ def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
     )
     if not is_text:
         raise DataError(
-            f"column {key!r} of {path} is {kind}, not text; name the text with --text-key, or "
-            "--exclude the file"
+            f"column {key!r} of {path} is {_short(kind)}, not text; name the text with --text-key, "
+            "or --exclude the file"
         )
     return path_in_schema
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names of columns."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(_short(name) for name in names[:SHOWN_NAMES]) + more
+
+
+def _short(value: object) -> str:
+    """A name or type in one line of limited length."""
+    text = shown(str(value))
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _read_group(
@@ -248,7 +276,7 @@ def _find_fault(rows: Any, column: tuple[str, ...]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return shown((str(error).splitlines() or [type(error).__name__])[0][:SHOWN_REASON])
 
 
 def _cut(rows: Any) -> Iterator[Any]:

@@ -12,6 +12,8 @@ from data_prep.errors import DataError
 COMPRESSED_BLOCK_BYTES = 1 << 18
 GZIP_FORMAT = 31
 LARGEST_XZ_MEMORY_BYTES = 1 << 28
+# As `zstd --long=31` writes. The library takes the memory, but only what text fills is touched.
+LARGEST_ZSTD_WINDOW_BITS = 31
 
 
 class DamagedInputError(Exception):
@@ -65,10 +67,12 @@ class _Gunzip:
 _CODECS: dict[str, Callable[[], _Decompressor]] = {
     ".gz": _Gunzip,
     ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LARGEST_XZ_MEMORY_BYTES),
-    ".zst": zstd.ZstdDecompressor,
+    ".zst": lambda: zstd.ZstdDecompressor(
+        options={zstd.DecompressionParameter.window_log_max: LARGEST_ZSTD_WINDOW_BITS}
+    ),
 }
 CODECS = frozenset(_CODECS)
-_ERRORS = (zlib.error, lzma.LZMAError, zstd.ZstdError)
+_ERRORS = (zlib.error, lzma.LZMAError, zstd.ZstdError, MemoryError)
 
 
 class DecompressedStream:

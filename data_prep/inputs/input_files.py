@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, shown
 from data_prep.inputs.arrow_inputs import check_parquet
 from data_prep.inputs.file_names import IGNORED_DIRECTORIES, FileFormat, Kind, format_of, is_taken
 from data_prep.inputs.hub_dataset import (
@@ -22,6 +23,7 @@ from data_prep.inputs.json_inputs import BLOCK_BYTES, starts_like_jsonl
 from data_prep.inputs.saved_dataset import files_of_saved_dataset
 
 LONGEST_SHOWN_SUFFIX = 12
+_SHARD = re.compile(r"(\d{5,})(-\d{3,})?\.arrow")
 MOST_REASONS = 10
 READ_FORMATS = (
     ".jsonl and .json (also .gz, .zst, .xz), .parquet, .arrow, text files (compressed: .txt and "
@@ -101,12 +103,14 @@ def find_inputs(
         try:
             for entry in _files_of(path, globs, exclude, output, left_out):
                 if entry.path in found:
-                    raise DataError(f"{entry.path} is given twice by --input; give each file once")
+                    raise DataError(
+                        f"{shown(entry.path)} is given twice by --input; give each file once"
+                    )
                 found[entry.path] = entry
         except OSError as error:
             raise unreadable(error.filename or path, error) from error
     if not found:
-        given = ", ".join(str(path) for path in paths)
+        given = ", ".join(map(shown, paths))
         raise DataError(
             f"no input files in {given}: no file name matches; name the files with --glob '*.ext'"
         )
@@ -126,7 +130,7 @@ def _files_of(
         for file in _list(path, globs, exclude, output, left_out):
             if problem := _why_no_file(file):
                 if not is_folder:
-                    raise DataError(f"--input {file} {problem}; give a regular file")
+                    raise DataError(f"--input {shown(file)} {problem}; give a regular file")
                 left_out.add(problem, file)
                 continue
             yield _describe(file)
@@ -134,7 +138,9 @@ def _files_of(
     for name in find_dataset_files(path):
         copy = Path(local_path(name))
         if problem := _why_no_file(copy):
-            raise DataError(f"--input {path} names {name}, which {problem}; check the dataset")
+            raise DataError(
+                f"--input {path} names {shown(name)}, which {problem}; check the dataset"
+            )
         entry = _describe(copy)
         # A commit never changes, but every machine has its own copy of its own age.
         yield entry._replace(path=name, mtime_ns=0) if is_pinned(name) else entry
@@ -181,7 +187,7 @@ def _walk(
         for name in names:
             if os.path.islink(os.path.join(folder, name)):
                 left_out.add("is a link to a folder", Path(folder) / name)
-        for name in sorted(files):
+        for name in sorted(files, key=_place):
             below = relative / name
             wanted = _matches(below, globs) if globs else is_taken(name)
             if _matches(below, exclude):
@@ -190,6 +196,12 @@ def _walk(
                 yield Path(folder) / name
             else:
                 left_out.add(_why_not_taken(name, globs), Path(folder) / name)
+
+
+def _place(name: str) -> str:
+    """What files of a folder are sorted by: their names, but parts of a shard behind its start."""
+    shard = _SHARD.fullmatch(name)
+    return f"{shard[1]}.arrow{shard[2] or ''}" if shard else name
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -222,11 +234,11 @@ def _explicit(path: Path) -> Path:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         if os.path.islink(path):
-            raise DataError(f"--input {path} is a link to nothing; check the path") from error
-        raise DataError(f"--input {path} does not exist; check the path") from error
+            raise DataError(f"--input {shown(path)} is a link to nothing; check it") from error
+        raise DataError(f"--input {shown(path)} does not exist; check the path") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"--input {str(path)[:200]}: {reason}; check the path") from error
+        raise DataError(f"--input {shown(path)[:200]}: {reason}; check the path") from error
     return path
 
 
@@ -260,8 +272,8 @@ def _describe(path: Path) -> InputFile:
     form = format_of(path.name)
     if form is None:
         raise DataError(
-            f"--input {path}: {''.join(path.suffixes)} is not a format that can be read; these "
-            f"are: {READ_FORMATS}. Convert or rename it"
+            f"--input {shown(path)}: {shown(''.join(path.suffixes))[:80]} is not a format that can "
+            f"be read; these are: {READ_FORMATS}. Convert or rename it"
         )
     kind = _look_inside(path, form)
     return InputFile(os.path.abspath(path), kind, status.st_size, status.st_mtime_ns)
@@ -288,7 +300,9 @@ def _look_inside(path: Path, form: FileFormat) -> Kind:
 
 def unreadable(path: Path | str, error: OSError) -> DataError:
     """The error for a file whose records cannot be counted."""
-    return DataError(f"cannot read {path}: {error.strerror or error}; fix the file or --exclude it")
+    return DataError(
+        f"cannot read {shown(path)}: {error.strerror or error}; fix the file or --exclude it"
+    )
 
 
 def open_unchanged(file: InputFile) -> BinaryIO:
@@ -333,6 +347,6 @@ def _compare(file: InputFile, status: os.stat_result) -> None:
 
 def _changed(file: InputFile, how: str) -> DataError:
     return DataError(
-        f"{file.path} changed while the job was running ({how}); leave the inputs alone and "
+        f"{shown(file.path)} changed while the job was running ({how}); leave the inputs alone and "
         "start again with a new --output"
     )

@@ -189,8 +189,11 @@ def _skip_line(stream: Stream) -> tuple[int, bytes]:
 def _parse_leniently(content: bytes) -> object:
     """What the fast parser refuses may still hold a good text: huge numbers, NaN, other fields."""
     try:
-        return json.loads(content.decode("utf-8"))
+        # Numbers are not looked at, and of the longest no integer can be made.
+        return json.loads(content.decode("utf-8"), parse_int=float)
     except UnicodeDecodeError:
         return Unusable("not UTF-8")
-    except (ValueError, RecursionError):
+    except ValueError:
         return Unusable("malformed JSON")
+    except RecursionError:
+        return Unusable("JSON that is nested too deep")

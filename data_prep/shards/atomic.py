@@ -1,10 +1,12 @@
 """Write a file so that it is either whole under its name or not there at all."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, shown
 from foundation import durable_files
 from foundation.durable_files import remove_leftovers
 
@@ -18,6 +20,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         DataError: Writing failed (disk full, no permission, ...); nothing is left under `path`.
     """
+    if "\0" in os.fspath(path):
+        raise unwritable(path, OSError(errno.EINVAL, "a name cannot hold the character NUL"))
     try:
         with durable_files.whole_file(path) as temporary:
             yield temporary
@@ -35,6 +39,6 @@ def unwritable(path: Path, error: OSError) -> DataError:
     """The one-line error for a file that could not be written."""
     reason = error.strerror or str(error)
     return DataError(
-        f"cannot write {path}: {reason}; make room or fix the folder and run the same command "
-        "again (finished units are kept), or choose another --output"
+        f"cannot write {shown(path)}: {reason}; make room or fix the folder and run the same "
+        "command again (finished units are kept), or choose another --output"
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from data_prep.errors import DataError
 from data_prep.shards.arrow_file import ShardFile
 from data_prep.shards.atomic import write_whole
+from foundation.bounded_files import is_name_inside, read_bounded
+from foundation.shown_text import printable
 
 FORMAT = "headway-shards"
 FORMAT_VERSION = 1
@@ -20,6 +22,7 @@ TOKENIZER = "tokenizer.json"
 TRAIN = "train"
 VALIDATION = "validation"
 _LARGEST_NUMBER = 1 << 62
+_LARGEST_BYTES = 1 << 32  # a set of a million shards has some hundred megabytes
 
 
 class _Entry(BaseModel):
@@ -243,18 +246,19 @@ def read_manifest(directory: Path) -> Manifest:
             "data_prep/shard.py command again to finish them"
         )
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(read_bounded(path, _LARGEST_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
+        where = printable(".".join(str(part) for part in first["loc"]) or "file")
         raise DataError(
-            f"{path} is not a valid manifest ({where}: {first['msg']}); make the shards again"
+            f"{path} is not a valid manifest ({where}: {printable(first['msg'])}); make the shards "
+            "again"
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    for shard in manifest.shards:
-        if fault := _find_fault(shard):
-            raise DataError(f"{path} is not a valid manifest ({fault}); make the shards again")
+    faults = (*map(_find_fault, manifest.shards), *map(_find_name_fault, _names_of(manifest)))
+    if fault := next(filter(None, faults), ""):
+        raise DataError(f"{path} is not a valid manifest ({fault}); make the shards again")
     return manifest
 
 
@@ -270,14 +274,26 @@ def find_contradiction(directory: Path, manifest: Manifest) -> str:
 
 def _find_fault(shard: ShardEntry) -> str:
     """What is impossible about a shard whatever is on the disk; empty for nothing."""
-    parts = shard.path.split("/")
-    if not all(part.isprintable() and part not in ("", ".", "..") for part in parts):
-        return f"the shard path {shard.path[:80]!r} does not stay in the folder of the set"
+    if not is_name_inside(shard.path):
+        return f"the shard path {shard.path[:80]!a} does not stay in the folder of the set"
     counts = (shard.unit, shard.bytes, shard.rows, shard.tokens)
     for number in (*counts, shard.values_offset, shard.offsets_offset):
         if not 0 <= number < _LARGEST_NUMBER:
             return f"{shard.path}: {number} is not a count of anything in a file"
     return ""
+
+
+def _names_of(manifest: Manifest) -> Iterator[str]:
+    """What is shown of a manifest beside the paths of shards."""
+    yield from manifest.splits
+    for source in manifest.sources:
+        yield from (source.name, *source.splits)
+    yield from dict.fromkeys(shard.source for shard in manifest.shards)
+    yield manifest.tokenizer.eos_token
+
+
+def _find_name_fault(name: str) -> str:
+    return "" if name.isprintable() else f"{name[:80]!a} holds what cannot be shown"
 
 
 def _is_consistent(manifest: Manifest) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_prep.errors import DataError
 from data_prep.shards.manifest import ShardEntry
+from foundation.bounded_files import check_inside, check_regular
 
 MAX_OPEN_FILES = 256
 # Up to so many files are asked for their size when a set is opened. Beyond, asking takes a parallel
@@ -53,6 +54,7 @@ class ShardFiles:
                     "it, or copy the set again"
                 )
             if few:
+                self._check_place(path)
                 self._check_size(shard, path.stat().st_size)
 
     def read(self, number: int, buffer: memoryview, position: int) -> None:
@@ -91,6 +93,17 @@ class ShardFiles:
         except OSError:
             return set()
 
+    def _check_place(self, path: Path) -> None:
+        """A file of somebody else, a device or a pipe is not read, whatever the set calls it."""
+        try:
+            check_regular(path)
+            check_inside(self.directory, path)
+        except OSError as error:
+            raise DataError(
+                f"{path} is no file of the set ({error.strerror}); copy the set again, whole and "
+                "without links"
+            ) from error
+
     def _check_size(self, shard: ShardEntry, size: int) -> None:
         if size != shard.bytes:
             raise DataError(
@@ -106,6 +119,7 @@ class ShardFiles:
         if len(self._opened) >= MAX_OPEN_FILES:
             self._close_oldest()
         shard = self._shards[number]
+        self._check_place(self.directory / shard.path)
         descriptor = os.open(self.directory / shard.path, os.O_RDONLY)
         try:
             self._check_size(shard, os.fstat(descriptor).st_size)

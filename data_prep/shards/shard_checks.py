@@ -132,7 +132,7 @@ class ShardChecks:
         ids = rows.tokens[rows.offsets[row] : rows.offsets[row + 1] - 1]
         if (
             self._tokenizer is None
-            or not self._tokenizer.is_lossless
+            or self._tokenizer.why_lossy
             or len(ids) > LARGEST_SAMPLED_TOKENS
         ):
             return True

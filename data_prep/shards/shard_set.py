@@ -21,8 +21,11 @@ from data_prep.shards.manifest import (
 )
 from data_prep.shards.open_files import ShardFiles
 from data_prep.tokenization.tokenizer import TokenArray, Tokenizer
+from foundation.bounded_files import check_regular, read_bounded
+from foundation.shown_text import printable
 
 CHECKSUM_BLOCK_BYTES = 1 << 22
+TOKENIZER_BYTES = 1 << 30
 # Document offsets are read in blocks of a page.
 OFFSETS_PER_READ = 512
 
@@ -157,7 +160,8 @@ class ShardSet:
             DataError: It cannot be read.
         """
         known = self.manifest.tokenizer
-        content, path = self.tokenizer_path.read_bytes(), os.fspath(self.tokenizer_path)
+        content = read_bounded(self.tokenizer_path, TOKENIZER_BYTES)
+        path = os.fspath(self.tokenizer_path)
         return Tokenizer(content, known.eos_token, path, self.manifest.special_tokens)
 
     def read(self, start: int, count: int) -> TokenArray:
@@ -260,6 +264,7 @@ class ShardSet:
             path = self.directory / shard.path
             digest = xxhash.xxh3_128()
             try:
+                check_regular(path)
                 with path.open("rb") as file:
                     while block := file.read(CHECKSUM_BLOCK_BYTES):
                         digest.update(block)
@@ -268,8 +273,8 @@ class ShardSet:
             if digest.hexdigest() != shard.file_xxh3_128:
                 raise DataError(
                     f"{path} is damaged: its checksum is {digest.hexdigest()}, the manifest says "
-                    f"{shard.file_xxh3_128}; delete it and run the same data_prep/shard.py command "
-                    "again"
+                    f"{printable(shard.file_xxh3_128)}; delete it and run the same "
+                    "data_prep/shard.py command again"
                 )
 
     def close(self) -> None:
@@ -278,7 +283,7 @@ class ShardSet:
 
     def _check_tokenizer(self) -> None:
         try:
-            content = self.tokenizer_path.read_bytes()
+            content = read_bounded(self.tokenizer_path, TOKENIZER_BYTES)
         except OSError as error:
             raise DataError(
                 f"{self.tokenizer_path} is missing ({error.strerror}); copy the set again"
@@ -290,11 +295,24 @@ class ShardSet:
             )
 
     def _offsets(self, number: int, first: int, count: int) -> NDArray[np.int64]:
-        """Entries [first, first + count) of a shard's offsets: document r is [r] to [r + 1]."""
+        """Entries [first, first + count) of a shard's offsets: document r is [r] to [r + 1].
+
+        Raises:
+            DataError: They cannot be read, or are no offsets.
+        """
         out = np.empty(count, np.int64)
         shard = self.shards[number]
         position = shard.offsets_offset + first * out.itemsize
         self._files.read(self._numbers[number], out.view(np.uint8).data, position)
+        # Wrong ones would be trusted: a search among them need not end, and a length be anything.
+        first_is_wrong = first == 0 and out[0] != 0
+        last_is_wrong = first + count == shard.rows + 1 and out[-1] != shard.tokens
+        if first_is_wrong or last_is_wrong or bool((out[1:] <= out[:-1]).any()):
+            raise DataError(
+                f"{self.directory / shard.path}: the starts of its documents do not rise from 0 to "
+                f"its {shard.tokens:,} tokens; copy the set again, or delete this file and run the "
+                "same data_prep/shard.py command again"
+            )
         return out
 
     def _starts_in_shard(self, number: int, first: int, end: int) -> NDArray[np.int64]:

@@ -15,9 +15,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
-from data_prep.tokenization.encoder_probe import probe_texts
+from data_prep.tokenization.encoder_probe import mark_texts, probe_texts
 from data_prep.tokenization.tokenizer import TokenArray, Tokenizer
-from data_prep.tokenization.unicode_versions import is_disputed
+from data_prep.tokenization.unicode_versions import asks_for_marks, is_disputed
 
 EncoderChoice = Literal["auto", "gigatoken", "tokenizers"]
 EncoderName = Literal["bytes", "gigatoken", "tokenizers"]
@@ -45,6 +45,9 @@ class Encoder:
 
     Attributes:
         dtype: Of the ids it gives.
+        sampled: Documents so far that were decoded again to see whether their text comes back;
+            only counted when the tokenizer does not promise that it does.
+        altered: Those of them whose text did not.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: EncoderName) -> None:
@@ -52,6 +55,7 @@ class Encoder:
         self._name = name
         self._fast = _Gigatoken(tokenizer) if name == "gigatoken" else None
         self.dtype = tokenizer.dtype
+        self.sampled = self.altered = 0
 
     def encode(self, texts: Sequence[bytes]) -> tuple[TokenArray, NDArray[np.int64]]:
         """Encode documents given as UTF-8.
@@ -61,8 +65,9 @@ class Encoder:
             with bytes: [b"ab", b"c"] gives [97, 98, 256, 99, 256] and [3, 2].
 
         Raises:
-            DataError: The library gave an id that the tokenizer does not have, or a document of
-                the sample other ids than `tokenizers` does, or ids that do not decode to it.
+            DataError: The library gave an id that the tokenizer does not have, or ended a document
+                inside of its text, or gave a document of the sample other ids than `tokenizers`
+                does, or ids that do not decode to it although the tokenizer promises it.
         """
         if self._name == "bytes":
             ids: NDArray[Any] = np.frombuffer(b"".join(texts), np.uint8)
@@ -76,8 +81,24 @@ class Encoder:
                 f"{self._name} gave the id {int(ids.max())}, above the largest id of the "
                 f"tokenizer, {self._tokenizer.max_token_id}; use --encoder tokenizers"
             )
+        self._check_ends(texts, ids, ends)
         self._check_sample(texts, ids, ends)
         return _append_eos(ids, ends, self._tokenizer.eos_id, self.dtype)
+
+    def _check_ends(
+        self, texts: Sequence[bytes], ids: NDArray[Any], ends: NDArray[np.int64]
+    ) -> None:
+        """See that no text became the end-of-document token, unless that was asked for."""
+        if self._tokenizer.special_tokens == "id":
+            return
+        found = np.flatnonzero(ids == self._tokenizer.eos_id)
+        if len(found):
+            number = int(np.searchsorted(ends, found[0], side="right"))
+            raise DataError(
+                f"the tokenizer encodes text of {_shown(texts[number].decode())} as its "
+                f"end-of-document token {self._tokenizer.eos_token!r}; leave the document out, or "
+                "name another --eos-token"
+            )
 
     def _check_sample(
         self, texts: Sequence[bytes], ids: NDArray[Any], ends: NDArray[np.int64]
@@ -87,12 +108,29 @@ class Encoder:
             if xxhash.xxh3_64_intdigest(text) % SAMPLED_ONE_IN or len(text) > LARGEST_DECODED_BYTES:
                 continue
             start = int(ends[number - 1]) if number else 0
-            problem = _find_difference(self._tokenizer, text.decode(), ids[start : ends[number]])
-            if problem:
+            self._check_document(text.decode(), ids[start : ends[number]])
+
+    def _check_document(self, text: str, ids: NDArray[Any]) -> None:
+        """Compare the ids of a document, and its text with what they decode to."""
+        # The library that defines the ids is slow: one long document would take as long as a
+        # megabyte of others, so of those only the decoded text is compared.
+        if self._name != "tokenizers" and len(text) <= LARGEST_REENCODED_BYTES:
+            expected, _ = self._tokenizer.encode_plain([text])
+            if not np.array_equal(expected, ids):
                 raise DataError(
-                    f"{self._name} and tokenizers disagree on a document: {problem}; delete the "
-                    "output and run again with --encoder tokenizers"
+                    f"{self._name} and tokenizers disagree on a document: other ids for "
+                    f"{_shown(text)}; delete the output and run again with --encoder tokenizers"
                 )
+        is_same = self._tokenizer.decode(ids) == text
+        if self._tokenizer.why_lossy:
+            self.sampled += 1
+            self.altered += not is_same
+        elif not is_same:
+            raise DataError(
+                f"the ids that {self._name} gives for {_shown(text)} do not decode to it, although "
+                "this kind of tokenizer loses nothing; try --encoder tokenizers, or another "
+                "tokenizer"
+            )
 
 
 def choose_encoder(tokenizer: Tokenizer, choice: EncoderChoice) -> EncoderReport:
@@ -119,7 +157,9 @@ def choose_encoder(tokenizer: Tokenizer, choice: EncoderChoice) -> EncoderReport
 
 def _why_not_gigatoken(tokenizer: Tokenizer) -> str:
     """Why gigatoken cannot encode for this tokenizer; empty when it can."""
-    texts = probe_texts(tokenizer.special_names)
+    texts = probe_texts((*tokenizer.special_names, *tokenizer.found_names))
+    if asks_for_marks(orjson.loads(tokenizer.content)):
+        texts += mark_texts()
     try:
         ids, ends = _Gigatoken(tokenizer).encode([text.encode() for text in texts])
     except ImportError as error:
@@ -135,23 +175,14 @@ def _why_not_gigatoken(tokenizer: Tokenizer) -> str:
     start = 0
     for text, end, expected_end in zip(texts, ends, expected_ends, strict=True):
         if end != expected_end or not np.array_equal(ids[start:end], expected[start:end]):
-            return f"gigatoken gives other ids for {text[:SHOWN_CHARACTERS]!r}"
+            return f"gigatoken gives other ids for {_shown(text)}"
         start = int(end)
     raise AssertionError("the ids differ, but not for any text")
 
 
-def _find_difference(tokenizer: Tokenizer, text: str, ids: NDArray[Any]) -> str:
-    """What is wrong with the ids of a text, by the library that defines them; empty for nothing."""
-    shown = repr(text[:SHOWN_CHARACTERS])
-    # The library that defines the ids is slow: one long document would take as long as a megabyte
-    # of others, so of those only the decoded text is compared.
-    if len(text) <= LARGEST_REENCODED_BYTES:
-        expected, _ = tokenizer.encode_plain([text])
-        if not np.array_equal(expected, ids):
-            return f"other ids for {shown}"
-    if tokenizer.is_lossless and tokenizer.decode(ids) != text:
-        return f"the ids of {shown} do not decode to it"
-    return ""
+def _shown(text: str) -> str:
+    """The start of a document, for messages."""
+    return repr(text[:SHOWN_CHARACTERS])
 
 
 def _append_eos(
@@ -180,17 +211,23 @@ class _Gigatoken:
         layout |= {"post_processor": None, "truncation": None, "padding": None}
         if tokenizer.special_tokens != "id":
             # It has no option to encode their text as plain text, but does so when they are absent.
+            special = tokenizer.special_names
             layout["added_tokens"] = [
-                token for token in layout.get("added_tokens") or [] if not token.get("special")
+                token
+                for token in layout.get("added_tokens") or []
+                if token["content"] not in special
             ]
         self._layout = orjson.dumps(layout)
+        self._with_marks = asks_for_marks(layout)
         self._grown = 0
         self._backend = self._load()
 
     def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Ids of all texts, and the position where each ends."""
         ids, ends = self._encode_all(texts)
-        disputed = {number for number, text in enumerate(texts) if is_disputed(text)}
+        disputed = {
+            number for number, text in enumerate(texts) if is_disputed(text, self._with_marks)
+        }
         if not disputed:
             return ids, ends
         pieces: list[NDArray[Any]] = np.split(ids, ends[:-1])

@@ -1,11 +1,15 @@
 """Texts on which two encoders of one tokenizer would show their differences."""
 
 import random
+import unicodedata
 from collections.abc import Sequence
 
 SEED = 20_240_501
 NUM_RANDOM = 150
 LONG_CHARACTERS = 4000
+MOST_NAMES = 2000
+MARKED_CHARACTERS = range(0xC0, 0x1F000)
+HANGUL = "가", "힣"  # composed by rule; some are among the other texts
 
 _WORDS = """
 a A the The _x __init__ def return self. x=1 (a,b) {} [] // /* */ # ## -> => != == <= 0 7 12 123
@@ -23,18 +27,19 @@ _SOURCE = '''def f(x: int) -> dict[str, int]:
 '''
 
 
-def probe_texts(special_names: Sequence[str]) -> list[str]:
-    """Words, blanks, code, random Unicode, long runs and texts of special tokens; repeatable.
+def probe_texts(added_names: Sequence[str]) -> list[str]:
+    """Words, blanks, code, random Unicode, long runs and texts of added tokens; repeatable.
 
     Args:
-        special_names: The texts of the tokenizer's special tokens.
+        added_names: The texts of the tokens that stand beside the vocabulary.
     """
+    added_names = list(dict.fromkeys(added_names))[:MOST_NAMES]
     rng = random.Random(SEED)
-    names = [*special_names, *(name[:-1] for name in special_names)]
+    names = [*added_names, *(name[:-1] for name in added_names)]
     words = _WORDS.split()
     pieces = [*words, *_BLANKS, *_BLANKS, *names]
     texts = [_SOURCE, *words, *_BLANKS, *names]
-    texts += [f"a{name}{name} b\n{name}" for name in special_names]
+    texts += [f"a{name}{name} b\n{name}" for name in added_names]
     for _ in range(NUM_RANDOM):
         texts.append("".join(rng.choices(pieces, k=rng.randint(2, 40))))
         texts.append("".join(_random_character(rng) for _ in range(rng.randint(1, 60))))
@@ -44,6 +49,23 @@ def probe_texts(special_names: Sequence[str]) -> list[str]:
     ]
     texts.append("".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdef0123456789+/", k=long)))
     texts.append("".join(_random_character(rng) for _ in range(long)))
+    return texts
+
+
+def mark_texts() -> list[str]:
+    """Every mark that has an order among marks, and everything that marks and letters compose to.
+
+    Each mark stands among marks of two other classes, in both orders; each composed character is
+    written whole and in parts.
+    """
+    texts = []
+    for number in MARKED_CHARACTERS:
+        character = chr(number)
+        parts = unicodedata.normalize("NFD", character)
+        if unicodedata.combining(character):
+            texts.append(f"a\u0301{character}\u0323 e\u0323{character}\u0301")
+        elif parts != character and not HANGUL[0] <= character <= HANGUL[1]:
+            texts.append(f"{character} {parts} {parts}\u0323")
     return texts
 
 

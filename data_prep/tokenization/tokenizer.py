@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, shown
 
 TokenArray = NDArray[Any]  # uint16 or uint32
 SpecialTokens = Literal["text", "id", "reject"]
@@ -46,10 +46,11 @@ class Tokenizer:
         eos_id: Its id.
         dtype: How ids are stored: uint16 when all fit, else uint32.
         is_bytes: True for the tokenizer of plain bytes.
-        is_lossless: True when decode(encode(text)) is text.
+        why_lossy: Why decode(encode(text)) may be another text; empty when it is the same.
         special_tokens: What to do with text that spells a special token: "text" encodes it as
             ordinary text, "id" as the token, "reject" refuses the document.
-        special_names: The texts of the special tokens.
+        special_names: The texts of the special tokens, that of the end of a document among them.
+        found_names: The texts that are made tokens wherever they occur.
 
     Args:
         content: The bytes of a tokenizer.json.
@@ -74,6 +75,12 @@ class Tokenizer:
             raise DataError(
                 f"--tokenizer {origin} is not a Hugging Face tokenizer.json ({error})"
             ) from error
+        self.eos_token, self.eos_id = self._find_eos(eos_token, origin)
+        added = self._backend.get_added_tokens_decoder()
+        if self.eos_id in added and not added[self.eos_id].special:
+            # Some files forget to call it special: text that spells it would end a document.
+            self._backend.add_special_tokens([AddedToken(self.eos_token, special=True)])
+            added = self._backend.get_added_tokens_decoder()
         # The library's flag says "encode them as text", not "recognize them".
         self._backend.encode_special_tokens = special_tokens != "id"
         self._backend.no_truncation()
@@ -82,13 +89,41 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.max_token_id: int = max(self._backend.get_vocab(with_added_tokens=True).values())
-        self.eos_token, self.eos_id = self._find_eos(eos_token, origin)
         self.dtype: np.dtype[Any] = token_dtype(self.max_token_id)
         self.is_bytes = content == bytes_tokenizer()
-        self.is_lossless, self._can_cut = _guarantees(content)
         self.special_tokens = special_tokens
-        added = self._backend.get_added_tokens_decoder().values()
-        self.special_names = tuple(token.content for token in added if token.special)
+        self.special_names = tuple(token.content for token in added.values() if token.special)
+        self.found_names = tuple(
+            token.content for token in added.values() if special_tokens == "id" or not token.special
+        )
+        layout = orjson.loads(content)
+        self.why_lossy = _why_lossy(layout) or self._why_token_lossy()
+        self._can_cut = not _why_lossy(layout) and _splits_as_ours(layout)
+
+    def check_end(self, origin: str) -> None:
+        """Refuse an end-of-document token that is a piece of ordinary text.
+
+        Args:
+            origin: Where the tokenizer came from, for the message.
+
+        Raises:
+            DataError: It is one.
+        """
+        is_special = self.eos_token in self.special_names
+        if is_special and self.special_tokens != "text":
+            return  # documents that spell it are rejected, or end there as was asked for
+        ids, _ = self.encode_plain([self.eos_token])
+        if self.eos_id not in ids.tolist():
+            return
+        way_out = (
+            "reject documents that spell it with --special-tokens reject"
+            if is_special
+            else "name a special token with --eos-token"
+        )
+        raise DataError(
+            f"{origin} encodes the text {self.eos_token!r} as its end-of-document token, so text "
+            f"could end a document; {way_out}"
+        )
 
     def find_special(self, text: bytes) -> str | None:
         """The first special token that a text in UTF-8 spells, if any."""
@@ -150,9 +185,16 @@ class Tokenizer:
         ]
 
     def _may_cut(self) -> bool:
-        """Whether texts may be cut: a special token that is recognized could span the cut."""
-        names = self.special_names if self.special_tokens == "id" else ()
-        return self._can_cut and not any("\n" in name for name in names)
+        """Whether texts may be cut: a token that is found in them could span the cut."""
+        return self._can_cut and not any("\n" in name for name in self.found_names)
+
+    def _why_token_lossy(self) -> str:
+        """A token beside the vocabulary whose letters the decoder would take for bytes."""
+        known = self._backend.get_vocab(with_added_tokens=True)
+        lossy = (name for name in self.found_names if self.decode([known[name]]) != name)
+        return "".join(
+            f"the added token {name!r} decodes to something else" for name in [*lossy][:1]
+        )
 
     def _find_eos(self, wanted: str | None, origin: str) -> tuple[str, int]:
         for name in (wanted,) if wanted else USUAL_EOS_NAMES:
@@ -196,13 +238,14 @@ def read_tokenizer(
     Raises:
         DataError: There is none, or it cannot be used.
     """
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path
     try:
+        file = path / "tokenizer.json" if path.is_dir() else path
         content = file.read_bytes()
     except OSError as error:
         raise DataError(
-            f"--tokenizer {file}: {error.strerror}; give a tokenizer.json, a directory that holds "
-            "one, train:VOCABULARY or bytes"
+            f"--tokenizer {shown(file)}: {error.strerror}; give a tokenizer.json, a directory that "
+            "holds one, train:VOCABULARY or bytes"
         ) from error
     named = eos_token or _configured_eos(file.parent)
     return Tokenizer(content, named, str(file), special_tokens)
@@ -265,21 +308,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return backend.to_str(pretty=True).encode()
 
 
-def _guarantees(content: bytes) -> tuple[bool, bool]:
-    """What the layout of a tokenizer.json guarantees.
-
-    Returns:
-        Whether decoding gives the text back (byte-level pieces, no normalizer), and whether a
-        text may be cut as `cut_text` does (the one split pattern for which that is known).
-    """
-    layout = orjson.loads(content)
-    pieces = layout.get("pre_tokenizer") or {}
-    steps = pieces.get("pretokenizers") or [pieces]
+def _why_lossy(layout: Mapping[str, Any]) -> str:
+    """Why the parts of a tokenizer.json do not promise that decoding gives a text back."""
+    if layout.get("normalizer") is not None:
+        return "it normalizes text"
+    steps = _split_steps(layout)
     vocabulary = (layout.get("model") or {}).get("vocab")
     added = layout.get("added_tokens") or []
-    is_lossless = (
-        layout.get("normalizer") is None
-        and all(step.get("behavior") != "Removed" for step in steps)
+    promises = (
+        all(step.get("behavior") != "Removed" for step in steps)
         and any(step.get("type") == "ByteLevel" for step in steps)
         and not any(step.get("add_prefix_space") for step in steps)
         and (layout.get("decoder") or {}).get("type") == "ByteLevel"
@@ -287,7 +324,17 @@ def _guarantees(content: bytes) -> tuple[bool, bool]:
         and all(symbol in vocabulary for symbol in _byte_symbols())
         and not any(token.get("lstrip") or token.get("rstrip") for token in added)
     )
-    return is_lossless, is_lossless and steps[0].get("pattern") == {"Regex": SPLIT_PATTERN}
+    return "" if promises else "its pieces are not bytes"
+
+
+def _splits_as_ours(layout: Mapping[str, Any]) -> bool:
+    """Whether it splits by the one pattern for which `cut_text` is known to change nothing."""
+    return _split_steps(layout)[0].get("pattern") == {"Regex": SPLIT_PATTERN}
+
+
+def _split_steps(layout: Mapping[str, Any]) -> list[dict[str, Any]]:
+    pieces = layout.get("pre_tokenizer") or {}
+    return pieces.get("pretokenizers") or [pieces]
 
 
 def _configured_eos(directory: Path) -> str | None:

@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 
 from data_prep.errors import DataError
 from data_prep.shards.atomic import unwritable
 from data_prep.workers.phase import Done, Observer, Phase
-from data_prep.workers.pool import default_processes, work_through
+from data_prep.workers.pool import processes_for, watching, work_through
 
 # About as long as network file systems keep a file time in memory.
 LEASE_S = 60.0
@@ -66,14 +67,15 @@ class ArrayWorkers:
     Args:
         task: Its number says where this task begins to look for items.
         claims: Folder for their claims, which all tasks reach under some path.
-        processes: Worker processes of this task; None = the cores it may use.
+        processes: Worker processes of this task; None = as many as its share of the input is worth,
+            up to the cores it may use.
     """
 
     shares_output = True
 
     def __init__(self, task: ArrayTask, claims: Path, processes: int | None = None) -> None:
         self._task = task
-        self._processes = processes or default_processes()
+        self._processes = processes
         self._claims = Claims(claims)
 
     def run(self, phase: Phase, observer: Observer) -> None:
@@ -133,7 +135,10 @@ class ArrayWorkers:
             observer.finish(int(phase.sizes[item]), done.tokens, done.rejects)
 
         work = partial(_do_unless_done, phase.work, phase.is_finished)
-        work_through(work, claimed(), min(self._processes, len(items)), collect)
+        share = np.array(items[: -(-len(items) // self._task.tasks)], dtype=np.int64)
+        processes = self._processes or processes_for(phase, share)
+        with watching(observer) as counter:
+            work_through(work, claimed(), min(processes, len(items)), collect, counter)
         return did
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, explain, printable
 from data_prep.workers.phase import Done, Observer, Phase, announce, missing_items
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -152,9 +152,10 @@ class World:
             print(f"{where} was interrupted", file=sys.stderr)
         else:
             status = 1
+            error = explain(error) if isinstance(error, OSError) else error
             if not isinstance(error, DataError):
                 traceback.print_exception(error)
-            for line in str(error).splitlines() or [repr(error)]:
+            for line in printable(str(error)).splitlines() or [repr(error)]:
                 print(f"error: {where}: {line}", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()

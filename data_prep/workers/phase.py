@@ -8,6 +8,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+# To start a process takes 1.2 s of one core, in which one that runs encodes 80 MB, or 5 MB with the
+# slow library (benchmarks/data_prep.py: 41 MB in 2.8 s by one process and 4.8 s by two, 160 MB in
+# 6.6 s and 12.7 s on two busy cores); and the first process of several only waits.
+FAST_BYTES_PER_WORKER = 1 << 27
+SLOW_BYTES_PER_WORKER = 1 << 23
+
 
 class Done(NamedTuple):
     """What one finished item adds to the progress."""
@@ -28,6 +34,9 @@ class Observer(Protocol):
     def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
         """More of the phase is on disk."""
 
+    def reading(self, text_bytes: int) -> None:
+        """Text that was read in this phase so far, that of unfinished units included."""
+
     def skip(self, input_bytes: int) -> None:
         """That much is on disk, done by others."""
 
@@ -45,6 +54,7 @@ class Phase:
         work: Does one item; can be sent to another process.
         is_finished: Whether the result of an item is on disk.
         sizes: Input bytes of each item, `[items]`.
+        bytes_per_worker: Input for which another process takes longer to start than it saves.
     """
 
     name: str
@@ -52,6 +62,7 @@ class Phase:
     work: Callable[[int], Done]
     is_finished: Callable[[int], bool]
     sizes: NDArray[np.int64]
+    bytes_per_worker: int = FAST_BYTES_PER_WORKER
 
 
 class Workers(Protocol):

@@ -6,6 +6,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+BAR_COLUMNS = 20
+# Below these widths of a terminal there is no room for all rates, or for any.
+WIDE_COLUMNS = 160
+NARROW_COLUMNS = 72
 
 
 class ProgressLine:
@@ -19,7 +23,7 @@ class ProgressLine:
         self._console = console
         self._bar = Progress(
             TextColumn("{task.fields[verb]}"),
-            BarColumn(),
+            BarColumn(BAR_COLUMNS),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[rates]}"),
             TimeRemainingColumn(),
@@ -27,7 +31,7 @@ class ProgressLine:
             transient=True,
         )
         self._task: TaskID | None = None
-        self._total_bytes = self._bytes = self._tokens = self._rejects = 0
+        self._total_bytes = self._bytes = self._tokens = self._rejects = self._text_bytes = 0
         self._started_s = self._printed_s = 0.0
         self._verb = ""
 
@@ -39,7 +43,7 @@ class ProgressLine:
         """A phase starts; the one before it is done."""
         self.close()
         self._verb, self._total_bytes = verb, total_bytes
-        self._bytes = self._tokens = self._rejects = 0
+        self._bytes = self._tokens = self._rejects = self._text_bytes = 0
         self._started_s = self._printed_s = time.monotonic()
         self.say(f"{verb}: {total_bytes / 1e6:,.1f} MB in {units:,} units")
         if self._console.is_terminal:
@@ -54,12 +58,24 @@ class ProgressLine:
         self._tokens += tokens
         self._rejects += rejects
         if self._task is not None:
-            self._bar.update(self._task, completed=self._bytes, rates=self._rates())
+            self._bar.update(self._task, completed=self._bytes, rates=self._live_rates())
         elif time.monotonic() - self._printed_s >= SECONDS_BETWEEN_LINES:
             self._printed_s = time.monotonic()
             share = self._bytes / max(self._total_bytes, 1)
             left_s = self._elapsed_s() * (1 / share - 1) if share else 0.0
             self.say(f"{self._verb} {100 * share:3.0f} % {self._rates()}, {_clock(left_s)} left")
+
+    def reading(self, text_bytes: int) -> None:
+        """So much text was read so far, maybe in units that are not finished."""
+        self._text_bytes = text_bytes
+        if self._task is not None:
+            self._bar.update(self._task, rates=self._live_rates())
+        elif time.monotonic() - self._printed_s >= SECONDS_BETWEEN_LINES:
+            self._printed_s = time.monotonic()
+            self.say(
+                f"{self._verb}: {text_bytes / 1e6:,.1f} MB of text read, {self._bytes / 1e6:,.1f} "
+                f"of {self._total_bytes / 1e6:,.1f} MB of input done"
+            )
 
     def skip(self, input_bytes: int) -> None:
         """Others did that much."""
@@ -79,6 +95,15 @@ class ProgressLine:
 
     def _elapsed_s(self) -> float:
         return max(time.monotonic() - self._started_s, 1e-9)
+
+    def _live_rates(self) -> str:
+        """What a terminal of this width has room for beside the bar."""
+        width = self._console.width
+        if width < NARROW_COLUMNS:
+            return ""
+        if width < WIDE_COLUMNS:
+            return f"{self._text_bytes / 1e6:,.1f} MB of text"
+        return f"{self._text_bytes / 1e6:,.1f} MB of text, {self._rates()}"
 
     def _rates(self) -> str:
         elapsed_s = self._elapsed_s()

@@ -26,6 +26,7 @@ from docs.extensions.markdown import MarkdownDirective, table
 from model.rope_scaling import RopeScaling
 from pipeline.config.data_section import WeightPhase
 from pipeline.config.run_config import RunConfig
+from pipeline.config.sections import MAX_COUNT
 
 _KINDS: dict[Any, str] = {
     bool: "true or false",
@@ -181,10 +182,15 @@ def _bounds(metadata: Any) -> str:
     for item in metadata:
         for part in item.metadata if isinstance(item, FieldInfo) else [item]:
             for kind, name, sign in signs:
-                if isinstance(part, kind):
-                    limit = getattr(part, name)
-                    found.append(f" {sign} {'2^32' if limit == 2**32 else limit}")
+                if isinstance(part, kind) and (limit := getattr(part, name)) != MAX_COUNT:
+                    found.append(f" {sign} {_limit(limit)}")
     return ",".join(found)
+
+
+def _limit(limit: int | float) -> str:
+    """A bound, large powers of two as such."""
+    power = int(limit).bit_length() - 1
+    return f"2^{power}" if power >= 16 and limit == 1 << power else f"{limit}"
 
 
 def _default(field: FieldInfo) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.decoding.kv_cache import KVCache
+from model.errors import CheckpointError
 
 
 class Decodable(Protocol):
@@ -164,7 +165,13 @@ class _Sampling:
         return Verdict(kept, self._sample(chain.following[batch, kept].unsqueeze(1)).squeeze(1))
 
     def _distributions(self, logits: Tensor) -> Tensor:
-        return torch.softmax(logits.float() / self.temperature, dim=-1)
+        scaled = logits.float() / self.temperature
+        if not bool(scaled.isfinite().all()):
+            raise CheckpointError(
+                "the model's logits are not finite, so nothing can be drawn from them; its weights "
+                "are damaged or the temperature is too low: check the export, or use temperature 0"
+            )
+        return torch.softmax(scaled, dim=-1)
 
     def _sample(self, distributions: Tensor) -> Tensor:
         """One token `[B, P]` from each distribution `[B, P, V]`."""

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from foundation.json_text import read_json
+from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.rope_scaling import RopeScaling
@@ -103,12 +105,13 @@ def read_llama_config(directory: Path) -> LlamaSizes:
     values = _DEFAULTS | {key: value for key, value in content.items() if value is not None}
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     needed = ("num_hidden_layers", "vocab_size", *_KEYS.values())
-    if missing := [key for key in needed if not _is_number(values.get(key))]:
+    if missing := [key for key in needed if not _is_number(key, values.get(key))]:
         raise ConfigError(f"{path} has no number for {', '.join(missing)}; give a whole model")
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    if values.get("head_dim", hidden // heads) * heads != hidden:
+    head_dim = values.get("head_dim", hidden // heads)
+    if not isinstance(head_dim, int) or head_dim * heads != hidden:
         raise ConfigError(
-            f"{path} has head_dim={values['head_dim']}, which is not hidden_size / "
+            f"{path} has head_dim={printable(str(head_dim))}, which is not hidden_size / "
             f"num_attention_heads = {hidden} / {heads}; such attention heads are not built here, "
             "give a model without them"
         )
@@ -124,14 +127,14 @@ def read_llama_config(directory: Path) -> LlamaSizes:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; give a folder with a Hugging Face Llama: {CONFIG_NAME} and "
             "its safetensors files"
         ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give a whole model") from error
+        raise ConfigError(f"{path} cannot be read ({reason(error)}); give a whole model") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a mapping; give a whole model")
     return content
@@ -142,19 +145,23 @@ def _unsupported(content: dict[str, Any]) -> list[str]:
     for key, allowed in _REQUIRED.items():
         value = content.get(key, _DEFAULTS.get(key))
         if value not in allowed:
-            shown = "set" if isinstance(value, dict) else json.dumps(value)
+            shown = "set" if isinstance(value, dict) else printable(json.dumps(value))
             problems.append(f"{key} is {shown}, must be {json.dumps(allowed[0])}")
     return problems
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _is_number(key: str, value: object) -> bool:
+    kinds = (float, int) if key == "rms_norm_eps" else (int,)
+    return type(value) in kinds and value > 0  # type: ignore[operator]
 
 
 def _rope(path: Path, values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary frequencies, from the keys of transformers 4 or 5."""
-    parameters = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    parameters = dict(given) if isinstance(given, dict) else {"rope_type": given}
     theta = parameters.pop("rope_theta", values.get("rope_theta", _DEFAULT_THETA))
+    if type(theta) not in (int, float) or theta <= 0:
+        raise ConfigError(f"{path} has no number for rope_theta; give a whole model")
     older = parameters.pop("type", "default")
     kind = parameters.pop("rope_type", older)
     if parameters.pop("partial_rotary_factor", 1.0) not in (1.0, None):
@@ -166,8 +173,8 @@ def _rope(path: Path, values: dict[str, Any]) -> tuple[float, RopeScaling | None
         return float(theta), None
     if kind not in ("linear", "llama3"):
         raise ConfigError(
-            f"{path} scales rotary frequencies by rope_type={kind!r}; default, linear and llama3 "
-            "can be imported, give a model with one of these"
+            f"{path} scales rotary frequencies by rope_type={printable(repr(kind))}; default, "
+            "linear and llama3 can be imported, give a model with one of these"
         )
     if kind == "llama3":
         parameters.setdefault(
@@ -179,7 +186,6 @@ def _rope(path: Path, values: dict[str, Any]) -> tuple[float, RopeScaling | None
         return float(theta), RopeScaling.model_validate({"rope_type": kind, **parameters})
     except ValidationError as error:
         fault = error.errors()[0]
-        where = ".".join(["rope_scaling", *map(str, fault["loc"])])
-        raise ConfigError(
-            f"{path}: {where}: {fault['msg'].removeprefix('Value error, ')}; give a whole model"
-        ) from error
+        where = printable(".".join(["rope_scaling", *map(str, fault["loc"])]))
+        problem = printable(fault["msg"].removeprefix("Value error, "))
+        raise ConfigError(f"{path}: {where}: {problem}; give a whole model") from error

@@ -16,11 +16,21 @@ and reads and checks it; `pipeline.exporting` writes the folder.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
+from foundation.bounded_files import is_name_inside, read_bounded
 from foundation.durable_files import FileEntry, read_entry
+from foundation.shown_text import printable
 from model.config import ModelConfig
 from model.errors import CheckpointError
 
@@ -65,11 +75,11 @@ class ExportDescription(_Entry):
 
     model: ModelConfig
     dtype: Literal["fp32", "bf16"]
-    sequence_length: int
+    sequence_length: int = Field(gt=0, lt=2**63)
     eos_token: str
-    eos_id: int
+    eos_id: int = Field(ge=0, lt=2**32)
     run: str
-    step: int
+    step: int = Field(ge=0, lt=2**63)
 
 
 class ExportRecord(_Entry):
@@ -87,6 +97,14 @@ class ExportRecord(_Entry):
     description: ExportDescription
     files: dict[str, StoredEntry]
 
+    @model_validator(mode="after")
+    def _is_of_one_folder(self) -> Self:
+        if self.future_tokens != self.description.model.future_tokens:
+            raise ValueError("future_tokens is not that of the model")
+        if not all("/" not in name and is_name_inside(name) for name in self.files):
+            raise ValueError("a file's name leads out of the folder")
+        return self
+
 
 def read_record(directory: Path) -> ExportRecord:
     """What an export says of itself.
@@ -100,7 +118,7 @@ def read_record(directory: Path) -> ExportRecord:
             f"{directory} is not a folder; give one that python -m pipeline.export has written"
         )
     try:
-        return ExportRecord.model_validate_json(path.read_bytes())
+        return ExportRecord.model_validate_json(read_bounded(path))
     except OSError as error:
         raise CheckpointError(
             f"{directory} has no readable {RECORD_NAME} ({error.strerror}), so it is not an export "
@@ -109,9 +127,8 @@ def read_record(directory: Path) -> ExportRecord:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
-        raise CheckpointError(
-            f"{path} is damaged ({where}: {fault['msg']}); export again"
-        ) from error
+        problem = f"{printable(where)}: {printable(fault['msg'])}"
+        raise CheckpointError(f"{path} is damaged ({problem}); export again") from error
 
 
 def verify_files(directory: Path, record: ExportRecord) -> None:

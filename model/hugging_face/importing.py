@@ -11,22 +11,27 @@ So a Llama of N layers starts a run of N - 1 + n layers. Tensors are read one at
 keeps its tensor-parallel slice. Of a vocabulary larger than the file's the last rows are fresh.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.config import read_llama_config
 from model.hugging_face.folder import RECORD_NAME, read_record, verify_files
 from model.hugging_face.names import EXTRA_HEADS, hf_names, hf_shapes, join
-from model.hugging_face.stored_tensors import MODEL_INDEX_NAME, MODEL_NAME
+from model.hugging_face.stored_tensors import (
+    MODEL_INDEX_NAME,
+    MODEL_NAME,
+    open_tensors,
+    read_weight_map,
+)
 from model.parameter_shapes import head_of, parameter_shapes
 from model.rope_scaling import RopeScaling
 from model.sharding import placement_of, take_slice
@@ -132,7 +137,7 @@ class LlamaFolder:
         foreign = [name for name in foreign if not name.startswith(f"{EXTRA_HEADS}.")]
         if foreign:
             raise CheckpointError(
-                f"{self.directory}: tensor {foreign[0]}"
+                f"{self.directory}: tensor {printable(foreign[0])}"
                 + (f" and {len(foreign) - 1} more are" if len(foreign) > 1 else " is")
                 + " not a plain Llama's, so the model would not be the same; give a model "
                 "without them"
@@ -234,16 +239,15 @@ def _model_files(directory: Path) -> list[Path]:
     if single.is_file():
         return [single]
     try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        return [directory / name for name in sorted(set(weight_map.values()))]
+        return [directory / name for name in sorted(set(read_weight_map(index).values()))]
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} has neither {MODEL_NAME} nor {MODEL_INDEX_NAME}; load the model with "
             "transformers and save it again by save_pretrained, which writes them"
         ) from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{index} cannot be read ({type(error).__name__}: {error}); give a whole model"
+            f"{index} cannot be read ({reason(error)}); give a whole model"
         ) from error
 
 
@@ -256,9 +260,11 @@ def _opened(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; give a whole model")
     try:
-        return safe_open(path, framework="pt")
+        return open_tensors(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); give a whole model") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}); give a whole model"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

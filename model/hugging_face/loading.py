@@ -7,17 +7,22 @@ from typing import Any, NamedTuple
 
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from foundation.bounded_files import read_bounded
+from foundation.shown_text import reason
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord, read_record, verify_files
 from model.hugging_face.names import hf_names, hf_shapes, join
+from model.hugging_face.stored_tensors import open_tensors
 from model.language_model import MultiTokenModel
 from model.parameter_shapes import head_of, parameter_shapes
 from model.process_groups import ensure_single_process
 
+_TOKENIZER_BYTES = 1 << 30
+_FLOATS = ("F32", "F16", "BF16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -51,7 +56,8 @@ def load_export(directory: Path, dtype: torch.dtype | None = None) -> LoadedExpo
     tokenizer = _load_tokenizer(directory, config)
     with ExitStack() as stack:
         tensors = _open_tensors(directory, record, stack)
-        weights = _parameters(directory, config, tensors)
+        _check_shapes(directory, config, tensors)  # before room is made for what they may not be
+        weights = _parameters(config, tensors)
         model = build_model(config, weights, dtype or DTYPES[record.description.dtype])
     return LoadedExport(model, tokenizer, record)
 
@@ -72,10 +78,12 @@ def build_model(
 def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizers.Tokenizer:
     path = directory / TOKENIZER_NAME
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_buffer(read_bounded(path, _TOKENIZER_BYTES))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer.json ({error}); export again") from error
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+        raise CheckpointError(
+            f"{path} is not a tokenizer.json ({reason(error)}); export again"
+        ) from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= config.vocab_size:
         raise CheckpointError(
             f"{path} gives ids up to {largest}, the model has {config.vocab_size} tokens; "
@@ -94,33 +102,39 @@ def _open_tensors(directory: Path, record: ExportRecord, stack: ExitStack) -> di
         if not file_name.endswith(".safetensors"):
             continue
         try:
-            file = stack.enter_context(safe_open(directory / file_name, framework="pt"))
-        except SafetensorError as error:
+            file = stack.enter_context(open_tensors(directory / file_name))
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{directory / file_name} is damaged ({error}); export again"
+                f"{directory / file_name} is damaged ({reason(error)}); export again"
             ) from error
         files |= dict.fromkeys(file.keys(), file)
     return files
 
 
-def _parameters(
-    directory: Path, config: ModelConfig, files: dict[str, Any]
-) -> Iterator[tuple[str, Tensor]]:
+def _check_shapes(directory: Path, config: ModelConfig, files: dict[str, Any]) -> None:
+    """See that every tensor of the model is stored, in its shape.
+
+    Raises:
+        CheckpointError: naming the first that is not.
+    """
     for name, shape in parameter_shapes(config).items():
         names = hf_names(name, config)
-        parts = []
         for hf_name, hf_shape in zip(names, hf_shapes(name, shape, config), strict=True):
             if hf_name not in files:
                 raise CheckpointError(
                     f"{directory}: tensor {hf_name}{_which_head(name)} is missing; export again"
                 )
-            part = files[hf_name].get_tensor(hf_name)
-            if tuple(part.shape) != hf_shape:
+            stored = files[hf_name].get_slice(hf_name)
+            if tuple(stored.get_shape()) != hf_shape or stored.get_dtype() not in _FLOATS:
                 raise CheckpointError(
-                    f"{directory}: tensor {hf_name} has shape {tuple(part.shape)}, the model's "
-                    f"sizes give {hf_shape}; export again"
+                    f"{directory}: tensor {hf_name} has shape {tuple(stored.get_shape())} of "
+                    f"{stored.get_dtype()}, the model's sizes give {hf_shape}; export again"
                 )
-            parts.append(part)
+
+
+def _parameters(config: ModelConfig, files: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name in parameter_shapes(config):
+        parts = [files[hf_name].get_tensor(hf_name) for hf_name in hf_names(name, config)]
         yield name, join(name, parts, config)
 
 

@@ -1,12 +1,14 @@
 """Reads tensors spread over safetensors files, found as Hugging Face's libraries find them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from foundation.bounded_files import check_regular, is_name_inside
+from foundation.json_text import read_json
+from foundation.shown_text import reason
 from model.errors import CheckpointError
 
 MODEL_NAME = "model.safetensors"
@@ -32,10 +34,10 @@ class StoredTensors:
         index = next((path for path in indexes if path.is_file()), None)
         if index is not None:
             try:
-                self._file_of: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-            except (OSError, ValueError, LookupError, TypeError) as error:
+                self._file_of = read_weight_map(index)
+            except (OSError, ValueError) as error:
                 raise CheckpointError(
-                    f"{index} cannot be read ({type(error).__name__}: {error}); export again"
+                    f"{index} cannot be read ({reason(error)}); export again"
                 ) from error
         else:
             self._file_of = dict.fromkeys(self._open(MODEL_NAME).keys(), MODEL_NAME)
@@ -67,6 +69,36 @@ class StoredTensors:
         """The file, opened again each time, so that what was read does not stay in memory."""
         path = self._folder / file_name
         try:
-            return safe_open(path, framework="pt")
+            return open_tensors(path)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); export again") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({reason(error)}); export again"
+            ) from error
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by an index.
+
+    Raises:
+        OSError: the index cannot be read.
+        ValueError: it is no index, or names a file that does not lie beside it.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError("it has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or "/" in name or not is_name_inside(name):
+            raise ValueError("it names a file that does not lie beside it")
+    return weight_map
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, opened; of a link to one, as in a cache of the Hugging Face hub, that.
+
+    Raises:
+        OSError: it is not there, or no file.
+        SafetensorError: it is no safetensors file, or not whole.
+    """
+    check_regular(path)
+    return safe_open(path, framework="pt")

@@ -28,10 +28,10 @@ TOKENIZER = "tokenizer.json"
 WEIGHTS = "tensors"
 PARTIAL = ".partial"
 
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_([0-9]{8,18})")
 _PARTIAL = re.compile(_STEP.pattern + re.escape(PARTIAL))
 _SAVED = {MANIFEST, STATE_NAME, RESOLVED_CONFIG_NAME, TOKENIZER}
-_SAVED_TENSORS = re.compile(rf"{WEIGHTS}/rank_\d{{5,}}\.safetensors")
+_SAVED_TENSORS = re.compile(rf"{WEIGHTS}/rank_[0-9]{{5,}}\.safetensors")
 
 
 def step_folder(directory: Path, step: int) -> Path:

@@ -4,13 +4,18 @@ Nothing here needs torch or other ranks, so a checkpoint can be looked at anywhe
 """
 
 import json
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from foundation.bounded_files import check_inside, is_name_inside, read_bounded
 from foundation.durable_files import FileEntry, read_entry, write_synced
+from foundation.json_text import read_json
+from foundation.shown_text import printable, reason
 from model.errors import CheckpointError
 from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import (
@@ -26,6 +31,7 @@ from pipeline.checkpoint.file_names import (
 # To be raised when what is written can no longer be read by what was there before.
 _VERSION = 2
 STATE_VERSION = 1
+_LATEST_BYTES = 1 << 12
 
 Entries = dict[str, FileEntry]
 
@@ -50,22 +56,29 @@ def read_manifest(checkpoint: Path) -> Entries:
         CheckpointError: there is no list, or it is damaged.
     """
     try:
-        content = json.loads((checkpoint / MANIFEST).read_bytes())
+        content = read_json(checkpoint / MANIFEST)
         files: dict[str, dict[str, Any]] = content["files"]
         if content["version"] != _VERSION or content["xxh3"] != _digest(files):
             raise ValueError("its own checksum")
-        return {name: FileEntry(entry["bytes"], entry["xxh3"]) for name, entry in files.items()}
+        return {name: _entry(name, entry) for name, entry in files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{MANIFEST} is damaged") from None
+
+
+def _entry(name: str, entry: dict[str, Any]) -> FileEntry:
+    size, checksum = entry["bytes"], entry["xxh3"]
+    if type(size) is not int or not isinstance(checksum, str) or not is_name_inside(name):
+        raise ValueError("a name, size or checksum that no save writes")
+    return FileEntry(size, checksum)
 
 
 def other_version(checkpoint: Path) -> str | None:
     """Why a checkpoint is not this version's to read, if its manifest or state says so."""
     for name, reads in ((MANIFEST, _VERSION), (STATE_NAME, STATE_VERSION)):
         try:
-            version = json.loads((checkpoint / name).read_bytes())["version"]
+            version = read_json(checkpoint / name)["version"]
         except (OSError, ValueError, LookupError, TypeError):
             continue  # damaged, which is another matter
         if isinstance(version, int) and not isinstance(version, bool) and version != reads:
@@ -94,23 +107,36 @@ def size_problems(checkpoint: Path) -> list[str]:
     problems = []
     for name, entry in entries.items():
         try:
-            size = (checkpoint / name).stat().st_size
+            facts = (checkpoint / name).stat()
         except OSError:
             problems.append(f"{name} is missing")
             continue
-        if size != entry.size:
-            problems.append(f"{name} has {size:,} bytes, not {entry.size:,}")
+        if not _is_file_of(checkpoint, name, facts):
+            problems.append(f"{name} is not a regular file in the checkpoint")
+        elif facts.st_size != entry.size:
+            problems.append(f"{name} has {facts.st_size:,} bytes, not {entry.size:,}")
     folder = checkpoint / WEIGHTS
     found = sorted(f"{WEIGHTS}/{path.name}" for path in folder.iterdir()) if folder.is_dir() else []
     problems += [f"{name} does not belong to it" for name in found if name not in entries]
     return problems + misnaming(checkpoint)
 
 
+def _is_file_of(checkpoint: Path, name: str, facts: os.stat_result) -> bool:
+    """Whether it is a file, no device or pipe, and no link to a place outside."""
+    if not stat.S_ISREG(facts.st_mode):
+        return False
+    try:
+        check_inside(checkpoint, checkpoint / name)
+    except OSError:
+        return False
+    return True
+
+
 def misnaming(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint's name, if its state is of another step."""
     named = step_of(checkpoint)
     try:
-        saved = json.loads((checkpoint / STATE_NAME).read_bytes())["step"]
+        saved = read_json(checkpoint / STATE_NAME)["step"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
     if named is None or saved == named:
@@ -147,12 +173,18 @@ def checkpoint_path(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / STATE_NAME).is_file() or (path / MANIFEST).is_file():
-        return path
-    for folder in (path, path / FOLDER):
-        newest = newest_checkpoint(folder)
-        if newest is not None:
-            return newest
+    try:
+        if (path / STATE_NAME).is_file() or (path / MANIFEST).is_file():
+            return path
+        for folder in (path, path / FOLDER):
+            newest = newest_checkpoint(folder)
+            if newest is not None:
+                return newest
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(str(path))} cannot be read ({reason(error)}); give a folder such as "
+            "runs/NAME/checkpoints/step_00000100, or the run's folder"
+        ) from error
     raise CheckpointError(
         f"{path} is not a checkpoint: it has neither {STATE_NAME} nor {LATEST}; give a folder such "
         "as runs/NAME/checkpoints/step_00000100, or the run's folder"
@@ -162,10 +194,11 @@ def checkpoint_path(path: Path) -> Path:
 def newest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint that `latest` names, or the committed one of the highest step."""
     try:
-        named = directory / (directory / LATEST).read_text(encoding="utf-8").strip()
+        name = read_bounded(directory / LATEST, _LATEST_BYTES).decode("utf-8").strip()
     except (OSError, ValueError):
-        named = directory
-    if step_of(named) is not None and named.is_dir():
+        name = ""
+    named = directory / name
+    if "/" not in name and step_of(named) is not None and named.is_dir():
         return named
     steps = committed(directory)
     return steps[-1] if steps else None

@@ -7,11 +7,14 @@ How the ranks write is the business of `saving`, what stays that of `retention`.
 import contextlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from foundation.bounded_files import check_regular
 from foundation.durable_files import sync_folder, write_synced
+from foundation.shown_text import reason
 from model.errors import CheckpointError
 from pipeline.checkpoint.crash_points import crash_point
 from pipeline.checkpoint.file_names import (
@@ -42,6 +45,7 @@ from pipeline.distributed.agreement import from_all, from_main, rank_and_world
 
 logger = logging.getLogger(__name__)
 
+_NUMBER = re.compile("[0-9]{1,18}")
 _RUN_FILES = (FOLDER, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
 
 
@@ -215,7 +219,8 @@ class CheckpointFolder:
             return found
         metrics, latest = self.directory.parent / "metrics.jsonl", self.directory / LATEST
         if latest.is_file():
-            named = latest.read_bytes()[:40].decode(errors="replace").strip()
+            with latest.open("rb") as file:
+                named = file.read(40).decode(errors="replace").strip()
             raise CheckpointError(
                 f"{latest} names {named!r}, but {self.directory} holds no checkpoint; bring it "
                 f"back, {anew}"
@@ -263,7 +268,7 @@ class CheckpointFolder:
             if self._is_unused() and not (metrics.exists() and metrics.stat().st_size):
                 return None
             numbers = [path.name.removeprefix("previous_") for path in run_dir.glob("previous_*")]
-            number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
+            number = 1 + max((int(text) for text in numbers if _NUMBER.fullmatch(text)), default=0)
             target = run_dir / f"previous_{number}"
             target.mkdir(parents=True)
             for name in names:
@@ -280,8 +285,19 @@ class CheckpointFolder:
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration in a checkpoint; keys that this version lacks are left out."""
+    """The resolved configuration in a checkpoint; keys that this version lacks are left out.
+
+    Raises:
+        CheckpointError: it is missing, or no file.
+        ConfigError: it cannot be used.
+    """
     path = checkpoint / RESOLVED_CONFIG_NAME
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}); use another checkpoint"
+        ) from error
     return load_config(
         path, left_out=lambda key: logger.warning("%s: unknown key %s is left out", path, key)
     )

@@ -5,7 +5,6 @@ was read back from the disk. It loses its name first, so that what a kill leaves
 Only what saves wrote is deleted: links, and files of other names, stay.
 """
 
-import json
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from foundation.json_text import read_json
 from pipeline.checkpoint.crash_points import crash_point, thread_of_save
 from pipeline.checkpoint.file_names import (
     PARTIAL,
@@ -142,7 +142,7 @@ class Retention:
 def eval_loss(checkpoint: Path) -> float | None:
     """Validation loss that a checkpoint says its weights have, if any."""
     try:
-        value = json.loads((checkpoint / STATE_NAME).read_bytes()).get("eval_loss")
+        value = read_json(checkpoint / STATE_NAME).get("eval_loss")
     except (OSError, ValueError, AttributeError):
         return None
     return float(value) if isinstance(value, int | float) else None

@@ -27,7 +27,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from foundation.bounded_files import check_regular
 from foundation.durable_files import FileEntry
+from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.parameter_shapes import checked_parameters, parameter_shapes
@@ -134,6 +136,7 @@ class StateFiles:
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         self._directory = directory
         self._shapes = parameter_shapes(config)
+        self._tensor_sizes = config.tensor_parallel_sizes
         self._runs: dict[tuple[str, str, int], list[_Run]] = defaultdict(list)
         self._open: tuple[Path, Any] | None = None
         paths = sorted(directory.glob(_PATTERN))
@@ -141,7 +144,7 @@ class StateFiles:
             raise CheckpointError(
                 f"{directory} has no {_PATTERN}; use a complete checkpoint, written by this version"
             )
-        self.tensor_size, self.adam_step = 1, 0
+        self.tensor_size, self.adam_step = 0, 0  # until the first file says it
         for path in paths:
             self._index(path)
         for (kind, name, _), runs in self._runs.items():
@@ -151,8 +154,7 @@ class StateFiles:
     def extents(self) -> Iterator[Extent]:
         """Which elements the files hold."""
         for (kind, name, rank), runs in self._runs.items():
-            for run in runs:
-                yield Extent(kind, name, rank, run.start, run.stop)
+            yield from (Extent(kind, name, rank, run.start, run.stop) for run in runs)
 
     def names(self) -> list[str]:
         """Parameters that the files hold, in the model's order; others last."""
@@ -265,8 +267,8 @@ class StateFiles:
         shape = self._shapes.get(name)
         if shape is None:
             raise CheckpointError(
-                f"{self._directory}: parameter {name} is not one of this model's; use a checkpoint "
-                "of this model"
+                f"{self._directory}: parameter {printable(name)} is not one of this model's; use a "
+                "checkpoint of this model"
             )
         return placement_of(name), shape
 
@@ -286,27 +288,33 @@ class StateFiles:
         try:
             file = self._file(path)
             metadata: Mapping[str, str] = file.metadata() or {}
-            rank = int(metadata["tensor_rank"])
-            self.tensor_size = int(metadata["tensor_size"])
+            rank, size = int(metadata["tensor_rank"]), int(metadata["tensor_size"])
+            if size not in self._tensor_sizes or self.tensor_size not in (0, size):
+                raise ValueError(f"tensor_size={size}")
+            self.tensor_size = size
             self.adam_step = max(self.adam_step, int(metadata["adam_step"]))
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 kind, name, first = parse_run_key(key)
-                stop = first + file.get_slice(key).get_shape()[0]
+                run = file.get_slice(key)
+                if run.get_dtype() != "F32" or len(run.get_shape()) != 1 or first < 0:
+                    raise ValueError("a run that is not flat and in fp32")
+                stop = first + run.get_shape()[0]
                 self._runs[kind, name, rank].append(_Run(first, stop, path, key))
         except (KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is not a file of this project's checkpoints ({error}); use another "
-                "checkpoint"
+                f"{path} is not a file of this project's checkpoints ({reason(error)}); use "
+                "another checkpoint"
             ) from error
 
     def _file(self, path: Path) -> Any:
         """The file, opened; the last one stays open."""
         if self._open is None or self._open[0] != path:
             try:
+                check_regular(path)
                 opened = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
-                    f"{path} cannot be read ({str(error).splitlines()[0]}); use another checkpoint"
+                    f"{path} cannot be read ({reason(error)}); use another checkpoint"
                 ) from error
             self._open = (path, opened)
         return self._open[1]

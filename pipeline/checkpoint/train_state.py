@@ -4,16 +4,23 @@ Training draws no random numbers (no dropout; data order and initial weights are
 so there is no generator state to keep.
 """
 
-import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.loading.data_summary import DataSummary, differences
-from data_prep.loading.mixture import MixtureSegment
+from data_prep.loading.mixture import BLOCK_SAMPLES, MixtureSegment
+from foundation.json_text import read_json
+from foundation.shown_text import printable, reason
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import STATE_NAME
 from pipeline.checkpoint.files import STATE_VERSION, other_version
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Text = Annotated[str, Field(pattern=r"^\P{Cc}*$", max_length=1000)]  # shown in terminals
+Ranks = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class Layout(BaseModel):
@@ -21,13 +28,13 @@ class Layout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    world_size: int
-    data: int
-    tensor: int
-    stages: int
-    stage_plan: str = "[]"
-    zero: int
-    precision: str
+    world_size: Ranks
+    data: Ranks
+    tensor: Ranks
+    stages: Ranks
+    stage_plan: str = Field(default="[]", pattern=r"^\P{Cc}*$")
+    zero: Count
+    precision: Text
 
 
 class TrainState(BaseModel):
@@ -53,20 +60,30 @@ class TrainState(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: int = STATE_VERSION
-    step: int = 0
-    tokens: int = 0
-    next_sample: int = 0
-    skipped_steps: int = 0
-    data_fingerprint: str
-    data_seed: int
-    sequence_length: int
-    packing: str = "concat"
-    skipped_batches: int = 0
+    step: Count = 0
+    tokens: Count = 0
+    next_sample: Count = 0
+    skipped_steps: Count = 0
+    data_fingerprint: Text
+    data_seed: Count
+    sequence_length: Annotated[int, Field(gt=0, lt=2**63)]
+    packing: Text = "concat"
+    skipped_batches: Count = 0
     mixture: list[MixtureSegment] = []
-    samples_by_source: dict[str, int] = {}
+    samples_by_source: dict[Text, Count] = {}
     data: DataSummary | None = None
     layout: Layout
     eval_loss: float | None = None
+
+    @field_validator("mixture")
+    @classmethod
+    def _covers_every_sample(cls, mixture: list[MixtureSegment]) -> list[MixtureSegment]:
+        starts = [segment.first_sample for segment in mixture]
+        shares = [segment.counts.values() for segment in mixture]
+        rises = starts[:1] in ([], [0]) and all(a < b for a, b in pairwise(starts))
+        if not rises or any(min(c, default=0) < 0 or sum(c) != BLOCK_SAMPLES for c in shares):
+            raise ValueError("no mixture")
+        return mixture
 
     @property
     def batches(self) -> int:
@@ -97,17 +114,26 @@ def read_state(directory: Path) -> TrainState:
     if problem := other_version(directory):
         raise CheckpointError(problem)
     try:
-        return TrainState.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return TrainState.model_validate(read_json(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} has no {STATE_NAME}, so it is not a checkpoint; give a folder such as "
             "runs/NAME/checkpoints/step_00000100, or the run's folder"
         ) from None
-    except (ValueError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be understood ({str(error).splitlines()[0]}); use an older checkpoint "
-            "or the version of Headway that wrote it"
+            f"{path} cannot be understood ({_fault(error)}); use an older checkpoint or the "
+            "version of Headway that wrote it"
         ) from None
+
+
+def _fault(error: OSError | ValueError) -> str:
+    """What is wrong with a state, without the values, which may be anything."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return f"{printable(where)}: {first['type']}"
+    return reason(error)
 
 
 def layout_changes(saved: Layout, current: Layout) -> list[str]:

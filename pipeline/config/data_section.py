@@ -7,10 +7,18 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict, ValidationInfo, field_validator
 
 from pipeline.config.problems import shown
-from pipeline.config.sections import Count, FilePath, PositiveInt, Section
+from pipeline.config.sections import (
+    MAX_COUNT,
+    Count,
+    FilePath,
+    Name,
+    Section,
+)
 
-Weight = Annotated[float, Field(ge=0)]
-BatchRange = Annotated[tuple[int, int], Strict(False)]
+Weight = Annotated[float, Field(ge=0, le=MAX_COUNT)]
+BatchNumber = Annotated[int, Field(le=MAX_COUNT)]
+BatchRange = Annotated[tuple[BatchNumber, BatchNumber], Strict(False)]
+Split = Literal["train", "validation"]
 
 
 class WeightPhase(Section):
@@ -22,7 +30,7 @@ class WeightPhase(Section):
     """
 
     step: Count
-    weights: dict[str, Weight]
+    weights: dict[Name, Weight]
 
 
 class DataSection(Section):
@@ -45,14 +53,14 @@ class DataSection(Section):
     """
 
     shards: FilePath
-    sequence_length: PositiveInt
+    sequence_length: Annotated[int, Field(gt=0, lt=2**31)]
     tokenizer: FilePath | None = None
-    train_split: str = "train"
-    eval_split: str = "validation"
-    prefetch_steps: PositiveInt = 2
+    train_split: Split = "train"
+    eval_split: Split = "validation"
+    prefetch_steps: Annotated[int, Field(gt=0, le=10_000)] = 2
     document_mask: bool = False
     packing: Literal["concat", "best_fit"] = "concat"
-    weights: dict[str, Weight] | None = None
+    weights: dict[Name, Weight] | None = None
     weight_schedule: Annotated[tuple[WeightPhase, ...], Strict(False)] = ()
     skip_batches: Annotated[tuple[BatchRange, ...], Strict(False)] = ()
 

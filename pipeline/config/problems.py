@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from foundation.shown_text import printable
+
 _WANTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -18,6 +20,8 @@ _WANTED = {
     "finite_number": "a finite number",
     "model_type": "a mapping of keys",
 }
+_SHOWN, _LONGEST_KEY, _LONGEST_LINE = 60, 80, 1500  # letters
+MOST_PROBLEMS = 50  # nobody reads more before mending these
 _BOUNDS = {
     "greater_than": ("gt", "more than"),
     "greater_than_equal": ("ge", "at least"),
@@ -37,23 +41,34 @@ def plain_problems(section: str, error: ValidationError, known_keys: Collection[
         known_keys: Every key of a run, as `section.key`.
     """
     problems: list[str] = []
-    for fault in error.errors():
+    for fault in error.errors()[:MOST_PROBLEMS]:
         if fault["type"] in _CONSEQUENCES:
             continue
         key = _dotted(section, fault["loc"])
         if fault["type"] == "value_error":
-            text = str(fault["ctx"]["error"])
-            problems += [f"{section}.{line}" for line in text.splitlines()]
+            lines = str(fault["ctx"]["error"]).splitlines()
+            problems += [f"{section}.{printable(line, _LONGEST_LINE)}" for line in lines]
         elif fault["type"] in {"extra_forbidden", "invalid_key"}:
-            path = ".".join([section, *map(str, fault["loc"])])
+            path = ".".join([section, *map(_key_text, fault["loc"])])
             problems.append(unknown_key(path, known_keys))
         else:
             problems.append(_one_value(key, fault["type"], fault["input"], fault.get("ctx", {})))
     return problems
 
 
+def listed(problems: Sequence[str]) -> str:
+    """Problems as one text: the only one, or their number and the first of them, a line each."""
+    if len(problems) == 1:
+        return problems[0]
+    count = f"{len(problems)} problems"
+    if len(problems) > MOST_PROBLEMS:
+        count += f", of which these are the first {MOST_PROBLEMS}"
+    return "\n  - ".join([count, *problems[:MOST_PROBLEMS]])
+
+
 def unknown_key(key: str, known_keys: Collection[str]) -> str:
     """The line that refuses a key, with the known keys it may have meant."""
+    key = _key_text(key)
     likely = nearest_keys(key, known_keys)
     if likely:
         return f"{key} is not a known key; nearest: {' or '.join(likely)}"
@@ -85,18 +100,27 @@ def shown(value: object) -> str:
     if isinstance(value, PurePath):
         value = str(value)
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return printable(text, _SHOWN)
+
+
+def _key_text(key: int | str) -> str:
+    """A key as it was given, shortened when long."""
+    return printable(str(key), _LONGEST_KEY)
 
 
 def _dotted(section: str, location: Sequence[int | str]) -> str:
     path = section
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        path += f"[{part}]" if isinstance(part, int) else f".{_key_text(part)}"
     return path
 
 
 def _one_value(key: str, kind: str, value: object, context: Mapping[str, Any]) -> str:
     setting = f"{key}={shown(value)}"
+    if kind == "not_printable":
+        return f"{setting} holds a control character, which no name or path may; leave it out"
+    if kind == "path_too_long":
+        return f"{setting} is longer than a path or a name in it may be; give a shorter one"
     if kind == "missing" and key.endswith("]"):
         return f"{key} is missing: the list is too short; give every value of it"
     if kind == "missing" and key.count(".") > 1:
@@ -140,7 +164,7 @@ def _rewrite(kind: str, value: object) -> str:
         number = value.strip().replace("_", "").removeprefix("-")
         if number.isdecimal():
             return f"; write {value.strip()} without quotes"
-    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+    if kind == "int_type" and isinstance(value, float) and abs(value) < 1e15 and value % 1 == 0:
         return f"; write {int(value)}"
     if kind == "string_type" and isinstance(value, bool | int | float):
         return "; put it in quotes"

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.part import ModelPart
 from pipeline.config.data_section import DataSection
-from pipeline.config.problems import plain_problems, shown, unknown_key
+from pipeline.config.problems import MOST_PROBLEMS, listed, plain_problems, shown, unknown_key
 from pipeline.config.sections import (
     BatchSection,
     CheckpointSection,
@@ -228,7 +228,8 @@ def load_config(
             left_out(key)
     problems = [problem for text in overrides if (problem := _apply_override(raw, text))]
     keys = known_keys()
-    problems += [unknown_key(str(name), keys) for name in raw if name not in _sections()]
+    unknown = [str(name) for name in raw if name not in _sections()]
+    problems += [unknown_key(name, keys) for name in unknown[:MOST_PROBLEMS]]
     sections: dict[str, BaseModel] = {}
     for name, kind in _sections().items():
         values = raw.get(name)
@@ -237,10 +238,8 @@ def load_config(
         except ValidationError as error:
             problems += plain_problems(name, error, keys)
     problems += _problems_between(sections)
-    if len(problems) == 1:
-        raise ConfigError(f"{path}: {problems[0]}")
     if problems:
-        raise ConfigError("\n  - ".join([f"{path}: {len(problems)} problems", *problems]))
+        raise ConfigError(f"{path}: {listed(problems)}")
     return RunConfig.model_validate(sections)
 
 
@@ -275,7 +274,10 @@ def _apply_override(raw: dict[Any, Any], text: str) -> str | None:
         given = shown(value_text)[1:-1]
         return f"--set {key}={given}: the value is not valid YAML ({error}); quote it as text"
     if isinstance(value, dict) and key not in _MAPPINGS:
-        return f"--set {text}: the value must be one value or a list; set the keys one by one"
+        return (
+            f"--set {shown(text)[1:-1]}: the value must be one value or a list; set the keys one "
+            "by one"
+        )
     section, _, name = key.partition(".")
     current = raw.get(section)
     if current is None or isinstance(current, dict):

@@ -1,9 +1,11 @@
 """The sections of a run configuration: their keys, defaults, and the rules within each."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -12,19 +14,44 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.problems import shown
 from pipeline.stages.plan import StagesSetting, setting_problem
 
-Count = Annotated[int, Field(ge=0)]
-PositiveInt = Annotated[int, Field(gt=0)]
+# What files and other processes count with.
+MAX_COUNT = (1 << 63) - 1
+# The heartbeat is once a second, and a rank looks once a second: up to two pass in silence.
+_MIN_HEARTBEAT_S = 5
+_YEAR_S = 31_536_000
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Samples = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
+# Control characters, separators of lines and halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def _printable(text: str) -> str:
+    if _UNPRINTABLE.search(text):
+        raise PydanticCustomError("not_printable", "a control character")
+    return text
+
+
 def _path_from_text(value: object) -> object:
-    return Path(value) if isinstance(value, str) and value.strip() else value
+    if not isinstance(value, str) or not value.strip():
+        return value
+    longest = max(len(part.encode()) for part in _printable(value).split("/"))
+    if longest > _LONGEST_NAME or len(value.encode()) > _LONGEST_PATH:
+        raise PydanticCustomError("path_too_long", "longer than file systems take")
+    return Path(value)
 
 
+Name = Annotated[str, AfterValidator(_printable)]
 FilePath = Annotated[Path, BeforeValidator(_path_from_text)]
 
 
@@ -47,14 +74,15 @@ class RunSection(Section):
         seed: of initial weights and data order.
     """
 
-    name: str
+    name: Name
     dir: FilePath = Field(default_factory=_run_dir)
     seed: int = Field(default=1234, ge=0, lt=2**32)
 
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
-        if not name.strip() or "/" in name or name.startswith("."):
+        is_long = len(name.encode()) > _LONGEST_NAME
+        if not name.strip() or "/" in name or name.startswith(".") or is_long:
             raise ValueError(
                 f"name={shown(name)} cannot be a folder name; use letters, digits, - and _"
             )
@@ -104,8 +132,8 @@ class BatchSection(Section):
         accumulation: micro-batches of a step on a data-parallel rank.
     """
 
-    micro_size: PositiveInt
-    accumulation: PositiveInt = 1
+    micro_size: Samples
+    accumulation: Samples = 1
 
 
 class TrainSection(Section):
@@ -142,8 +170,8 @@ class TrainSection(Section):
     loss_chunk_tokens: PositiveInt = 1024
     transformer_engine: bool = False
     deterministic: bool = False
-    timeout_s: PositiveFloat = 600.0
-    heartbeat_timeout_s: PositiveFloat = 40.0
+    timeout_s: float = Field(default=600.0, ge=1, le=_YEAR_S)
+    heartbeat_timeout_s: float = Field(default=40.0, ge=_MIN_HEARTBEAT_S, le=_YEAR_S)
     max_skipped_steps: Count = 5
     init_from: FilePath | None = None
     init_heads: Literal["copy", "fresh"] = "copy"
@@ -241,7 +269,7 @@ class EvalSection(Section):
     """
 
     every_steps: Count = 0
-    samples: PositiveInt = 64
+    samples: Samples = 64
 
 
 class CheckpointSection(Section):
@@ -260,7 +288,7 @@ class CheckpointSection(Section):
     every_steps: Count = 0
     asynchronous: bool = True
     on_error: Literal["warn", "stop"] = "warn"
-    keep: int = 2
+    keep: Annotated[int, Field(le=MAX_COUNT)] = 2
     keep_every: Count = 0
     keep_best: Count = 0
 
@@ -306,5 +334,5 @@ class LogSection(Section):
 
     interval: PositiveInt = 1
     tensorboard: bool = True
-    wandb_project: str | None = None
+    wandb_project: Name | None = None
     progress: bool = True

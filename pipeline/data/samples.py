@@ -10,6 +10,7 @@ from data_prep.shards.shard_set import ShardSet
 from model.errors import ConfigError
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.data_section import WeightPhase
+from pipeline.config.problems import listed
 from pipeline.config.run_config import RunConfig
 from pipeline.data.mixture_plan import weight_problems
 from pipeline.data.sequence_format import sequence_format
@@ -75,10 +76,8 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
     phases, sequences = weight_phases(config, loader), loader.sequences_by_source
     where = f"{config.data.shards} ({config.data.train_split})"
     problems = weight_problems(phases, sequences, where)
-    if len(problems) == 1:
-        raise ConfigError(problems[0])
     if problems:
-        raise ConfigError("\n  - ".join([f"{len(problems)} problems", *problems]))
+        raise ConfigError(listed(problems))
     return loader
 
 

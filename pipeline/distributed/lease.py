@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from foundation.json_text import read_json
 from model.errors import ConfigError
 from pipeline.distributed.agreement import from_main, is_main
 from pipeline.distributed.processes import process_is_gone, process_space, process_start
@@ -35,6 +36,7 @@ BEAT_S = 2.0
 EXPIRY_S = 30 * BEAT_S
 _POLL_S = 0.25
 _COUNT_DIGITS = 12
+_LONGEST_VALUE = 500  # letters
 
 Content = dict[str, Any]
 
@@ -223,12 +225,15 @@ class Lease:
 def _read(path: Path) -> Content | None:
     """What a lease says; None when it is not there, or not written to its end."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except (FileNotFoundError, ValueError):
         return None
-    if isinstance(content, dict) and isinstance(content.get("pid"), int):
-        return content
-    return None
+    if not isinstance(content, dict) or type(content.get("pid")) is not int:
+        return None
+    values = [str(value) for value in content.values()]
+    if any(len(value) > _LONGEST_VALUE or not value.isprintable() for value in values):
+        return None
+    return content
 
 
 def _token(content: Content | None) -> str | None:

@@ -1,5 +1,6 @@
 """How a process finds its place: its rank and the rendezvous, from the launcher's variables."""
 
+import re
 import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -35,28 +36,18 @@ def rank_info(environment: Mapping[str, str]) -> RankInfo:
     SLURM_NTASKS but no step; it too is one process.
 
     Raises:
-        ConfigError: the variables are not numbers, or contradict each other.
+        ConfigError: the variables are not of a job.
     """
     names = _launcher_variables(environment)
     if names is None:
         return RankInfo(0, 0, 1)
-    rank, local, world = (_whole_number(environment, name) for name in names)
-    if rank >= world:
+    info = RankInfo(*(_number_of(name, environment.get(name, "0")) for name in names))
+    if not 0 <= info.rank < info.world_size:
         raise ConfigError(
-            f"{names[0]}={rank} is not below {names[2]}={world}; ranks count from 0: let torchrun "
-            "or srun set both"
+            f"{names[0]}={info.rank} is not a rank of {names[2]}={info.world_size}, which "
+            "has ranks from 0; start the job by torchrun or srun, or unset both variables"
         )
-    return RankInfo(rank, local, world)
-
-
-def _whole_number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "0")
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise ConfigError(
-            f"{name}={text!r} in the environment is not a whole number from 0; let torchrun or "
-            "srun set it, or unset it"
-        )
-    return int(text)
+    return info
 
 
 def ranks_per_node(environment: Mapping[str, str]) -> int | None:
@@ -93,6 +84,15 @@ def _launcher_variables(environment: Mapping[str, str]) -> tuple[str, str, str] 
         if names[0] in environment and names[2] in environment:
             return names
     return None
+
+
+def _number_of(name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ConfigError(
+            f"{name}={text[:40]!r} in the environment is not a number of a rank or of ranks; start "
+            "the job by torchrun or srun, or unset the variable"
+        )
+    return int(text)
 
 
 def device_index(info: RankInfo, visible: int, environment: Mapping[str, str]) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from data_prep.errors import DataError
 from data_prep.shards.manifest import load_manifest
 from data_prep.tokenization.tokenizer import Tokenizer
+from foundation.bounded_files import read_bounded
 from model.errors import CheckpointError
 from model.hugging_face.folder import ExportDescription
 from pipeline.checkpoint.file_names import TOKENIZER, WEIGHTS
@@ -24,6 +25,7 @@ from pipeline.exporting.writing import write_export
 
 # Models of more bytes in fp32 are compared layer by layer only.
 WHOLE_MODEL_BYTES = 2 << 30
+_TOKENIZER_BYTES = 1 << 30
 
 
 class _Trained(NamedTuple):
@@ -116,7 +118,7 @@ def _compared(folder: Path, description: ExportDescription, weights: Path) -> It
 def _tokenizer(path: Path, config: RunConfig, eos_token: str | None) -> Tokenizer:
     """The checkpoint's tokenizer with the end-of-document token that its shards were made with."""
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, _TOKENIZER_BYTES)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); export another checkpoint"

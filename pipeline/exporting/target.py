@@ -1,6 +1,5 @@
 """The folder that an export is to become: what may be replaced, and how it is."""
 
-import json
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foundation.durable_files import sync_file, sync_folder
+from foundation.json_text import read_json
 from model.errors import CheckpointError
 from model.hugging_face.folder import CARD_NAME, FORMAT, RECORD_NAME
 
@@ -90,7 +90,7 @@ def written_aside(directory: Path) -> Iterator[Path]:
 def _exported_names(directory: Path) -> set[str] | None:
     """The files that an export wrote into a folder, by its record; None when it is not one."""
     try:
-        record: Any = json.loads((directory / RECORD_NAME).read_bytes())
+        record: Any = read_json(directory / RECORD_NAME)
         if record["format"] != FORMAT:
             return None
         return {RECORD_NAME, CARD_NAME, *record["files"]}

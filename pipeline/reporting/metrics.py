@@ -5,18 +5,23 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from foundation.bounded_files import check_regular
 from foundation.durable_files import write_whole
+from foundation.json_text import parse_json
 from model.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 CHANGES_KEY = "resume_changes"
+_MAX_LINE_BYTES = 1 << 20
+_MAX_FILE_BYTES = 1 << 32
+_LONGEST_KEY = 200  # letters
 
 Value = float | bool | None
 Scalars = dict[str, Value]
@@ -229,11 +234,16 @@ def read_metrics(path: str | Path) -> list[Scalars]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give the folder of a run that has started")
     records = []
-    for number, line in enumerate(_whole_lines(path), start=1):
-        record = _parse(line)
-        if record is None:
-            raise ConfigError(f"{path}: line {number} is not a record; delete that line")
-        records.append(scalars_of(record))
+    try:
+        for number, line in enumerate(_whole_lines(path), start=1):
+            record = _parse(line)
+            if record is None:
+                raise ConfigError(f"{path}: line {number} is not a record; delete that line")
+            records.append(scalars_of(record))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror or error}); give the folder of a run"
+        ) from error
     return records
 
 
@@ -245,18 +255,19 @@ def cut_after(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    text = path.read_bytes()
-    lines = _whole_lines(path)
-    kept = []
-    for line in lines:
+    kept, size, lines = [], 0, 0
+    for line in _whole_lines(path):
         record = _parse(line)
+        lines += 1
+        size += len(line) + 1
         if record is not None and record["step"] <= step:
             kept.append(line + b"\n")
     content = b"".join(kept)
-    if content == text:
+    torn = path.stat().st_size > size
+    if lines == len(kept) and not torn:
         return 0
     write_whole(path, content)
-    return len(text.splitlines()) - len(kept)
+    return lines + torn - len(kept)
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -266,19 +277,40 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """Lines that were written to their end."""
-    return path.read_bytes().split(b"\n")[:-1]
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """Lines that were written to their end; of one that is too long to be a record, its beginning.
+
+    Raises:
+        OSError: the file cannot be read, is no regular one, or is too large.
+    """
+    check_regular(path)
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise OSError(f"it is larger than {_MAX_FILE_BYTES:,} bytes")
+    with path.open("rb") as file:
+        while line := file.readline(_MAX_LINE_BYTES):
+            if line.endswith(b"\n"):
+                yield line[:-1]
+            elif len(line) == _MAX_LINE_BYTES:
+                yield line
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
-    if isinstance(record, dict) and isinstance(record.get("step"), int):
-        return record
+    if isinstance(record, dict) and type(record.get("step")) is int and record["step"] >= 0:
+        return record if all(map(_is_figure, record, record.values())) else None
     return None
+
+
+def _is_figure(key: str, value: object) -> bool:
+    """Whether a record may hold this: a number under a name that can be shown, or several."""
+    if key == CHANGES_KEY:
+        return True
+    values = value if isinstance(value, list) else [value]
+    numbers = all(one is None or isinstance(one, bool | int | float) for one in values)
+    return numbers and len(key) <= _LONGEST_KEY and key.isprintable()
 
 
 def _finite(value: Value | list[float]) -> Value | list[float]:

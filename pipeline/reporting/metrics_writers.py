@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from foundation.bounded_files import read_bounded
 from model.errors import ConfigError
 from pipeline.config.changes import Change
 from pipeline.config.run_config import RunConfig
@@ -12,6 +13,7 @@ from pipeline.reporting.metrics import MetricsLog, MetricsWriter, Value
 from pipeline.reporting.progress import ProgressLine
 
 _WANDB_ID_NAME = "wandb_id"
+_ID_BYTES = 1 << 12
 
 
 class TensorBoardWriter:
@@ -48,7 +50,7 @@ class WandbWriter:
         self._run = wandb.init(
             project=project,
             name=config.run.name,
-            id=id_file.read_text(encoding="utf-8").strip(),
+            id=read_bounded(id_file, _ID_BYTES).decode(errors="replace").strip(),
             resume="allow",
             dir=str(run_dir),
             config=config.model_dump(mode="json"),

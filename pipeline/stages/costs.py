@@ -6,6 +6,8 @@ from typing import NamedTuple
 from model.config import ModelConfig
 from model.part import ModelPart
 
+_PLAYED_MICRO_BATCHES = 1024
+
 
 class StageCost(NamedTuple):
     """What one micro-batch costs a stage, in layer-equivalents (forward and backward = 1 a layer).
@@ -68,8 +70,16 @@ def step_time(
     micro_batches: int,
     transfer: float = 0.0,
 ) -> float:
-    """Time of a step's micro-batches over all stages, in the units of the costs."""
+    """Time of a step's micro-batches over all stages, in the units of the costs.
+
+    Far more micro-batches than stages are not played through: once all stages are busy, each takes
+    as long as the one before.
+    """
     stages = len(costs)
+    played = max(_PLAYED_MICRO_BATCHES, 4 * stages)
+    if micro_batches > played:
+        time, half = (step_time(costs, depth_of, n, transfer) for n in (played, played // 2))
+        return time + (micro_batches - played) * (time - half) / (played - played // 2)
     orders = [micro_batch_order(d, depth_of[-1] + 1, micro_batches) for d in depth_of]
     position = [0] * stages
     clock = [0.0] * stages

@@ -6,17 +6,23 @@ a look-up and weighs nothing.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
-from model.config import ModelConfig
+from foundation.shown_text import printable
+from model.config import MAX_LAYERS, ModelConfig
 from model.part import ModelPart, span_text
 
 # What parallel.stages may hold: a number, `auto:S`, or one mapping per stage.
 StagesSetting = int | str | tuple[Mapping[str, int | str], ...]
 
-_AUTO = re.compile(r"auto:([1-9]\d*)")
-_SPAN = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+MAX_STAGES = 128
+# Numbers that int() takes whole; whether they fit the model is another question.
+_AUTO = re.compile(r"auto:([1-9][0-9]{0,8})")
+_SPAN = re.compile(r"([0-9]{1,18})(?:\s*-\s*([0-9]{1,18}))?")
+_SHOWN, _SHOWN_NUMBERS, _SHOWN_PLAN = 60, 8, 400
 _KINDS = ("trunk", "heads")
 _EXAMPLE = "[trunk: 0-13, trunk: 14-27, heads: 1-2, heads: 3-4]"
 # Heads get stages of their own unless sharing a stage with trunk layers makes the slowest stage
@@ -30,18 +36,26 @@ def setting_problem(stages: StagesSetting) -> str | None:
     if isinstance(stages, int):
         return None if stages > 0 else f"stages={stages} must be at least 1; {remedy}"
     if isinstance(stages, str):
-        return None if _AUTO.fullmatch(stages) else f"stages={stages!r} is not a plan; {remedy}"
+        if _AUTO.fullmatch(stages):
+            return None
+        return f"stages={printable(repr(stages), _SHOWN)} is not a plan; {remedy}"
     if not stages:
         return f"stages=[] has no stage; {remedy}"
     for number, stage in enumerate(stages):
         for kind, span in stage.items():
             if kind not in _KINDS:
-                return f"stages: stage {number} holds {kind!r}, known are trunk and heads; {remedy}"
-            match = _SPAN.fullmatch(str(span).strip())
+                given = printable(repr(kind), _SHOWN)
+                return f"stages: stage {number} holds {given}, known are trunk and heads; {remedy}"
+            match, given = _SPAN.fullmatch(str(span).strip()), printable(str(span), _SHOWN)
             if match is None or int(match[2] or match[1]) < int(match[1]):
                 return (
-                    f"stages: stage {number} has {kind}: {span}, which is not a number or a rising "
-                    f"span such as 0-13; {remedy}"
+                    f"stages: stage {number} has {kind}: {given}, which is not a number or a "
+                    f"rising span such as 0-13; {remedy}"
+                )
+            if int(match[2] or match[1]) > MAX_LAYERS:
+                return (
+                    f"stages: stage {number} has {kind}: {given}, past the {MAX_LAYERS} layers "
+                    f"that a model may have; {remedy}"
                 )
         if not stage:
             return f"stages: stage {number} is empty; {remedy}"
@@ -63,6 +77,11 @@ def plan_problems(stages: StagesSetting, model: ModelConfig) -> list[str]:
             f"parallel.stages={count} is more than model.layers={model.layers}, and each stage "
             f"needs a layer or a head; use at most auto:{model.layers}"
         ]
+    if count > MAX_STAGES:
+        return [
+            f"parallel.stages={count} is more than the {MAX_STAGES} stages that a run may have; "
+            f"use at most auto:{MAX_STAGES}"
+        ]
     if isinstance(stages, int | str):
         return []
     parts = _listed(stages)
@@ -77,8 +96,10 @@ def plan_problems(stages: StagesSetting, model: ModelConfig) -> list[str]:
                 "read what the whole trunk gives"
             )
     balanced = plan_text(balanced_plan(count, model))
+    given = printable(plan_text(parts), _SHOWN_PLAN)
     return [
-        f"parallel.stages={plan_text(parts)}: {problem}; the balanced plan is {balanced}"
+        f"parallel.stages={given}: {problem}; the balanced plan is "
+        f"{printable(balanced, _SHOWN_PLAN)}"
         for problem in problems
     ]
 
@@ -108,6 +129,7 @@ def layer_equivalents(part: ModelPart, model: ModelConfig) -> float:
     return len(part.trunk_layers) + len(part.heads) * (1 + model.unembedding_layer_equivalents)
 
 
+@lru_cache(maxsize=8)
 def balanced_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
     """The plan of `count` stages whose heaviest stage is lightest.
 
@@ -165,10 +187,7 @@ def packed_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
     for stage in range(1, count):
         longer = list(best)
         for stop in range(stage + 1, len(sums)):
-            longer[stop] = min(
-                (max(best[cut][0], sums[stop] - sums[cut]), (*best[cut][1], stop))
-                for cut in range(stage, stop)
-            )
+            longer[stop] = _last_cut(best, sums, stage, stop)
         best = longer
     cuts = best[-1][1]
     return tuple(
@@ -178,6 +197,22 @@ def packed_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
         )
         for first, stop in pairwise(cuts)
     )
+
+
+def _last_cut(
+    best: Sequence[tuple[float, tuple[int, ...]]], sums: Sequence[float], stage: int, stop: int
+) -> tuple[float, tuple[int, ...]]:
+    """The best plan of the first `stop` items whose last stage, number `stage`, begins at a cut."""
+    cut = stop - 1
+    heaviest, cuts = max(best[cut][0], sums[stop] - sums[cut]), best[cut][1]
+    for cut in range(stop - 2, stage - 1, -1):
+        last = sums[stop] - sums[cut]
+        if last > heaviest:
+            break  # as is the last stage of every earlier cut
+        weight = max(best[cut][0], last)
+        if weight < heaviest or (weight == heaviest and best[cut][1] < cuts):
+            heaviest, cuts = weight, best[cut][1]
+    return heaviest, (*cuts, stop)
 
 
 def _listed(stages: Sequence[Mapping[str, int | str]]) -> list[ModelPart]:
@@ -196,11 +231,12 @@ def _span(text: int | str) -> range:
 def _coverage(what: str, spans: Sequence[range], wanted: range) -> list[str]:
     """Whether the spans hold every number once and in order."""
     held = [number for span in spans for number in span]
+    counts = Counter(held)
     missing = sorted(set(wanted) - set(held))
     unknown = sorted(set(held) - set(wanted))
-    twice = sorted({number for number in held if held.count(number) > 1})
+    twice = sorted(number for number, count in counts.items() if count > 1)
     problems = [
-        f"{what} {', '.join(map(str, numbers))} {fault}"
+        f"{what} {_numbers_text(numbers)} {fault}"
         for numbers, fault in (
             (missing, "are in no stage"),
             (unknown, f"do not exist (there are {wanted[0]} to {wanted[-1]})"),
@@ -211,6 +247,12 @@ def _coverage(what: str, spans: Sequence[range], wanted: range) -> list[str]:
     if not problems and held != list(wanted):
         problems.append(f"{what} are not in rising order over the stages")
     return problems
+
+
+def _numbers_text(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_SHOWN_NUMBERS]))
+    more = len(numbers) - _SHOWN_NUMBERS
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def depths(plan: Sequence[ModelPart]) -> list[int]:

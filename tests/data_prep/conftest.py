@@ -31,6 +31,9 @@ class Silence:
     def finish(self, input_bytes: int, tokens: int, rejects: int) -> None:
         """Ignore progress."""
 
+    def reading(self, text_bytes: int) -> None:
+        """Ignore signs of life."""
+
     def skip(self, input_bytes: int) -> None:
         """Ignore what others did."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import inspect as inspect_module
 from data_prep.inspect import find_document, main, search
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.shard_set import ShardSet
@@ -85,3 +86,14 @@ def test_a_summary_is_the_default(
     assert "source tales: 20 documents" in out
     assert f"{manifest.splits['train'].tokens:,} tokens" in out
     assert manifest.fingerprint[:16] in out or manifest.splits["train"].fingerprint[:16] in out
+
+
+def test_a_long_search_says_how_far_it_is(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Now and then a line, beside what is found."""
+    monkeypatch.setattr(inspect_module, "SECONDS_BETWEEN_LINES", 0.0)
+    assert main([str(directory), "--search", "nowhere in it"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("searched 0 of ")
+    assert lines[-1].startswith("no document of ")

@@ -1,7 +1,9 @@
 """The command line of the shard builder."""
 
 import fcntl
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import verify
 from data_prep.shard import main
 from data_prep.shards.manifest import load_manifest
+from data_prep.tokenization.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "data_prep" / "shard.py"
@@ -154,3 +158,35 @@ def test_two_builds_do_not_share_a_folder(
         assert main(arguments) == 1
     assert "another process is writing" in capsys.readouterr().err
     assert main(arguments) == 0
+
+
+def test_a_tokenizer_that_changes_text_is_named_and_its_documents_counted(
+    tmp_path: Path, write_jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be checked is said, and how many of a sample came back as other text."""
+    layout = json.loads(train_tokenizer(["Capital letters and others"] * 9, 300))
+    tokenizer = tmp_path / "tokenizer.json"
+    path = write_jsonl([f"Document {number}" for number in range(3000)])
+    said = {}
+    for name, normalizer in (("kept", None), ("lowered", {"type": "Lowercase"})):
+        tokenizer.write_text(json.dumps(layout | {"normalizer": normalizer}))
+        output = tmp_path / name
+        arguments = ["--input", str(path), "--output", str(output), "--tokenizer", str(tokenizer)]
+        assert main([*arguments, "--workers", "1"]) == 0
+        assert verify.main([str(output)]) == 0
+        said[name] = capsys.readouterr()
+    assert (
+        "note: it normalizes text, so text need not come back from its ids" in said["lowered"].err
+    )
+    counted = re.search(
+        r"of (\d) documents that were decoded again, \1 came back as other text",
+        said["lowered"].err,
+    )
+    assert counted, said["lowered"].err
+    assert (
+        "documents were not decoded back to their text: it normalizes text" in said["lowered"].out
+    )
+    assert "decoded" not in said["kept"].err + said["kept"].out
+    for name, is_counted in (("kept", False), ("lowered", True)):
+        entry = json.loads((tmp_path / name / "journal" / "00000.json").read_bytes())
+        assert ("sampled" in entry) is is_counted

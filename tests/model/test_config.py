@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from model.config import ModelConfig
+from tests.support.hostile import limits
 
 SIZES: dict[str, Any] = {
     "layers": 8,
@@ -143,3 +144,31 @@ def test_tensor_parallel_sizes_are_checked_with_nearest_values() -> None:
         "vocab_size=98 is not divisible by the tensor-parallel size 4; nearest: 100",
     ]
     assert config.tensor_parallel_sizes == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("layers", 1025), ("future_tokens", 1 << 40), ("hidden_size", (1 << 20) + 64)),
+        *(("attention_heads", 1 << 62), ("vocab_size", 1 << 25), ("ffn_hidden_size", 10**400)),
+    ],
+)
+def test_sizes_of_no_model_are_refused(key: str, value: int) -> None:
+    """Before anything is computed from them that would take time or memory."""
+    with limits(2), pytest.raises(ValidationError, match="less than or equal to"):
+        ModelConfig(**{**SIZES, key: value})
+
+
+def test_the_largest_sizes_are_checked_at_once() -> None:
+    """Divisors and nearest multiples of the largest sizes that are taken."""
+    config = ModelConfig(
+        layers=1024,
+        hidden_size=1 << 20,
+        attention_heads=1 << 10,
+        vocab_size=1 << 24,
+        future_tokens=1000,
+    )
+    with limits(5):
+        assert config.tensor_parallel_sizes[-1] == 256  # of the feed-forward width
+        assert len(config.check_tensor_parallel(7)) == 4
+        assert config.check_tensor_parallel(1 << 62)

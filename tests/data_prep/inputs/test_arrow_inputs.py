@@ -220,3 +220,61 @@ def test_verify_decodes_a_row_group_once(
     reader = TextReader()
     for row in (99, 3, 4, 80, 24, 25, 0):
         assert reader.read(file, row, Reading("text")) == TEXTS[row].encode()
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("column", "what"),
+    [
+        (pa.array(["x"]), "string"),
+        (pa.array([["x"]]), "list<"),
+        (pa.array(["x"]).dictionary_encode(), "dictionary<"),
+        (pa.array([[("k", "v")]], pa.map_(pa.string(), pa.string())), "map<"),
+    ],
+)
+def test_a_key_below_what_has_no_parts(
+    tmp_path: Path, read_records: Read, form: str, column: Any, what: str
+) -> None:
+    """A key a.b where a is text, a list or a dictionary: the type of a is named."""
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        pq.write_table(pa.table({"a": column}), path)
+    else:
+        write_arrow(path, {"a": column}, is_file=True)
+    with pytest.raises(DataError, match=rf"no column 'a.b': 'a' is {what}.*no parts with names"):
+        read_records(path, reading=Reading("a.b"))
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_two_columns_of_one_name(
+    tmp_path: Path, read_records: Read, form: str, is_nested: bool
+) -> None:
+    """Which of them is meant is not known; a repeated name of another column is no fault."""
+    pair = [pa.array(["x"]), pa.array(["y"])]
+    table = pa.table([*pair, pa.array(["z"])], names=["o", "o", "text"])
+    key = "o"
+    if is_nested:
+        table = pa.table([pa.StructArray.from_arrays(pair, names=["o", "o"])], names=["s"])
+        key = "s.o"
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match="has 2 columns of the name 'o'; rename"):
+        read_records(path, reading=Reading(key))
+    if not is_nested:
+        assert texts_of(read_records(path)) == ["z"]
+
+
+def test_names_of_columns_are_listed_in_part(tmp_path: Path, read_records: Read) -> None:
+    """A thousand columns, and one with a page for a name, still give one line."""
+    names = ["x" * 5000, *(f"c{number}" for number in range(1000))]
+    path = write_arrow(
+        tmp_path / "a.arrow", {name: pa.array(["t"]) for name in names}, is_file=True
+    )
+    with pytest.raises(DataError, match=r"c1, .* and 989 more") as caught:
+        read_records(path)
+    assert len(str(caught.value)) < 600

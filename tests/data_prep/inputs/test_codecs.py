@@ -136,3 +136,14 @@ def test_unknown_compressions_are_refused() -> None:
     assert open_stream(io.BytesIO(b"plain"), "").read(9) == b"plain"
     with pytest.raises(DataError, match=r"\.bz2 is not one of \.gz, \.xz, \.zst"):
         open_stream(io.BytesIO(b""), ".bz2")
+
+
+@pytest.mark.parametrize("bits", [27, 28, 31])
+def test_long_windows_are_read(bits: int) -> None:
+    """What `zstd --long=31` writes is read; above 27 bits the library refuses it by itself."""
+    parameters = zstd.CompressionParameter
+    writer = zstd.ZstdCompressor(
+        options={parameters.window_log: bits, parameters.content_size_flag: 0}
+    )
+    content = writer.compress(b"text " * 1000) + writer.flush()
+    assert read_all(content, ".zst", 512) == (b"text " * 1000, "")

@@ -218,3 +218,12 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
     change(path)
     with pytest.raises(DataError, match=rf"{name} changed while the job was running"):
         list(batches)
+
+
+def test_parts_of_a_shard_follow_its_start(tmp_path: Path) -> None:
+    """By name alone 00000-001.arrow would come before 00000.arrow, whose tokens it continues."""
+    names = ["00000.arrow", "00000-001.arrow", "00000-002.arrow", "00001.arrow", "a-b.arrow"]
+    for name in reversed([*names, "a.arrow"]):
+        (tmp_path / name).write_bytes(b"")
+    found = [Path(file.path).name for file in find_inputs([tmp_path])]
+    assert found == [*names, "a.arrow"]

@@ -21,7 +21,8 @@ BAD_LINES = {
     b'{"text": null}': "'text' is not a string",
     b'{"text": 42}': "'text' is not a string",
     b'["text"]': "not a JSON object",
-    b"[" * 100_000: "malformed JSON",
+    b"[" * 100_000: "JSON that is nested too deep",
+    b'{"text": "x", "deep": ' + b"[" * 9999 + b"]" * 9999 + b"}": "JSON that is nested too deep",
 }
 
 
@@ -134,3 +135,11 @@ def test_nested_keys(tmp_path: Path, read_records: Read) -> None:
         "no 'meta.text'",
         "'meta.text' is not a string",
     ]
+
+
+@pytest.mark.parametrize("number", ["9" * 6000, "-" + "9" * 6000, "1e999", "NaN", "-Infinity"])
+def test_numbers_of_any_size_cost_no_text(tmp_path: Path, read_records: Read, number: str) -> None:
+    """Other fields of a record are not looked at, also where no number can be made of them."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"id": {number}, "text": "kept"}}\n{{"text": {number}}}\n')
+    assert [text for _, text, _ in read_records(path)] == ["kept", None]

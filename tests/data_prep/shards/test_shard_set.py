@@ -15,6 +15,7 @@ from data_prep.shards import open_files as shard_files
 from data_prep.shards import shard_set
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.shard_set import ShardSet
+from tests.support.hostile import check_message, limits
 
 
 @pytest.fixture
@@ -212,3 +213,68 @@ def test_a_source_is_a_stream_of_its_own(directory: Path) -> None:
     assert np.array_equal(one.read(0, one.num_tokens), whole.read(0, whole.num_tokens))
     with pytest.raises(DataError, match=r"no source 'web'; it has corpus"):
         ShardSet.open(directory, "train", "web")
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "outside", "folder outside"])
+@pytest.mark.parametrize("few", [True, False])
+def test_only_files_of_the_set_are_read(
+    directory: Path, tmp_path: Path, kind: str, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device, a pipe, and a link out of the folder are refused, however large the set."""
+    if not few:
+        monkeypatch.setattr(shard_files, "MAX_SIZES_AT_OPEN", 0)
+    path = first_shard(directory)
+    if kind == "folder outside":
+        moved = path.parent.rename(tmp_path / "elsewhere")
+        path.parent.symlink_to(moved)
+    elif kind == "outside":
+        path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    else:
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with limits(5), pytest.raises(DataError, match=r"is no file of the set|is missing"):
+        ShardSet.open(directory, "train").read(0, 10)
+
+
+def test_a_link_within_the_set_is_read(directory: Path) -> None:
+    """And so is a set that is itself reached through a link."""
+    path = first_shard(directory)
+    path.symlink_to(path.rename(path.with_name("moved")).name)
+    linked = directory.with_name("linked")
+    linked.symlink_to(directory)
+    assert len(ShardSet.open(linked, "train").read(0, 10)) == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["/dev/zero", "../manifest.json", "shards/../../x", "a\0b", "x" * 300, "\x1b[2J"]
+)
+def test_names_in_the_manifest_stay_in_the_set(directory: Path, name: str) -> None:
+    """Absolute, upward, unprintable and too long paths of shards, and such names of sources."""
+    path = directory / "manifest.json"
+    content = path.read_text()
+    for key in ("path", "source"):
+        layout = json.loads(content)
+        layout["shards"][0][key] = name
+        path.write_text(json.dumps(layout))
+        with limits(5), pytest.raises(DataError) as caught:
+            ShardSet.open(directory, "train")
+        check_message(str(caught.value))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "deep", "huge", "not text"])
+def test_hostile_manifests_are_refused(directory: Path, kind: str) -> None:
+    """Whatever has the manifest's name is read up to a bound, or not at all."""
+    path = directory / "manifest.json"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "huge":
+        path.touch()
+        os.truncate(path, 1 << 42)
+    else:
+        path.write_bytes(b'{"format": ' + b"[" * 100_000 if kind == "deep" else b'{"\xff": 1}')
+    with limits(5), pytest.raises(DataError) as caught:
+        ShardSet.open(directory, "train")
+    check_message(str(caught.value))

@@ -11,13 +11,15 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tokenizers import models
 
 from data_prep.errors import DataError
 from data_prep.shards.manifest import Manifest
 from data_prep.tokenization import encoder as encoder_module
-from data_prep.tokenization.encoder import Encoder, EncoderName, choose_encoder
+from data_prep.tokenization.encoder import Encoder, EncoderChoice, EncoderName, choose_encoder
 from data_prep.tokenization.tokenizer import (
     END_OF_TEXT,
+    PART_CHARACTERS,
     SpecialTokens,
     Tokenizer,
     bytes_tokenizer,
@@ -147,11 +149,13 @@ def test_ids_out_of_range_abort(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lossy_tokenizer_is_not_decoded_back() -> None:
     """Lower-casing loses text by design, so only the ids are compared."""
     tokenizer = Tokenizer(changed(normalizer={"type": "Lowercase"}), None, "")
-    assert not tokenizer.is_lossless
+    assert tokenizer.why_lossy == "it normalizes text"
     report = choose_encoder(tokenizer, "auto")
     texts = [f"Document {number}".encode() for number in range(3000)]
-    flat, _ = Encoder(tokenizer, report.name).encode(texts)
+    encoder = Encoder(tokenizer, report.name)
+    flat, _ = encoder.encode(texts)
     assert len(flat) > len(texts)
+    assert encoder.sampled == encoder.altered > 0, "each begins with a capital letter"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,107 @@ def test_what_is_lossless_is_known_from_the_layout(
     parts: dict[str, Any], is_lossless: bool
 ) -> None:
     """Byte-level pieces without a normalizer or an added space give every text back."""
-    assert Tokenizer(changed(**parts), None, "").is_lossless is is_lossless
+    assert (Tokenizer(changed(**parts), None, "").why_lossy == "") is is_lossless
+
+
+def with_token(name: str, special: bool = False) -> bytes:
+    """The trained tokenizer with one more token beside its vocabulary."""
+    layout = json.loads(CONTENT)
+    number = max(layout["model"]["vocab"].values()) + 1
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    layout["added_tokens"].append({"id": number, "content": name, "special": special, **flags})
+    return json.dumps(layout).encode()
+
+
+@pytest.mark.parametrize("encoder", ["auto", "tokenizers"])
+def test_an_added_token_with_letters_that_stand_for_bytes(encoder: EncoderChoice) -> None:
+    """Its name decodes to other bytes: that is known of the tokenizer, and no document's fault."""
+    texts = [f"Das heißt {number}".encode() for number in range(3000)]
+    tokenizer = Tokenizer(with_token("heißt"), None, "")
+    assert tokenizer.why_lossy == "the added token 'heißt' decodes to something else"
+    name = choose_encoder(tokenizer, encoder).name
+    used = Encoder(tokenizer, name)
+    used.encode(texts)
+    assert used.sampled == used.altered > 0
+    assert not Tokenizer(with_token("heisst"), None, "").why_lossy
+
+
+def test_added_tokens_are_probed() -> None:
+    """Ids of added tokens are compared, too: the library numbers them anew, the fast one does not.
+
+    Without the probe a build would fail at the first document that spells one.
+    """
+    layout = json.loads(with_token("<tool>"))
+    layout["added_tokens"][-1]["id"] += 5
+    tokenizer = Tokenizer(json.dumps(layout).encode(), None, "")
+    report = choose_encoder(tokenizer, "auto")
+    assert report.name == "tokenizers"
+    Encoder(tokenizer, report.name).encode([b"a <tool> b"])
+
+
+def test_a_token_over_a_line_end_is_not_cut() -> None:
+    """A giant text is encoded in parts only where no token can span the cut."""
+    text = f"{'loss ' * (1 << 18)}\nStep".ljust(PART_CHARACTERS + 100, "x") + "\nStep end"
+    tokenizer = Tokenizer(with_token("\nStep"), None, "")
+    library = tokenizers.Tokenizer.from_str(tokenizer.content.decode())
+    assert tokenizer.encode_plain([text])[0].tolist() == library.encode(text).ids
+
+
+def test_a_disagreement_of_one_library_with_itself_is_not_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When text does not come back from the defining library, that is what the message says."""
+    tokenizer = Tokenizer(CONTENT, None, "")
+    monkeypatch.setattr(tokenizer, "decode", lambda _: "something else")
+    texts = [f"document {number}".encode() for number in range(3000)]
+    with pytest.raises(DataError, match=r"the ids that tokenizers gives for .* do not decode"):
+        Encoder(tokenizer, "tokenizers").encode(texts)
+
+
+def unigram(end_is_special: bool) -> bytes:
+    """A Unigram model, which finds every piece of its vocabulary in text, "</s>" among them."""
+    letters = [(letter, -2.0) for letter in "abcdefghijklmnopqrstuvwxyz <>/"]
+    model = models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *letters], unk_id=0)
+    backend = tokenizers.Tokenizer(model)
+    if end_is_special:
+        backend.add_special_tokens([tokenizers.AddedToken("</s>", special=True)])
+    return str(backend.to_str()).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "eos", "way_out"),
+    [
+        (unigram(end_is_special=True), None, "--special-tokens reject"),
+        (unigram(end_is_special=False), None, "name a special token with --eos-token"),
+        (CONTENT, "s", "name a special token with --eos-token"),
+        (train_tokenizer(["a stop "] * 99, 270), "Ġstop", ""),
+    ],
+)
+def test_an_end_that_is_ordinary_text_is_refused(
+    content: bytes, eos: str | None, way_out: str
+) -> None:
+    """Text would end documents; what the first look misses ends the build at the document."""
+    tokenizer = Tokenizer(content, eos, "t.json")
+    if way_out:
+        with pytest.raises(DataError, match=f"t.json encodes the text .*{way_out}"):
+            tokenizer.check_end("t.json")
+    name = choose_encoder(tokenizer, "auto").name
+    with pytest.raises(DataError, match=r"encodes text of .* as its end-of-document token"):
+        Encoder(tokenizer, name).encode([b"a", b"do not stop at </s> here"])
+    if way_out == "--special-tokens reject":
+        for mode in ("id", "reject"):
+            Tokenizer(content, eos, "t.json", mode).check_end("t.json")
+
+
+@pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
+def test_an_end_that_its_file_does_not_call_special_is(name: EncoderName) -> None:
+    """A token beside the vocabulary that ends documents is never found in text."""
+    tokenizer = Tokenizer(with_token("<fin>"), "<fin>", "")
+    tokenizer.check_end("t.json")
+    flat, lengths = Encoder(tokenizer, name).encode([b"a <fin> b", b"<fin>"])
+    assert np.flatnonzero(flat == tokenizer.eos_id).tolist() == (np.cumsum(lengths) - 1).tolist()
+    assert tokenizer.find_special(b"a <fin>") == "<fin>"
+    assert Tokenizer(CONTENT, None, "").eos_id != tokenizer.eos_id
 
 
 def test_the_cache_of_the_fast_library_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +298,10 @@ def test_the_cache_of_the_fast_library_is_bounded(monkeypatch: pytest.MonkeyPatc
     tokenizer = Tokenizer(CONTENT, None, "")
     encoder = Encoder(tokenizer, "gigatoken")
     rng = np.random.default_rng(3)
-    text = " ".join(
-        "".join(map(chr, rng.integers(97, 123, size=9))) for _ in range(60_000)
-    ).encode()
+    # So many words that memory which earlier tests gave back does not hold them.
+    words = rng.integers(97, 123, size=(400_000, 10), dtype=np.uint8)
+    words[:, -1] = ord(" ")
+    text = words.tobytes()
     first = encoder.encode([text])[0]
     second = encoder.encode([text])[0]
     assert len(loads) > 1

@@ -28,7 +28,7 @@ PROSE = [f"The loss of step {n}\n  is {n * 7}: naïve <|endoftext|> text\r\n" fo
 TRAINED = Tokenizer(train_tokenizer(PROSE, 400), None, "trained")
 
 
-@settings(max_examples=150)
+@settings(deadline=None, max_examples=150)
 @given(texts=st.lists(UNICODE, min_size=1, max_size=4))
 @pytest.mark.parametrize("tokenizer", [BYTES, TRAINED], ids=["bytes", "trained"])
 def test_every_text_decodes_back(tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -40,7 +40,7 @@ def test_every_text_decodes_back(tokenizer: Tokenizer, texts: list[str]) -> None
         assert tokenizer.decode(flat[end - length : end - 1]) == text
 
 
-@settings(max_examples=100)
+@settings(deadline=None, max_examples=100)
 @given(text=UNICODE)
 def test_bytes_ids_are_utf8_and_the_file_agrees(text: str) -> None:
     """The fast path gives UTF-8 bytes, and the tokenizer.json itself gives the same ids."""
@@ -68,7 +68,7 @@ def test_training_gives_the_size_asked_for() -> None:
         train_tokenizer(PROSE, 256)
 
 
-@settings(max_examples=150)
+@settings(deadline=None, max_examples=150)
 @given(
     pieces=st.lists(
         st.sampled_from(["\n", "\r\n", " ", "a", "B", "7", ".", "'s", "\t", "é", "数"])

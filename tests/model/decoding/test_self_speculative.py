@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.decoding.kv_cache import KVCache
 from model.decoding.self_speculative import Decoder, Generation, accept_chain, generate
+from model.errors import CheckpointError
 from model.language_model import MultiTokenModel
 from tests.support.tiny_model import (
     greedy_continuation,
@@ -367,3 +368,20 @@ def test_sampling_repeats_with_its_seed() -> None:
 
     assert sample(1, 1.0) == sample(1, 1.0) != sample(2, 1.0)
     assert sample(1, 1e-4) == [tokens[:20] for tokens in references()]
+
+
+def test_logits_that_are_not_finite_are_not_drawn_from() -> None:
+    """Of weights that are not numbers, or at a temperature that makes them infinite."""
+    for weight, temperature in ((float("nan"), 1.0), (float("inf"), 1.0), (1.0, 1e-40)):
+        model = random_model()
+        model.heads.readout.weight.data.mul_(weight)
+        generator = torch.Generator().manual_seed(0)
+        with pytest.raises(CheckpointError, match="logits are not finite"):
+            generate(
+                model,
+                tiny_prompts(),
+                heads=4,
+                max_new_tokens=4,
+                temperature=temperature,
+                generator=generator,
+            )

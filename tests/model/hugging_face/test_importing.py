@@ -19,6 +19,7 @@ from model.hugging_face.loading import load_export
 from model.parameter_shapes import parameter_shapes
 from model.sharding import merge_slices, placement_of
 from pipeline.exporting.writing import write_export
+from tests.support.hostile import check_message
 from tests.support.tiny_export import byte_tokenizer, describe, export_tiny
 from tests.support.tiny_llama import (
     LAYERS,
@@ -257,6 +258,15 @@ def test_every_key_that_differs_is_named(llama: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'; default"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"head_dim": "8" * 10}, "head_dim=8888888888, which is not hidden_size"),
+        ({"num_hidden_layers": 2.5}, "no number for num_hidden_layers"),
+        ({"hidden_size": True}, "no number for hidden_size"),
+        ({"rope_parameters": ["llama3"]}, "rope_type=['llama3']; default"),
+        ({"rope_parameters": "linear"}, "rope_scaling.factor"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "no number for rope_theta"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 1e308}}, "rope_scaling.factor"),
+        ({"model_type": ["x" * 5000]}, "..., must be"),
+        ({"vocab_size": 1 << 63}, "a number does not fit into 64 bits"),
     ],
 )
 def test_what_is_no_plain_llama_is_refused(
@@ -332,3 +342,36 @@ def test_rope_scaling_survives_our_own_folder(tmp_path: Path) -> None:
     loaded = load_export(tmp_path / "export").model
     assert loaded.config.rope_scaling == config.rope_scaling
     assert torch.equal(head_logits(loaded, TOKENS), head_logits(model, TOKENS))
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"a": "../secret.safetensors"},
+        {"a": "/etc/passwd"},
+        {"a": "x\0y"},
+        {"a": ["b"]},
+        {"a": 1},
+        ["a"],
+        "a",
+        None,
+    ],
+)
+def test_the_index_names_files_beside_it(tmp_path: Path, weight_map: object) -> None:
+    """Paths, and what is no name at all, are not looked for."""
+    save_llama(tmp_path / "llama", shard_size="20KB")
+    index = tmp_path / "llama" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read \(it ") as caught:
+        LlamaFolder(tmp_path / "llama")
+    check_message(str(caught.value))
+
+
+def test_files_of_the_hubs_cache_are_links(tmp_path: Path) -> None:
+    """The hub's library keeps a model's files elsewhere, and links to them."""
+    save_llama(tmp_path / "llama")
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "llama").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    folder = LlamaFolder(tmp_path / "snapshot")
+    folder.check(fitting_config(tmp_path / "snapshot", 2))

@@ -18,6 +18,7 @@ from pipeline.checkpoint.files import (
 )
 from pipeline.config.sections import CheckpointSection
 from tests.support.checkpoint_cases import commit
+from tests.support.hostile import check_message
 
 FILES = [
     MANIFEST,
@@ -100,6 +101,13 @@ def test_a_path_names_a_checkpoint(tmp_path: Path) -> None:
     assert checkpoint_path(older) == older
     with pytest.raises(CheckpointError, match=r"is not a checkpoint: .*give a folder such as"):
         checkpoint_path(tmp_path)
+
+
+def test_a_path_that_no_file_system_takes_is_refused() -> None:
+    """A name of thousands of letters is an error as any other path that is none."""
+    with pytest.raises(CheckpointError, match="File name too long") as caught:
+        checkpoint_path(Path("x" * 5000))
+    check_message(str(caught.value))
 
 
 def test_latest_is_not_trusted(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -16,6 +17,7 @@ from model.sharding import placement_of, take_slice
 from pipeline.checkpoint.coverage import KINDS
 from pipeline.checkpoint.host_copy import HostCopy
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, read_weights, run_key
+from tests.support.hostile import check_message
 
 MODEL = ModelConfig(
     layers=3,
@@ -164,3 +166,29 @@ def test_files_of_a_larger_model_are_refused(folders: dict[tuple[int, int], Path
     smaller = MODEL.model_copy(update={"vocab_size": 48})
     with pytest.raises(CheckpointError, match=r"holds 1,248 elements .* give 1,152"):
         StateFiles(folders[1, 3], smaller)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "runs"),
+    [
+        ({"tensor_size": "0"}, {}),
+        ({"tensor_size": "-1"}, {}),
+        ({"tensor_size": "3"}, {}),
+        ({"tensor_size": "9" * 5000}, {}),
+        ({"adam_step": "x"}, {}),
+        ({}, {"weight/heads.readout.weight@-5": torch.zeros(5)}),
+        ({}, {"weight/heads.readout.weight@0": torch.zeros(2, 2)}),
+        ({}, {"weight/heads.readout.weight@0": torch.tensor(1.0)}),
+        ({}, {"weight/heads.readout.weight@0": torch.zeros(5, dtype=torch.int64)}),
+        ({}, {"weight/heads.readout.weight@" + "9" * 5000: torch.zeros(5)}),
+    ],
+)
+def test_files_that_no_save_writes_are_refused(
+    tmp_path: Path, metadata: dict[str, str], runs: dict[str, Tensor]
+) -> None:
+    """Layouts that the model has not, runs that are not flat, and numbers that are none."""
+    facts = {"tensor_rank": "0", "tensor_size": "1", "adam_step": "1"} | metadata
+    save_file(runs, tmp_path / "rank_00000.safetensors", facts)
+    with pytest.raises(CheckpointError, match="is not a file of this project") as caught:
+        StateFiles(tmp_path, MODEL)
+    check_message(str(caught.value))

@@ -266,7 +266,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_resolved_yaml_loads_back_to_an_equal_configuration(small: Path, tmp_path: Path) -> None:
     """to_yaml writes every key, and reading it changes nothing, awkward text included."""
-    awkward = ['run.name="1e-5"', 'data.train_split="null"', 'log.wandb_project="012"']
+    awkward = ['run.name="1e-5"', 'data.tokenizer="null"', 'log.wandb_project="012"']
     config = load_config(small, [*awkward, "optimizer.eps=1e-12", "model.head_weights=[1,1,0,2]"])
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(to_yaml(config))

@@ -14,6 +14,7 @@ from model.errors import ConfigError
 from pipeline.distributed import lease as lease_module
 from pipeline.distributed.lease import LEASE_NAME, Lease
 from pipeline.distributed.processes import process_space
+from tests.support.hostile import limits
 from tests.support.training_runs import last_step, run_job, start_job
 
 ELSEWHERE = {"host": "node7", "processes": "another machine/pid:[1]", "pid": 4242}
@@ -172,3 +173,23 @@ def test_a_run_beside_a_live_one_changes_nothing(config: Path, tmp_path: Path, r
     arguments += [f"train.stop_at_step={stop}"]
     assert run_job(tmp_path, arguments, world=2).codes == [0, 0]
     assert not (run_dir / LEASE_NAME).exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "deep", "\x1b[2J", "9" * 5000])
+def test_a_lease_of_any_content_is_no_lease(tmp_path: Path, kind: str) -> None:
+    """It expires like one that was never written, or cannot be used; nothing of it is shown."""
+    path = _held_elsewhere(tmp_path, host=kind, slurm_restarts=kind)
+    if kind in ("pipe", "device"):
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    elif kind == "deep":
+        path.write_text("[" * 100_000)
+    lease = _lease(tmp_path, expiry_s=0)
+    with limits(5):
+        if kind in ("pipe", "device"):
+            with pytest.raises(ConfigError, match="it is not a regular file"):
+                lease.try_acquire()
+        else:
+            assert not lease.try_acquire()
+            assert lease.try_acquire()
+            lease.release()

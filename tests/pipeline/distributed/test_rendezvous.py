@@ -4,6 +4,7 @@ import pytest
 
 from model.errors import ConfigError
 from pipeline.distributed.rendezvous import RankInfo, device_index, rank_info, rendezvous
+from tests.support.hostile import check_message
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "123456"}
 
@@ -34,3 +35,22 @@ def test_rendezvous() -> None:
     several = {**STEP, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[1-2"}
     with pytest.raises(ConfigError, match="export MASTER_ADDR"):
         rendezvous(several)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' in the environment is not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' in the environment"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='999"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 is not a rank of WORLD_SIZE=0"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not a rank of WORLD_SIZE=2"),
+        ({"SLURM_PROCID": "", "SLURM_NTASKS": "2", **STEP}, "SLURM_PROCID='' in the environment"),
+    ],
+)
+def test_variables_of_no_job_are_refused(variables: dict[str, str], words: str) -> None:
+    """The variable is named, in one line."""
+    with pytest.raises(ConfigError) as caught:
+        rank_info(variables)
+    assert str(caught.value).startswith(words)
+    check_message(str(caught.value))

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from model.errors import ConfigError
 from pipeline.config.run_config import RunConfig, load_config
 from pipeline.reporting.hardware import peak_flops
-from pipeline.reporting.metrics import METRICS_NAME, MetricsLog, Value, read_metrics
+from pipeline.reporting.metrics import METRICS_NAME, MetricsLog, Value, cut_after, read_metrics
 from pipeline.reporting.metrics_writers import TensorBoardWriter, open_metrics_log
 from pipeline.reporting.progress import ProgressLine, clock
 
@@ -101,6 +101,33 @@ def test_reading_leaves_out_a_torn_line_and_names_a_broken_one(tmp_path: Path) -
         read_metrics(path)
     with pytest.raises(ConfigError, match="does not exist"):
         read_metrics(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1, "loss": NaN}',
+        '{"step": 1, "loss": 1e999}',
+        '{"step": 1' + "0" * 400 + "}",
+        '{"step": -1}',
+        '{"step": true}',
+        '{"step": 1, "loss": "text"}',
+        '{"step": 1, "loss": {"a": 1}}',
+        '{"step": 1, "loss": [[1]]}',
+        '{"step": 1, "\\u001b[2J": 1}',
+        '{"step": 1, "' + "x" * 300 + '": 1}',
+        '{"step": 1, "a": ' + "[" * 5000 + "]" * 5000 + "}",
+        '{"step": 1, "a": [' + "1, " * 500_000 + "1]}",
+    ],
+)
+def test_what_no_run_writes_is_no_record(tmp_path: Path, line: str) -> None:
+    """Values that are no numbers, names that cannot be shown, and lines of a megabyte."""
+    path = tmp_path / METRICS_NAME
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match="line 2 is not a record"):
+        read_metrics(path)
+    assert cut_after(path, 1) >= 2
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_writers_get_what_the_file_got(tmp_path: Path) -> None:

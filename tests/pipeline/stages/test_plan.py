@@ -1,5 +1,6 @@
 """Plans of pipeline stages: what they may hold, which is balanced, how long its stages wait."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,18 @@ from pipeline.stages.costs import (
     step_time,
 )
 from pipeline.stages.plan import (
+    MAX_STAGES,
     balanced_plan,
     depths,
     layer_equivalents,
     num_depths,
+    packed_plan,
     plan_problems,
     plan_text,
     setting_problem,
     stage_plan,
 )
+from tests.support.hostile import limits
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -89,6 +93,11 @@ def test_every_automatic_plan_holds_the_model(model: ModelConfig, count: int) ->
         (({"tail": "1-2"},), "'tail', known are trunk and heads"),
         (({"trunk": "5-2"},), "trunk: 5-2, which is not a number or a rising span"),
         (({"trunk": "all"},), "trunk: all"),
+        (({"trunk": "0-999999999999"},), "trunk: 0-999999999999, past the 1024 layers"),
+        (({"trunk": "9" * 5000},), "which is not a number or a rising span"),
+        (({"trunk": "\u0663-\u0664"},), "which is not a number or a rising span"),
+        (({"x" * 5000: "1"},), "..., known are trunk and heads"),
+        ("auto:" + "9" * 5000, "is not a plan"),
     ],
 )
 def test_malformed_settings_are_refused(setting: object, words: str) -> None:
@@ -161,3 +170,65 @@ def test_stages_of_heads_work_side_by_side(model: ModelConfig) -> None:
         return step_time(stage_costs(plan, model, recompute=False), depths(plan), 4)
 
     assert seconds(two) < seconds(one)
+
+
+def _packed_by_trying_every_cut(count: int, model: ModelConfig) -> tuple[int, ...]:
+    """The ends of the stages of `packed_plan`, from every cut of every length."""
+    weights = [1.0] * model.trunk_layers
+    weights += [1 + model.unembedding_layer_equivalents] * model.future_tokens
+    sums = [0.0, *accumulate(weights)]
+    best: list[tuple[float, tuple[int, ...]]]
+    best = [(total, (items,)) for items, total in enumerate(sums)]
+    for stage in range(1, count):
+        longer = list(best)
+        for stop in range(stage + 1, len(sums)):
+            longer[stop] = min(
+                (max(best[cut][0], sums[stop] - sums[cut]), (*best[cut][1], stop))
+                for cut in range(stage, stop)
+            )
+        best = longer
+    return best[-1][1]
+
+
+@pytest.mark.parametrize("heads", [1, 3, 7])
+@pytest.mark.parametrize("vocabulary", [64, 700, 5000])
+def test_packed_plans_are_the_best_ones(heads: int, vocabulary: int) -> None:
+    """Leaving cuts out that cannot be better changes no plan, of any number of stages."""
+    model = ModelConfig(
+        layers=14,
+        hidden_size=32,
+        attention_heads=4,
+        vocab_size=vocabulary,
+        future_tokens=heads,
+        ffn_hidden_size=64,
+    )
+    for count in range(1, 15):
+        plan = packed_plan(count, model)
+        ends = tuple(
+            part.heads.stop + model.trunk_layers - 1 if part.heads else part.trunk_layers.stop
+            for part in plan
+        )
+        assert ends == _packed_by_trying_every_cut(count, model)
+
+
+def test_many_micro_batches_are_not_played_through() -> None:
+    """Each of those past the first thousand takes as long as the slowest stage."""
+    costs = [StageCost(1.0, 0.0, 2.0), StageCost(1.5, 0.25, 2.5), StageCost(0.0, 3.0, 0.0)]
+    played = step_time(costs, [0, 1, 2], 1000)
+    for more in (24, 25, 3000):
+        expected = played + more * costs[1].total
+        assert step_time(costs, [0, 1, 2], 1000 + more) == pytest.approx(expected, rel=1e-12)
+    with limits(2):
+        idle = predicted_idle(costs, [0, 1, 2], 2**31 - 1)
+    assert idle[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_largest_plans_take_no_time(model: ModelConfig) -> None:
+    """A thousand layers on a hundred stages, and a list that names every layer twice."""
+    large = model.model_copy(update={"layers": 1024, "future_tokens": 512})
+    with limits(10):
+        assert len(balanced_plan(MAX_STAGES, large)) == MAX_STAGES
+        assert "more than the 128 stages" in plan_problems(MAX_STAGES + 1, large)[0]
+        problems = plan_problems(({"trunk": "0-511"}, {"trunk": "0-511"}), large)
+    assert "and 504 more are in two stages" in problems[0]
+    assert all(len(problem) < 2000 for problem in problems)
