@@ -13,8 +13,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from foundation.json_text import read_json
-from foundation.shown_text import told
 from pipeline import __version__
 
 PROGRAM = "headway"
@@ -127,6 +125,8 @@ def kind_of(path: Path) -> Kind:
 
 
 def _manifest_keys(path: Path) -> set[str]:
+    from foundation.json_text import read_json  # here and below: --help imports this file alone
+
     try:
         content = read_json(path / "manifest.json", _MANIFEST_BYTES)
     except (OSError, ValueError):
@@ -141,6 +141,8 @@ def _run_by_path(command: Command, arguments: Sequence[str], prog: str) -> int:
         return _show_help_of_both(command, prog)
     if not paths:
         return _refuse(f"{prog} needs a PATH: the folder of a shard set, a run or a checkpoint")
+    from foundation.shown_text import told
+
     found: Kind | None = None
     reasons: list[str] = []
     for path in paths:

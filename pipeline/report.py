@@ -4,6 +4,7 @@ Command line: python -m pipeline.report RUN_DIR
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
@@ -23,6 +24,7 @@ from pipeline.reporting.final_figures import final_figures, values_of
 from pipeline.reporting.metrics import Scalars, read_metrics
 
 REPORT_NAME = "report.html"
+_LARGEST_DRAWN = 1e100  # what is larger has no axis; it stays in the table
 _MOST_CURVES = 64  # of heads or sources
 
 _LEAD = "Head k predicts the token k positions ahead. Dashed curves are held-out data."
@@ -152,7 +154,8 @@ def _figure(plot: Plot, records: Sequence[Scalars]) -> Markup | None:
 
 
 def _draw(axes: Any, curve: Curve, records: Sequence[Scalars]) -> None:
-    points = [(r["step"], r[curve.key]) for r in records if r.get(curve.key) is not None]
+    found = [(r["step"], float(v)) for r in records if (v := r.get(curve.key)) is not None]
+    points = [(step, v if abs(v) < _LARGEST_DRAWN else math.nan) for step, v in found]
     few = len(points) <= 50
     axes.plot(
         [step for step, _ in points],

@@ -38,6 +38,7 @@ from pipeline.checkpoint.coverage import Extent, coverage_problems
 from pipeline.checkpoint.tensor_file import write_tensors
 
 _PATTERN = "rank_*.safetensors"
+_FLOATS = ("F32", "BF16")  # bf16: of a bf16 run, frozen weights without a master weight
 
 
 class Snapshot(NamedTuple):
@@ -139,8 +140,7 @@ class StateFiles:
         self._tensor_sizes = config.tensor_parallel_sizes
         self._runs: dict[tuple[str, str, int], list[_Run]] = defaultdict(list)
         self._open: tuple[Path, Any] | None = None
-        paths = sorted(directory.glob(_PATTERN))
-        if not paths:
+        if not (paths := sorted(directory.glob(_PATTERN))):
             raise CheckpointError(
                 f"{directory} has no {_PATTERN}; use a complete checkpoint, written by this version"
             )
@@ -296,8 +296,8 @@ class StateFiles:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 kind, name, first = parse_run_key(key)
                 run = file.get_slice(key)
-                if run.get_dtype() != "F32" or len(run.get_shape()) != 1 or first < 0:
-                    raise ValueError("a run that is not flat and in fp32")
+                if run.get_dtype() not in _FLOATS or len(run.get_shape()) != 1 or first < 0:
+                    raise ValueError("a run that is not flat, or not of floats")
                 stop = first + run.get_shape()[0]
                 self._runs[kind, name, rank].append(_Run(first, stop, path, key))
         except (KeyError, ValueError) as error:

@@ -73,7 +73,7 @@ def show(folder: Path) -> list[Ended]:
     return ended
 
 
-@fuzzed(20, damages=st.lists(DAMAGES, min_size=1, max_size=2))
+@fuzzed(8, damages=st.lists(DAMAGES, min_size=1, max_size=2))
 def test_any_run_folder(run_dir: Path, damages: list[Damage]) -> None:
     """Damage of every kind to every file of a run."""
     with damaged_copy(run_dir, *damages) as copy:
@@ -86,7 +86,7 @@ def test_any_metrics(run_dir: Path, records: list[dict[str, Any]], end: bytes) -
     report_of(run_dir, records, end)
 
 
-@fuzzed(8, records=st.lists(PLAIN, min_size=1, max_size=3))
+@fuzzed(6, records=st.lists(PLAIN, min_size=1, max_size=3))
 def test_any_figures(run_dir: Path, records: list[dict[str, Any]]) -> None:
     """Records that are ones, with numbers that no run gives."""
     report_of(run_dir, records, b"")
@@ -101,6 +101,7 @@ def report_of(run_dir: Path, records: list[dict[str, Any]], end: bytes) -> None:
         cut_after(copy / METRICS_NAME, 25)
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout")
 @pytest.mark.parametrize("count", [3, 20_000])
 def test_heads_are_those_that_have_losses(run_dir: Path, count: int) -> None:
     """Head 999,999,999 is none, and of thousands the first are drawn."""

@@ -111,6 +111,15 @@ def test_plots_without_data_are_left_out(tmp_path: Path) -> None:
     assert write_report(tmp_path).read_text().count("<svg") == 1
 
 
+def test_figures_without_an_axis_are_not_drawn(tmp_path: Path) -> None:
+    """The report of a run that diverged as far as numbers go is written all the same."""
+    log = MetricsLog(tmp_path, resumed_step=0)
+    for step, value in ((0, 1e308), (1, -1e308), (2, 1.0)):
+        log.write({"step": step, "loss_head_1": value, "grad_norm": 1e308})
+    log.close()
+    assert write_report(tmp_path).read_text().count("<svg") == 2
+
+
 def test_a_run_without_metrics_is_refused(tmp_path: Path) -> None:
     """No file, or no record in it yet, is said in one line."""
     with pytest.raises(ConfigError, match="does not exist"):
