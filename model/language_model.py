@@ -93,11 +93,11 @@ class MultiTokenModel(nn.Module):
                 another document. None: each sequence is one text.
         """
         if documents is None:
-            return LayerContext(self.rotary.sequence(length, device))
+            return LayerContext(self.rotary.sequence(length, device, self.dtype))
         documents = documents.to(device)
         assert documents.shape[1] == length, (documents.shape, length)
         return LayerContext(
-            self.rotary.angles(positions_within(documents)),
+            self.rotary.rotation(positions_within(documents), self.dtype),
             attention_mask(documents, self.config.head_dim, self.dtype),
         )
 
@@ -149,7 +149,8 @@ class MultiTokenModel(nn.Module):
         """
         self.use_cache(cache)
         try:
-            context = LayerContext(self.rotary.angles(cache.begin(tokens.shape[1])))
+            new_positions = cache.begin(tokens.shape[1])
+            context = LayerContext(self.rotary.rotation(new_positions, self.dtype))
             trunk_output = self.trunk(tokens, context)
             outputs = [self.heads.hidden(k, trunk_output, context) for k in heads]
         finally:
