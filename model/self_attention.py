@@ -19,7 +19,7 @@ from model.documents import AttentionMask
 from model.rotary import Rotation
 
 
-class SelfAttention(MegatronSelfAttention):  # type: ignore[misc]
+class SelfAttention(MegatronSelfAttention):
     """Product, rotation, core attention, projection; weights and their names are megatron's."""
 
     def forward(

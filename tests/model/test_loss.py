@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 from model.loss import (
     IGNORED,
     VocabularyShard,
+    _add_product,
     linear_cross_entropy,
     loss_and_gradients,
     loss_and_predictions,
+    product_adds_in_float32,
 )
 from tests.support.harness import run_ranks
 
@@ -338,3 +340,32 @@ def test_bf16_weight_gradient_accumulates_in_float32() -> None:
         hidden, weight, labels, shard=WHOLE, scale=1e-4, weight_gradient=buffer, chunk_tokens=TOKENS
     )
     torch.testing.assert_close(buffer - 1, alone, rtol=0, atol=2**-23)
+
+
+def test_sums_apart_where_no_product_adds_in_float32() -> None:
+    """On a CPU torch has no such product, which is found out by trying."""
+    assert not product_adds_in_float32(torch.device("cpu"))
+
+
+def test_the_product_that_adds_has_the_shapes_of_a_sum() -> None:
+    """Torch accepts the call that runs on GPUs: transposed factor, float32 sum that is the result.
+
+    On the meta device, where operations check their arguments and compute nothing.
+    """
+    total = torch.empty(6, 4, device="meta")
+    left = torch.empty(5, 6, dtype=torch.bfloat16, device="meta").t()
+    right = torch.empty(5, 4, dtype=torch.bfloat16, device="meta")
+    found = torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    assert found is total
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the product is a GPU's")
+def test_product_adds_to_the_sum_on_a_gpu() -> None:
+    """bf16 products are added to a float32 sum without being rounded to bf16."""
+    device = torch.device("cuda")
+    left, right = (torch.randn(64, 48, device=device).bfloat16() for _ in range(2))
+    total = torch.ones(48, 48, device=device)
+    _add_product(total, left.t(), right)
+    expected = 1 + left.double().t() @ right.double()
+    tolerance = 1e-4 if product_adds_in_float32(device) else 0.1
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=tolerance)

@@ -46,11 +46,11 @@ def test_equals_torchs(dtype: torch.dtype, tolerance: float) -> None:
 def test_bf16_has_statistics_in_float32() -> None:
     """Output and gradients are one rounding, 2^-9, from those of the same inputs in float64."""
     inputs = make_inputs(torch.bfloat16)
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    found, expected = rms_norm(*inputs, EPS), torchs(*exact, EPS)
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in inputs)
+    found, expected = rms_norm(*inputs, EPS), torchs(hidden, weight, EPS)
     weights = torch.linspace(-1, 1, found.numel()).view(found.shape).bfloat16()
     ours = torch.autograd.grad(found, inputs, weights)
-    theirs = torch.autograd.grad(expected, exact, weights.double())
+    theirs = torch.autograd.grad(expected, (hidden, weight), weights.double())
     for one, other in ((found, expected), *zip(ours, theirs, strict=True)):
         assert one.dtype == torch.bfloat16
         assert (one - other).norm() <= 2**-9 * other.norm()

@@ -46,7 +46,7 @@ def test_equals_split_and_llamas_rotation(per_group: int, rows_differ: bool) -> 
     mixed, rotation = make_product(per_group), make_rotation(rows_differ)
     found = split_and_rotate(mixed, rotation, GROUPS)
     expected = written_out(mixed, rotation, GROUPS)
-    gradients = []
+    gradients: list[Tensor] = []
     for heads in (found, expected):
         weights = [torch.linspace(-1, 2, h.numel()).double().view(h.shape) for h in heads]
         total = torch.stack([(h * w).sum() for h, w in zip(heads, weights, strict=True)]).sum()
