@@ -12,6 +12,7 @@ from model.attention_backend import (
     choose_backend,
 )
 from model.errors import ConfigError
+from model.kernels import choose_kernels
 from tests.support.tiny_model import training_model
 
 GROUPED = AttentionShape(heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
@@ -102,3 +103,10 @@ def test_the_backend_is_in_force_for_the_call_alone() -> None:
     assert torch._C._get_sdp_priority_order() == before
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_choice_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """On a CPU it says who chooses, whatever was asked for."""
+    with caplog.at_level("INFO"):
+        choose_kernels(training_model(), "flash", torch.device("cpu"))
+    assert caplog.messages == ["attention     by torch's own choice, as on every CPU"]
