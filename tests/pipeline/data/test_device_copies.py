@@ -1,8 +1,7 @@
-"""Batches copied ahead: which steps come, when their copies begin, and the copies on a GPU."""
+"""Batches copied ahead: which steps come, and when their copies begin (tests/gpu has the rest)."""
 
 from collections.abc import Generator
 
-import pytest
 import torch
 
 from data_prep.loading.loader import Batch
@@ -10,10 +9,10 @@ from pipeline.data.batch_order import BatchPosition, StepBatches
 from pipeline.data.device_copies import _one_ahead, batches_on
 
 
-def make_step(number: int, *, documents: bool = False) -> StepBatches:
+def make_step(number: int) -> StepBatches:
     """A step with two micro-batches that hold its number."""
     tokens = torch.full((2, 3), number)
-    batch = Batch(tokens, tokens.repeat(2, 1, 1), tokens.int() if documents else None)
+    batch = Batch(tokens, tokens.repeat(2, 1, 1))
     return StepBatches(BatchPosition(number, number * 4, 0), [batch, batch])
 
 
@@ -66,15 +65,3 @@ def test_a_steps_copies_begin_before_the_step_before_it() -> None:
     assert copier.events.index(("begin", 3)) < copier.events.index(("train", 2))
     assert copier.events.index(("begin", 2)) < copier.events.index(("train", 1))
     assert [e for e in copier.events if e[0] == "finish"] == [("finish", n) for n in (1, 2, 3)]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a GPU need one")
-def test_copies_arrive_on_a_gpu() -> None:
-    """Values, devices, and documents where there are some."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    steps = (make_step(n, documents=n % 2 == 0) for n in range(1, 6))
-    for number, step in enumerate(batches_on(device, steps), 1):
-        for batch in step.micro_batches:
-            assert batch.tokens.device == batch.labels.device == device
-            assert torch.equal(batch.tokens.cpu(), torch.full((2, 3), number))
-            assert (batch.documents is None) == (number % 2 == 1)
