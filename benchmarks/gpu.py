@@ -51,9 +51,8 @@ def points(piece: str, size: str) -> list[Point]:
         "documents": [replace(base, documents=True)],
     }[piece]
     if size == "tiny":
-        small = {"sequence": 64, "accumulation": 2, "steps": 1}
         found = [
-            replace(p, **small, vocabulary=p.vocabulary // 64)
+            replace(p, sequence=64, accumulation=2, steps=1, vocabulary=p.vocabulary // 64)
             for p in found
             if p.attention == "auto"
         ]
