@@ -83,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PIECE", help=f"of {', '.join(PIECES)}")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", metavar="DIR")
     options = parser.parse_args(arguments)
-    folder = (
-        options.output / "results" / ("gpu" if options.device == "cuda" else "gpu-tried-on-cpu")
-    )
+    folder = options.output / "results" / f"gpu-{options.device}"
     folder.mkdir(parents=True, exist_ok=True)
     size = "tiny" if options.tiny else "1b"
     budget = Budget(options.minutes)
