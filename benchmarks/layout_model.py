@@ -13,13 +13,13 @@ Per stage and micro-batch of T tokens, with tensor-parallel size t and data-para
     transfer           T H e / w to the next stage
 
 `pipeline.stages.costs.step_time` plays the 1F1B schedule through with these times. Then, once a
-step: ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the LM head's
-gradient and share its values, and the optimizer moves the rank's share.
+step: ZeRO-1 reduces gradients (fp32 from 64 ranks on) and gathers weights, the stages with
+heads add up the LM head's gradient and share its values, and the optimizer moves the rank's share.
 
-Memory of a rank: weights, gradients and optimizer states as ZeRO divides them (bf16: 2 + 2 + 12 / d
-bytes per parameter for ZeRO-1, (2 + 4 + 12) / d for ZeRO-3, whose gradients are fp32, and what it
-holds gathered), buckets, one chunk's logits, the LM head's gradient, and the activations that
-`pipeline.stages.memory` counts: per layer, token and micro-batch in flight
+Memory of a rank: weights, gradients and optimizer states as ZeRO divides them (bf16: 2 + 4 + 12 / d
+bytes per parameter for ZeRO-1, (2 + 4 + 12) / d for ZeRO-3, and what it holds gathered), buckets,
+one chunk's logits, the LM head's gradient, and the activations that `pipeline.stages.memory`
+counts: per layer, token and micro-batch in flight
 (4 + (2 + (2 G D + 3 f) / H) / t) H e bytes kept for backward, or H e with recomputation.
 
 Not modelled: uneven machines, contention between collectives, launch overheads, padding, the
@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 from model.config import ModelConfig
 from model.part import ModelPart
+from pipeline.engine.deepspeed_config import FP32_REDUCTION_FROM_RANKS
 from pipeline.reporting.run_summary import part_parameters
 from pipeline.stages.costs import StageCost, step_time
 from pipeline.stages.memory import MicroBatch, loss_bytes, stage_activation_bytes
@@ -186,9 +187,10 @@ def _once_a_step(work: Work, layout: Layout, machine: Machine) -> float:
         parameters = part_parameters(part, model)
         traffic = 0.0
         if layout.zero < 3:
-            traffic = 2 * ring_s(
-                parameters / layout.tensor * machine.element_bytes, layout, machine
-            )
+            # Each rank's share of the gradients is reduced to it; then weights are gathered.
+            reduced = 4 if layout.data >= FP32_REDUCTION_FROM_RANKS else machine.element_bytes
+            sent = parameters / layout.tensor * (reduced + machine.element_bytes)
+            traffic = ring_s(sent, layout, machine)
         seconds.append(parameters / share * machine.optimizer_s + traffic)
     unembedding = model.vocab_size * model.hidden_size / layout.tensor
     if sum(1 for part in layout.plan if part.heads) > 1:
@@ -205,7 +207,7 @@ def memory(work: Work, layout: Layout, machine: Machine, stage: int) -> float:
         states = parameters * (size + 4 + 12) / layout.data
         states += min(parameters, LIVE_PARAMETERS) * size
     else:
-        states = parameters * (2 * size + 12 / layout.data)
+        states = parameters * (size + 4 + 12 / layout.data)
     buckets = 2 * min(parameters, BUCKET) * size
     micro = MicroBatch(
         tokens=_tokens(work, layout),
