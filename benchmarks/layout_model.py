@@ -13,21 +13,20 @@ Per stage and micro-batch of T tokens, with tensor-parallel size t and data-para
     transfer           T H e / w to the next stage
 
 `pipeline.stages.costs.step_time` plays the 1F1B schedule through with these times. Then, once a
-step: ZeRO-1 scatters gradients and gathers weights, the stages with heads add up the LM head's
-gradient and share its values, and the optimizer moves the rank's share.
+step: ZeRO-1 reduces gradients (fp32 from 64 ranks on) and gathers weights, the stages with
+heads add up the LM head's gradient and share its values, and the optimizer moves the rank's share.
 
-Memory of a rank: weights, gradients and optimizer states as ZeRO divides them (bf16: 2 + 2 + 12 / d
-bytes per parameter for ZeRO-1, (2 + 4 + 12) / d for ZeRO-3, whose gradients are fp32, and what it
-holds gathered), buckets, one chunk's logits, the LM head's gradient, and per layer, token and
-micro-batch in flight (r + (a + 5 f / H) / t) H e bytes kept for backward, or H e with
-recomputation. In the first stage of a chain of D depths D micro-batches are in flight, in the next
-D - 1, and so on; heads keep z alone, and one head's layer at a time.
+Memory of a rank: weights, gradients and optimizer states as ZeRO divides them (bf16: 2 + 4 + 12 / d
+bytes per parameter for ZeRO-1, (2 + 4 + 12) / d for ZeRO-3, and what it holds gathered), buckets,
+one chunk's logits, the LM head's gradient, and the activations that `pipeline.stages.memory`
+counts: per layer, token and micro-batch in flight
+(4 + (2 + (2 G D + 3 f) / H) / t) H e bytes kept for backward, or H e with recomputation.
 
 Not modelled: uneven machines, contention between collectives, launch overheads, padding, the
 data loader, checkpoints.
 
-Legend: S sequence, H hidden, V vocabulary, f feed-forward width, P parameters of a stage,
-F FLOP/s of a rank, w bandwidth, e bytes of an element.
+Legend: S sequence, H hidden, V vocabulary, f feed-forward width, G key-value heads of width D,
+P parameters of a stage, F FLOP/s of a rank, w bandwidth, e bytes of an element.
 """
 
 from dataclasses import dataclass
@@ -35,13 +34,12 @@ from typing import NamedTuple
 
 from model.config import ModelConfig
 from model.part import ModelPart
+from pipeline.engine.deepspeed_config import FP32_REDUCTION_FROM_RANKS
 from pipeline.reporting.run_summary import part_parameters
 from pipeline.stages.costs import StageCost, step_time
+from pipeline.stages.memory import MicroBatch, loss_bytes, stage_activation_bytes
 from pipeline.stages.plan import depths
 
-# Kept for backward by a layer, in units of H elements a token, as benchmarks/saved_tensors.py
-# counts them for bf16: 5 f / H + 16.5, of which norms and residuals are whole on each tensor rank.
-WHOLE_UNITS, SPLIT_UNITS, FFN_UNITS = 5.0, 11.5, 5.0
 # What pipeline/engine/deepspeed_config.py sets, in elements.
 BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
@@ -84,12 +82,12 @@ class Work:
     Attributes:
         model: sizes.
         sequence_length: S.
-        chunk_tokens: tokens whose logits exist at once.
+        chunk_tokens: tokens whose logits exist at once; by default as on a GPU.
     """
 
     model: ModelConfig
     sequence_length: int
-    chunk_tokens: int = 1024
+    chunk_tokens: int = 4096
 
 
 @dataclass(frozen=True)
@@ -189,9 +187,10 @@ def _once_a_step(work: Work, layout: Layout, machine: Machine) -> float:
         parameters = part_parameters(part, model)
         traffic = 0.0
         if layout.zero < 3:
-            traffic = 2 * ring_s(
-                parameters / layout.tensor * machine.element_bytes, layout, machine
-            )
+            # Each rank's share of the gradients is reduced to it; then weights are gathered.
+            reduced = 4 if layout.data >= FP32_REDUCTION_FROM_RANKS else machine.element_bytes
+            sent = parameters / layout.tensor * (reduced + machine.element_bytes)
+            traffic = ring_s(sent, layout, machine)
         seconds.append(parameters / share * machine.optimizer_s + traffic)
     unembedding = model.vocab_size * model.hidden_size / layout.tensor
     if sum(1 for part in layout.plan if part.heads) > 1:
@@ -208,22 +207,21 @@ def memory(work: Work, layout: Layout, machine: Machine, stage: int) -> float:
         states = parameters * (size + 4 + 12) / layout.data
         states += min(parameters, LIVE_PARAMETERS) * size
     else:
-        states = parameters * (2 * size + 12 / layout.data)
+        states = parameters * (size + 4 + 12 / layout.data)
     buckets = 2 * min(parameters, BUCKET) * size
-    chunk = min(work.chunk_tokens, _tokens(work, layout))
-    logits = chunk * model.vocab_size / layout.tensor * (4 + size) if part.heads else 0.0
-    if part.heads:
-        logits += model.vocab_size * model.hidden_size / layout.tensor * (4 + size)
-    token = model.hidden_size * size
-    units = WHOLE_UNITS + (SPLIT_UNITS + FFN_UNITS * model.ffn_hidden_size / model.hidden_size) / (
-        layout.tensor
+    micro = MicroBatch(
+        tokens=_tokens(work, layout),
+        tensor_size=layout.tensor,
+        element_bytes=size,
+        checkpointing="full" if layout.recompute else "none",
+        accumulation=layout.accumulation,
     )
-    depth_of = depths(layout.plan)
-    in_flight = min(depth_of[-1] + 1 - depth_of[stage], layout.accumulation)
-    kept = len(part.trunk_layers) * (1.0 if layout.recompute else units) * in_flight
-    # The layer that runs in backward, or the head, and z with its gradient.
-    kept += units + 2
-    return states + buckets + logits + kept * token * _tokens(work, layout)
+    loss = 0.0
+    if part.heads:
+        loss = loss_bytes(model, micro, work.chunk_tokens)
+        loss += model.vocab_size * model.hidden_size / layout.tensor * (4 + size)
+    kept = stage_activation_bytes(layout.plan, stage, model, micro)
+    return states + buckets + loss + kept
 
 
 def layer_matrices(model: ModelConfig) -> float:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from model.attention_backend import AttentionBackend
 from model.decoding.kv_cache import KVCache
 from model.documents import AttentionMask
 
@@ -28,6 +30,7 @@ class CoreAttention(nn.Module):
     Built by megatron's `SelfAttention` from the layer spec, hence the signature of `__init__`.
 
     Attributes:
+        backend: torch's kernel for causal attention; None = as torch chooses.
         cache: set while decoding; None in training.
         recompute: run the attention again in backward instead of keeping its results.
     """
@@ -39,6 +42,7 @@ class CoreAttention(nn.Module):
         assert attention_type == "self", attention_type
         self.layer_number = layer_number
         self.recompute = False
+        self.backend: AttentionBackend | None = None
         self.cache: KVCache | None = None
 
     def forward(
@@ -68,11 +72,12 @@ class CoreAttention(nn.Module):
                 key,
                 value,
                 attention_mask,
+                self.backend,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
         if self.cache is None:
-            return attend(query, key, value, attention_mask)
+            return attend(query, key, value, attention_mask, self.backend)
         cached = self.cache.update(id(self), key, value)
         out = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
@@ -84,10 +89,30 @@ class CoreAttention(nn.Module):
         return _merge_heads(out)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
-    """Attention without a cache; arguments and result as in `CoreAttention.forward`."""
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask | None,
+    backend: AttentionBackend | None = None,
+) -> Tensor:
+    """Attention without a cache; arguments and result as in `CoreAttention.forward`.
+
+    The backend was chosen for causal attention; one kernel takes masks in blocks, and a bias goes
+    where torch finds it a kernel.
+    """
     if isinstance(mask, BlockMask):
         return attend_blocks(query, key, value, mask, compiled=query.is_cuda)
+    if mask is not None or backend is None:
+        return _attend_dense(query, key, value, mask)
+    if backend.repeats:
+        per_group = query.shape[2] // key.shape[2]
+        key, value = (part.repeat_interleave(per_group, dim=2) for part in (key, value))
+    with sdpa_kernel(backend.order, set_priority=True):
+        return _attend_dense(query, key, value, None)
+
+
+def _attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     out = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from model.layers import Checkpointing, Layer, LayerContext
+from model.rms_norm import rms_norm
 
 
 class LMHeadWeights(NamedTuple):
@@ -56,7 +56,7 @@ class LMHead(ColumnParallelLinear):
 
     def normalize(self, hidden: Tensor, norm: Tensor) -> Tensor:
         """RMSNorm of `[..., H]` with the shared weight."""
-        return F.rms_norm(hidden, (hidden.shape[-1],), norm, self.eps)
+        return rms_norm(hidden, norm, self.eps)
 
 
 class LMHeadCopy(nn.Module):
@@ -86,7 +86,7 @@ class LMHeadCopy(nn.Module):
 
     def normalize(self, hidden: Tensor, norm: Tensor) -> Tensor:
         """RMSNorm of `[..., H]` with the shared weight."""
-        return F.rms_norm(hidden, (hidden.shape[-1],), norm, self.eps)
+        return rms_norm(hidden, norm, self.eps)
 
 
 class Heads(nn.Module):

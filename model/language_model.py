@@ -11,6 +11,13 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from model.attention import CoreAttention
+from model.attention_backend import (
+    AttentionBackend,
+    AttentionShape,
+    BackendChoice,
+    can_use_on,
+    choose_backend,
+)
 from model.config import ModelConfig
 from model.decoding.kv_cache import KVCache
 from model.documents import attention_mask, positions_within
@@ -93,11 +100,11 @@ class MultiTokenModel(nn.Module):
                 another document. None: each sequence is one text.
         """
         if documents is None:
-            return LayerContext(self.rotary.sequence(length, device))
+            return LayerContext(self.rotary.sequence(length, device, self.dtype))
         documents = documents.to(device)
         assert documents.shape[1] == length, (documents.shape, length)
         return LayerContext(
-            self.rotary.angles(positions_within(documents)),
+            self.rotary.rotation(positions_within(documents), self.dtype),
             attention_mask(documents, self.config.head_dim, self.dtype),
         )
 
@@ -149,7 +156,8 @@ class MultiTokenModel(nn.Module):
         """
         self.use_cache(cache)
         try:
-            context = LayerContext(self.rotary.angles(cache.begin(tokens.shape[1])))
+            new_positions = cache.begin(tokens.shape[1])
+            context = LayerContext(self.rotary.rotation(new_positions, self.dtype))
             trunk_output = self.trunk(tokens, context)
             outputs = [self.heads.hidden(k, trunk_output, context) for k in heads]
         finally:
@@ -166,6 +174,31 @@ class MultiTokenModel(nn.Module):
         norm, unembedding = self.heads.lm_head()
         normed: Tensor = self.heads.lm_head.normalize(hidden, norm)
         return normed @ unembedding.t()
+
+    def choose_attention(
+        self, choice: BackendChoice, device: torch.device
+    ) -> AttentionBackend | None:
+        """Let causal attention run on one of torch's kernels.
+
+        Args:
+            choice: which one; auto = the fastest that can be used.
+            device: where the model runs. On a CPU torch chooses, whatever is asked for.
+
+        Returns:
+            The kernel; None when torch chooses for itself.
+
+        Raises:
+            ConfigError: it cannot be used on this device.
+        """
+        if device.type != "cuda":
+            return None
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        heads, kv_heads = self.config.attention_heads // size, self.config.kv_heads // size
+        shape = AttentionShape(heads, kv_heads, self.config.head_dim, self.dtype)
+        backend = choose_backend(choice, shape, can_use_on(device))
+        for attention in self._attentions:
+            attention.backend = backend
+        return backend
 
     def use_cache(self, cache: KVCache | None) -> None:
         """Let every attention layer read and write this cache (None: no cache)."""

@@ -1,4 +1,4 @@
-"""Transformer layers: megatron-core's, by layer spec, with the core attention of `model.attention`.
+"""Transformer layers: megatron-core's, by layer spec, with parts of ours where they pay.
 
 Legend: S sequence, B batch, H hidden, D head dimension.
 """
@@ -18,6 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import CoreAttention
 from model.config import ModelConfig
 from model.documents import AttentionMask
+from model.rms_norm import RMSNorm
+from model.rotary import Rotation
+from model.self_attention import SelfAttention
+from model.swiglu import SwiGLU
 
 Checkpointing = Literal["none", "full", "selective"]
 
@@ -26,11 +30,11 @@ class LayerContext(NamedTuple):
     """What every layer needs besides its input, made once for a forward.
 
     Attributes:
-        rotary: angles `[S, 1 or B, 1, D]`.
+        rotary: of the positions.
         mask: which keys a query sees; None: all up to its own position.
     """
 
-    rotary: Tensor
+    rotary: Rotation
     mask: AttentionMask | None = None
 
 
@@ -40,7 +44,8 @@ def transformer_config(
     """Megatron's configuration for a Llama-style layer on CPU or GPU.
 
     Weights are made on the CPU and left uninitialized (`model.initialization` fills them). The
-    fused kernels of megatron need apex or CUDA and are off.
+    fused kernels of megatron need apex or CUDA and are off. `use_te_activation_func` only says that
+    the layer spec names the activation.
     """
     return TransformerConfig(
         num_layers=config.layers,
@@ -61,6 +66,7 @@ def transformer_config(
         use_cpu_initialization=True,
         perform_initialization=False,
         bias_activation_fusion=False,
+        use_te_activation_func=True,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -73,11 +79,17 @@ def transformer_config(
 def layer_spec(config: TransformerConfig) -> Any:
     """The layer's spec: Transformer Engine's modules if the configuration says so, else megatron's.
 
-    Both give parameters of the same names and shapes, so checkpoints move between them.
+    Norms, activation, and all of attention but its products are this package's: `model.rms_norm`,
+    `model.swiglu`, `model.self_attention`, `model.attention`. Both kinds of modules give
+    parameters of the same names and shapes, so checkpoints move between them.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    spec.submodules.self_attention.module = SelfAttention
     attention.core_attention = ModuleSpec(module=CoreAttention)
+    mlp.activation_func = SwiGLU
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions import transformer_engine as te
 

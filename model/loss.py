@@ -7,6 +7,7 @@ tensor-parallel ranks; three small reductions per chunk make the softmax exact.
 Legend: T tokens, H hidden, V vocabulary, V' this rank's share of it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -91,10 +92,7 @@ def loss_and_gradients(
         torch.mm(logit_gradient, weight, out=hidden_gradient[part])
         if weight_gradient is None:
             continue
-        if weight_gradient.dtype == hidden.dtype:
-            weight_gradient.addmm_(logit_gradient.t(), hidden[part])
-        else:
-            weight_gradient.add_(logit_gradient.t() @ hidden[part])
+        _add_product(weight_gradient, logit_gradient.t(), hidden[part])
     shard.reduce(hidden_gradient)
     return LossAndGradient(loss_sum, hidden_gradient)
 
@@ -174,6 +172,36 @@ def linear_cross_entropy(
     """
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, shard, chunk_tokens)
     return loss
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right` in place, by the product itself wherever it can.
+
+    As a product and a sum apart, a float32 total of bf16 products is written and read once more,
+    and each product is rounded to bf16 before.
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda and product_adds_in_float32(total.device):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left @ right)
+
+
+@functools.cache
+def product_adds_in_float32(device: torch.device) -> bool:
+    """Whether this torch adds a product of bf16 matrices to a float32 one in a single kernel.
+
+    Tried rather than asked for: older versions lack the operation, refuse a float32 sum, or have it
+    on other devices only. The device is waited for, so the first call belongs before training.
+    """
+    total = torch.ones(16, 16, device=device)
+    left = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, left, left, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # NotImplementedError is one of the former
+        return False
+    return bool((total == 17.0).all())
 
 
 def _softmax_dtype(tensor: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ from pipeline.data.batch_order import (
     batch_positions,
     read_steps,
 )
+from pipeline.data.device_copies import batches_on
 from pipeline.data.validation import ValidationSamples
 from pipeline.distributed.agreement import RankFlags
 from pipeline.distributed.signals import StopRequest
@@ -100,7 +101,8 @@ class Trainer:
             batch_samples=self.parts.loader.global_batch_size,
             skip=self.config.data.skip_batches,
         )
-        return read_steps(self.parts.loader, positions, self.config.data.prefetch_steps)
+        steps = read_steps(self.parts.loader, positions, self.config.data.prefetch_steps)
+        return batches_on(self.parts.engine.topology.device, steps)
 
     def _step(self, batches: StepBatches) -> StepResult:
         """One optimizer step, and the progress it makes."""

@@ -42,6 +42,7 @@ _EFFECTS = {
     "train.device": _SUMS,
     "train.head_backward": _SUMS,
     "train.activation_checkpointing": _SPEED,
+    "train.attention": _SUMS,
     "train.loss_chunk_tokens": _SUMS,
     "train.transformer_engine": _SUMS,
     "train.deterministic": _SUMS,

@@ -393,6 +393,8 @@ def settings_without_effect(
         )
     if config.train.init_heads == "fresh" and config.train.init_from is None:
         lines.append("train.init_heads=fresh: train.init_from=null, all of the model is fresh")
+    if device == "cpu" and config.train.attention != "auto":
+        lines.append(f"train.attention={config.train.attention}: on a CPU torch chooses")
     if device == "cpu" and config.train.precision == "bf16":
         lines.append("train.precision=bf16: on a CPU it saves memory, but no time")
     return lines

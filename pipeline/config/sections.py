@@ -30,6 +30,8 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Samples = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+# Products of fewer tokens leave a GPU's cores waiting; a CPU's caches prefer them.
+_GPU_CHUNK_TOKENS, _CPU_CHUNK_TOKENS = 4096, 1024
 
 
 # Control characters, separators of lines and halves of characters.
@@ -147,7 +149,10 @@ class TrainSection(Section):
         head_backward: sequential = one head at a time; joint = the reference.
         activation_checkpointing: full = keep each layer's input only; selective = run the core
             attention again.
-        loss_chunk_tokens: tokens of a micro-batch whose logits exist at once.
+        attention: torch's kernel for causal attention on GPUs: cudnn, flash, efficient or math;
+            auto = the first of them that can be used. On a CPU torch chooses.
+        loss_chunk_tokens: tokens of a micro-batch whose logits exist at once; auto = 4096 on a GPU,
+            1024 on a CPU.
         transformer_engine: use its layers on GPUs where it is installed.
         deterministic: kernels on a GPU that give the same bits each time, at some cost in speed;
             without it a resume repeats to rounding. CPUs always repeat.
@@ -167,7 +172,8 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     head_backward: Literal["sequential", "joint"] = "sequential"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    loss_chunk_tokens: PositiveInt = 1024
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    loss_chunk_tokens: PositiveInt | Literal["auto"] = "auto"
     transformer_engine: bool = False
     deterministic: bool = False
     timeout_s: float = Field(default=600.0, ge=1, le=_YEAR_S)
@@ -176,6 +182,22 @@ class TrainSection(Section):
     init_from: FilePath | None = None
     init_heads: Literal["copy", "fresh"] = "copy"
     freeze: Literal["none", "trunk"] = "none"
+
+    def chunk_tokens(self, device_type: str) -> int:
+        """Tokens whose logits exist at once on a `cuda` or `cpu` device."""
+        if self.loss_chunk_tokens == "auto":
+            return _GPU_CHUNK_TOKENS if device_type == "cuda" else _CPU_CHUNK_TOKENS
+        return self.loss_chunk_tokens
+
+    @field_validator("loss_chunk_tokens", mode="before")
+    @classmethod
+    def _is_a_chunk(cls, chunk: object) -> object:
+        if chunk == "auto" or (type(chunk) is int and chunk > 0):
+            return chunk
+        raise ValueError(
+            f"loss_chunk_tokens={shown(chunk)} must be auto or a whole number above 0; auto is "
+            f"{_GPU_CHUNK_TOKENS} on a GPU and {_CPU_CHUNK_TOKENS} on a CPU"
+        )
 
     @field_validator("freeze")
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from model.errors import TrainingError
 from model.freezing import freeze_parameters, is_trained
 from model.hugging_face.importing import ImportedWeights
+from model.kernels import choose_kernels
 from model.language_model import MultiTokenModel
 from model.layers import transformer_engine_available
 from model.part import ModelPart
@@ -47,7 +48,8 @@ def build_engine(
         imported: initial weights from elsewhere (`model.hugging_face`); None = all fresh.
 
     Raises:
-        ConfigError: this version of DeepSpeed is not supported.
+        ConfigError: this version of DeepSpeed is not supported, or this GPU has not the attention
+            that `train.attention` names.
         TrainingError: what the ranks would save does not cover the model.
     """
     settings = deepspeed_config(
@@ -59,6 +61,7 @@ def build_engine(
     _prepare_communication(topology)
     dtype = DTYPES[precision]
     model = _build_model(config, topology, dtype, settings, imported)
+    choose_kernels(model, config.train.attention, topology.device)
     with fp32_sums_at_level_1():
         wrapped, *_ = deepspeed.initialize(
             model=model,

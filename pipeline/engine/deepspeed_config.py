@@ -9,7 +9,6 @@ from typing import Any
 
 from pipeline.config.run_config import Device, Precision, RunConfig
 
-_PREFETCH_BUCKET_SIZE = 50_000_000
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 _SUB_GROUP_SIZE = 1_000_000_000
 # A sum of bf16 numbers over ranks is off by 0.3 % of the gradient at 8 ranks, 0.8 % at 64 and
@@ -87,6 +86,12 @@ def _reduce_precision(
     return "fp32" if wanted == "auto" and large else "bf16"
 
 
+def _layer_parameters(config: RunConfig) -> int:
+    """Of a layer's tensor-parallel part."""
+    count = config.model.parameter_count()
+    return count.head_layers // config.model.future_tokens // config.parallel.tensor
+
+
 def _zero_optimization(config: RunConfig, level: int, device: Device) -> dict[str, Any]:
     bucket = config.parallel.reduce_bucket_size
     return {
@@ -97,12 +102,16 @@ def _zero_optimization(config: RunConfig, level: int, device: Device) -> dict[st
         # overlapping waits for the whole GPU in every backward (see "timers" above).
         "overlap_comm": device == "cuda" and level == 3,
         "reduce_bucket_size": bucket,
-        "use_multi_rank_bucket_allreduce": True,
+        # Below ZeRO-3 each rank gets the sums of its own partition; True would send all of them to
+        # every rank, twice the traffic.
+        "use_multi_rank_bucket_allreduce": False,
         "allgather_partitions": True,
         "allgather_bucket_size": bucket,
         "round_robin_gradients": False,
         "sub_group_size": _SUB_GROUP_SIZE,
-        "stage3_prefetch_bucket_size": min(bucket, _PREFETCH_BUCKET_SIZE),
+        # A layer is gathered while the one before it computes. Smaller buckets split it, and each
+        # piece costs a launch.
+        "stage3_prefetch_bucket_size": min(bucket, _layer_parameters(config)),
         # Norm weights stay whole on every rank, matrices never do: at any model size the same
         # parameters are partitioned, and a layer gathers its four matrices only.
         "stage3_param_persistence_threshold": config.model.hidden_size,

@@ -53,6 +53,7 @@ class PipelineStage:
     ) -> None:
         self._config = config
         self._topology = topology
+        self._chunk_tokens = config.train.chunk_tokens(topology.device.type)
         self._engine = deepspeed_engine
         self._model: MultiTokenModel = deepspeed_engine.module
         self._share = share
@@ -67,7 +68,7 @@ class PipelineStage:
             functools.partial(
                 micro_batch_order, depths(topology.plan)[topology.stage], num_depths(topology.plan)
             ),
-            chunk_tokens=config.train.loss_chunk_tokens,
+            chunk_tokens=self._chunk_tokens,
             sparse_first_gradient=partitioned,
         )
         share.trace_whole_steps(topology.get_data_parallel_group())
@@ -120,7 +121,7 @@ class PipelineStage:
                 self._model,
                 output,
                 batch,
-                chunk_tokens=self._config.train.loss_chunk_tokens,
+                chunk_tokens=self._chunk_tokens,
                 head_group=self._topology.head_group,
             )
 

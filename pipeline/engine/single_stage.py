@@ -27,6 +27,7 @@ class SingleStage:
     def __init__(self, config: RunConfig, deepspeed_engine: Any, device: torch.device) -> None:
         self._device = device
         self._config = config
+        self._chunk_tokens = config.train.chunk_tokens(device.type)
         self._engine = deepspeed_engine
         self._model: MultiTokenModel = deepspeed_engine.module
 
@@ -40,7 +41,6 @@ class SingleStage:
 
     def _micro_step(self, batch: Batch, scales: Tensor) -> Tensor:
         """Forward and backward of one micro-batch; each head's local loss sum `[n]`."""
-        chunk = self._config.train.loss_chunk_tokens
         if self._config.train.head_backward == "joint":
 
             def joint(trunk_output: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class SingleStage:
                     trunk_output,
                     batch.labels,
                     scales,
-                    chunk_tokens=chunk,
+                    chunk_tokens=self._chunk_tokens,
                     documents=batch.documents,
                 )
 
@@ -64,7 +64,7 @@ class SingleStage:
                 trunk_output,
                 batch.labels,
                 scales,
-                chunk_tokens=chunk,
+                chunk_tokens=self._chunk_tokens,
                 documents=batch.documents,
             )
         self._engine.backward(surrogate, scale_wrt_gas=False)
@@ -84,7 +84,7 @@ class SingleStage:
                 self._model,
                 trunk_output,
                 batch,
-                chunk_tokens=self._config.train.loss_chunk_tokens,
+                chunk_tokens=self._chunk_tokens,
             )
 
         sums: Tensor = self._engine(batch.tokens, heads, documents=batch.documents)

@@ -111,7 +111,8 @@ class _Trained:
 
     def head_outputs(self, tokens: Tensor) -> Tensor:
         """See `_Side`; in between `[S, B, H]`."""
-        context = LayerContext(self._rotary.sequence(tokens.shape[1], tokens.device))
+        rotation = self._rotary.sequence(tokens.shape[1], tokens.device, torch.float32)
+        context = LayerContext(rotation)
         ids, places = tokens.t().unique(return_inverse=True)
         rows = [self._rows("trunk.embedding.weight", row, row + 1) for row in ids.tolist()]
         hidden = torch.cat(rows)[places]

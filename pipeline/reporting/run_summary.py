@@ -3,6 +3,7 @@
 import json
 from typing import NamedTuple
 
+from model.activation_memory import layer_activation_bytes
 from model.config import ModelConfig
 from model.documents import takes_blocks
 from model.part import ModelPart
@@ -16,6 +17,7 @@ from pipeline.config.run_config import (
 )
 from pipeline.engine.deepspeed_config import deepspeed_config
 from pipeline.stages.costs import predicted_idle, stage_costs
+from pipeline.stages.memory import MicroBatch, loss_bytes, stage_activation_bytes
 from pipeline.stages.plan import depths, layer_equivalents, num_depths, plan_text
 
 _GRID_WIDTH = 8
@@ -85,6 +87,7 @@ def summarize_run(
         f"compute       {flops:.4g} FLOPs per token, {flops * tokens:.4g} per step, "
         f"{flops * tokens * config.last_step:.4g} for the run",
     ]
+    lines += _memory(config, device, precision)
     if config.data.document_mask:
         form = "torch's flex attention" if takes_blocks(device, model.head_dim) else "a bias"
         lines.append(
@@ -98,6 +101,37 @@ def summarize_run(
         for line in settings_without_effect(config, data_parallel_size=data_size, device=device)
     ]
     return RunSummary(lines, json.dumps(settings, indent=2), to_yaml(config))
+
+
+def _memory(config: RunConfig, device: Device, precision: Precision) -> list[str]:
+    """What the stage that keeps the most keeps for backward, and the loss's chunks."""
+    train, model, plan = config.train, config.model, config.stage_plan
+    micro = MicroBatch(
+        tokens=config.batch.micro_size * config.data.sequence_length,
+        tensor_size=config.parallel.tensor,
+        element_bytes=2 if precision == "bf16" else 4,
+        checkpointing=train.activation_checkpointing,
+        accumulation=config.batch.accumulation,
+    )
+    kept = max(
+        stage_activation_bytes(plan, stage, model, micro, trunk_trained=train.freeze == "none")
+        for stage in range(len(plan))
+    )
+    layer = layer_activation_bytes(
+        model,
+        tokens=micro.tokens,
+        checkpointing=micro.checkpointing,
+        tensor_size=micro.tensor_size,
+        element_bytes=micro.element_bytes,
+    )
+    chunk = train.chunk_tokens(device)
+    return [
+        f"activations   {kept / 2**30:.3g} GiB on a rank at most, {layer / 2**30:.3g} GiB of them "
+        f"for a layer (train.activation_checkpointing={train.activation_checkpointing})",
+        f"loss          {chunk:,} tokens at a time (train.loss_chunk_tokens="
+        f"{train.loss_chunk_tokens}), {loss_bytes(model, micro, chunk) / 2**30:.3g} GiB of logits "
+        "and gradients",
+    ]
 
 
 def _stages(config: RunConfig, data_size: int) -> list[str]:

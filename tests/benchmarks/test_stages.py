@@ -115,9 +115,10 @@ def test_stages_divide_memory_and_keep_micro_batches(work: Work) -> None:
     of_stages = [memory(work, five, MACHINE, stage) for stage in range(5)]
     assert max(of_stages) == of_stages[0]
     assert of_stages[4] == min(of_stages)  # heads keep z alone
-    layer_input = 4096 * 4096 * 2
-    units = 16.5 + 5 * 11008 / 4096
-    assert of_stages[1] - of_stages[2] == pytest.approx(7 * units * layer_input)
+    # 4 for norms, 4 for attention, the feed-forward layer; 136 bytes for heads and norms.
+    token = (8 * 4096 + 3 * 11008) * 2 + 136
+    assert work.model.kv_heads == 32
+    assert of_stages[1] - of_stages[2] == pytest.approx(7 * token * 4096)
     partitioned = replace(five, zero=3, data=8)
     assert memory(work, partitioned, MACHINE, 1) < of_stages[1]
 

@@ -17,6 +17,7 @@ from model.loss import (
     linear_cross_entropy,
     loss_and_gradients,
     loss_and_predictions,
+    product_adds_in_float32,
 )
 from tests.support.harness import run_ranks
 
@@ -338,3 +339,20 @@ def test_bf16_weight_gradient_accumulates_in_float32() -> None:
         hidden, weight, labels, shard=WHOLE, scale=1e-4, weight_gradient=buffer, chunk_tokens=TOKENS
     )
     torch.testing.assert_close(buffer - 1, alone, rtol=0, atol=2**-23)
+
+
+def test_sums_apart_where_no_product_adds_in_float32() -> None:
+    """On a CPU torch has no such product, which is found out by trying."""
+    assert not product_adds_in_float32(torch.device("cpu"))
+
+
+def test_the_product_that_adds_has_the_shapes_of_a_sum() -> None:
+    """Torch accepts the call that runs on GPUs: transposed factor, float32 sum that is the result.
+
+    On the meta device, where operations check their arguments and compute nothing.
+    """
+    total = torch.empty(6, 4, device="meta")
+    left = torch.empty(5, 6, dtype=torch.bfloat16, device="meta").t()
+    right = torch.empty(5, 4, dtype=torch.bfloat16, device="meta")
+    found = torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    assert found is total

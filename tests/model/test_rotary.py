@@ -1,15 +1,11 @@
-"""Rotary angles: those of transformers' Llama, in the form megatron's attention takes."""
+"""Rotary positions: those of transformers' Llama, and queries and keys turned by them."""
 
 import pytest
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from model.layers import transformer_config
-from model.process_groups import ensure_single_process
 from model.rotary import RotaryTable
-from tests.support.tiny_model import tiny_config
 
 HEAD_DIM = 8
 # Angles are float32: near position 4000 they are rounded to 2^-12.
@@ -31,38 +27,43 @@ def test_angles_equal_those_of_transformers(theta: float) -> None:
     """Cosines and sines agree for positions 0 .. 4095."""
     positions = torch.arange(4096).unsqueeze(0)
     cos, sin = llama_rotary(theta)(torch.zeros(1), positions)
-    angles = RotaryTable(HEAD_DIM, theta).sequence(4096, torch.device("cpu"))
-    assert angles.shape == (4096, 1, 1, HEAD_DIM)
-    torch.testing.assert_close(angles.cos()[:, 0, 0], cos[0], rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(angles.sin()[:, 0, 0], sin[0], rtol=0, atol=TOLERANCE)
-
-
-def test_megatron_rotates_with_them_as_llama_does() -> None:
-    """The rotated queries are those of transformers: the convention of halves is the same."""
-    ensure_single_process()
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(50, 2, 3, HEAD_DIM, generator=generator)  # [S, B, A, D]
-    angles = RotaryTable(HEAD_DIM, 10000.0).angles(torch.arange(50))
-    ours = apply_rotary_pos_emb(query, angles, transformer_config(tiny_config()))
-    cos, sin = llama_rotary(10000.0)(query, torch.arange(50).unsqueeze(0))
-    by_head = query.permute(1, 2, 0, 3)
-    theirs, _ = modeling_llama.apply_rotary_pos_emb(by_head, by_head, cos, sin)
-    torch.testing.assert_close(ours.permute(1, 2, 0, 3), theirs, rtol=0, atol=1e-5)
+    rotation = RotaryTable(HEAD_DIM, theta).sequence(4096, torch.device("cpu"), torch.float32)
+    for ours, theirs in zip(rotation, (cos, sin), strict=True):
+        assert ours.shape == (4096, 1, 1, HEAD_DIM // 2)
+        twice = torch.cat((ours, ours), dim=-1)[:, 0, 0]  # Llama keeps both halves, which are alike
+        torch.testing.assert_close(twice, theirs[0], rtol=0, atol=TOLERANCE)
 
 
 def test_positions_of_each_row() -> None:
     """[B, S] positions give each sequence its own angles, those of the sequence table."""
     table = RotaryTable(HEAD_DIM, 10000.0)
     positions = torch.tensor([[3, 4, 5], [17, 18, 19]])
-    angles = table.angles(positions)
-    assert angles.shape == (3, 2, 1, HEAD_DIM)
-    sequence = table.sequence(20, torch.device("cpu"))[:, 0, 0]
-    for index in range(2):
-        assert torch.equal(angles[:, index, 0], sequence[positions[index]])
+    rotation = table.rotation(positions, torch.float32)
+    sequence = table.sequence(20, torch.device("cpu"), torch.float32)
+    for found, expected in zip(rotation, sequence, strict=True):
+        assert found.shape == (3, 2, 1, HEAD_DIM // 2)
+        for index in range(2):
+            assert torch.equal(found[:, index, 0], expected[positions[index], 0, 0])
 
 
 def test_the_table_is_not_cast_with_the_weights() -> None:
-    """Angles stay float32 in a bf16 run, where positions past 256 would fall together."""
-    angles = RotaryTable(HEAD_DIM, 10000.0).sequence(1000, torch.device("cpu"))
+    """Angles stay float32 in a bf16 run, where positions past 256 would fall together.
+
+    Cosines and sines are rounded once, from those of the float32 angles.
+    """
+    table = RotaryTable(HEAD_DIM, 10000.0)
+    angles = table.angles(torch.arange(1000))
     assert angles.dtype == torch.float32
     assert len(angles[:, 0, 0, 0].unique()) == 1000
+    rounded = table.sequence(1000, torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(rounded.cos, angles.cos().bfloat16())
+    assert torch.equal(rounded.sin, angles.sin().bfloat16())
+
+
+def test_cosines_are_made_once_for_a_length() -> None:
+    """The second forward of this length and dtype takes the first one's."""
+    table, cpu = RotaryTable(HEAD_DIM, 10000.0), torch.device("cpu")
+    first = table.sequence(9, cpu, torch.float32)
+    assert table.sequence(9, cpu, torch.float32) is first
+    assert table.sequence(9, cpu, torch.bfloat16) is not first
+    assert table.sequence(8, cpu, torch.float32) is not first

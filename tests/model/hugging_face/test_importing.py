@@ -33,8 +33,8 @@ from tests.support.tiny_llama import (
 from tests.support.tiny_model import head_logits
 
 TOKENS = torch.randint(VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(0))
-# fp32, logits up to 5, summed in another order
-TOLERANCE = 1e-5
+# fp32, logits up to 5, other orders of sums and products
+TOLERANCE = 2e-5
 HEAD_1, HEAD_2, HEAD_3 = (f"heads.layers.{k}.block.mlp.linear_fc1.weight" for k in (1, 2, 3))
 
 

@@ -20,8 +20,8 @@ from tests.support.tiny_export import VOCABULARY, export_tiny
 from tests.support.tiny_model import head_logits
 
 TOKENS = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
-# fp32, logits up to 20, summed in another order
-TOLERANCE = 1e-5
+# fp32, logits up to 20; either side is up to 2.7e-5 from the same model in float64
+TOLERANCE = 3e-5
 
 # Run where nothing of this project can be imported.
 _ELSEWHERE = """

@@ -1,6 +1,7 @@
 """Run configuration: files, overrides, every problem at once, and what depends on the machine."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pydantic import ValidationError
@@ -406,3 +407,36 @@ def test_a_version_is_a_number(small: Path, version: str) -> None:
     small.write_text(f"version: {version}\n" + small.read_text())
     with pytest.raises(ConfigError, match="is not the version of a configuration; leave it out"):
         load_config(small)
+
+
+def test_chunks_of_the_loss_follow_the_device_unless_a_number_is_given(small: Path) -> None:
+    """The default is auto; the resolved YAML keeps what was asked for."""
+    config = load_config(small)
+    assert config.train.loss_chunk_tokens == "auto"
+    assert (config.train.chunk_tokens("cuda"), config.train.chunk_tokens("cpu")) == (4096, 1024)
+    config = load_config(small, ["train.loss_chunk_tokens=512"])
+    assert (config.train.chunk_tokens("cuda"), config.train.chunk_tokens("cpu")) == (512, 512)
+    small.write_text(to_yaml(config))
+    assert load_config(small) == config
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "all", "1.5", "true", "null"])
+def test_other_chunks_are_refused_in_one_line(small: Path, value: str) -> None:
+    """With what auto stands for."""
+    (line,) = refusal(small, f"train.loss_chunk_tokens={value}")
+    assert line.startswith("train.loss_chunk_tokens=")
+    assert "must be auto or a whole number above 0; auto is 4096 on a GPU and 1024" in line
+
+
+def test_attention_has_no_effect_on_a_cpu(small: Path) -> None:
+    """It is said at the start; a name that is no kernel is refused with those that are."""
+    config = load_config(small, ["train.attention=flash"])
+
+    def lines(device: Literal["cpu", "cuda"]) -> list[str]:
+        found = settings_without_effect(config, data_parallel_size=2, device=device)
+        return [line for line in found if "attention" in line]
+
+    assert lines("cpu") == ["train.attention=flash: on a CPU torch chooses"]
+    assert lines("cuda") == []
+    (line,) = refusal(small, "train.attention=fast")
+    assert "use one of: auto, cudnn, flash, efficient or math" in line

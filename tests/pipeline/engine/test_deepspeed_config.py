@@ -73,6 +73,18 @@ def test_the_timer_that_waits_for_the_device_is_off() -> None:
     assert not read.timers_config.synchronized
 
 
+def test_zero_3_gathers_a_layer_ahead() -> None:
+    """Its size comes from the model; a smaller bucket for reducing bounds it."""
+    written = keys("parallel.reduce_bucket_size=500000000")["zero_optimization"]
+    model = load_config(QUICKSTART, []).model
+    layer = model.parameter_count().head_layers // model.future_tokens
+    assert written["stage3_prefetch_bucket_size"] == layer
+    assert (
+        keys("parallel.reduce_bucket_size=1000")["zero_optimization"]["stage3_prefetch_bucket_size"]
+        == 1000
+    )
+
+
 def test_clipping_off_is_written_as_zero() -> None:
     """DeepSpeed's default would clip at 1.0, so 0 is written out."""
     assert keys("optimizer.gradient_clipping=0")["gradient_clipping"] == 0.0

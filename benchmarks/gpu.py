@@ -1,0 +1,257 @@
+"""Everything that one GPU can show, in at most ten minutes; see `benchmarks/gpu.sh`.
+
+Pieces run in the order of their worth, each in processes of its own. What a piece has found is
+written at once to results/gpu-cuda/PIECE.json and is not measured again by the next call on the
+same commit, so that a call that was cut off goes on. The tables come from what is there.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and not __package__:
+    # Run by path, Python puts this folder first; the packages are found from its parent.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.gpu_points import Point
+from benchmarks.gpu_tables import line, tables
+from benchmarks.tables import replace_section
+
+ROOT = Path(__file__).resolve().parent.parent
+Found = dict[str, Any]
+
+MICRO = {"0.3b": 8, "1b": 4, "3b": 2, "tiny": 2}
+
+
+def points(piece: str, size: str) -> list[Point]:
+    """The points of a piece that trains; `size` is the one that its variations are of."""
+    base = Point(size, micro=MICRO[size])
+    sizes = [size] if size == "tiny" else ["1b", "0.3b", "3b"]
+    found = {
+        "heads": [Point(s, heads=n, micro=MICRO[s]) for s in sizes for n in (4, 1, 2, 8)],
+        "joint": [replace(base, heads=n, backward="joint", micro=1) for n in (1, 4)]
+        + [replace(base, heads=n, micro=1) for n in (1, 4)],
+        "memory": [
+            replace(base, heads=n, vocabulary=v, accumulation=1, micro=1)
+            for v in (131_072, 32_768)
+            for n in (1, 8)
+        ],
+        "zero": [replace(base, zero=zero) for zero in (0, 2, 3)],
+        "checkpointing": [replace(base, checkpointing=mode) for mode in ("selective", "full")],
+        "attention": [replace(base, attention=name) for name in ("cudnn", "flash", "efficient")],
+        "chunk": [replace(base, chunk=tokens) for tokens in (1024, 2048, 8192)],
+        "documents": [replace(base, documents=True)],
+    }[piece]
+    if size == "tiny":
+        found = [
+            replace(p, sequence=64, accumulation=2, steps=1, vocabulary=p.vocabulary // 64)
+            for p in found
+            if p.attention == "auto"
+        ]
+    return found
+
+
+class Budget:
+    """The time that is left.
+
+    Args:
+        minutes: of the whole call.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    def left_s(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; give its exit status: 1 when something that ran has failed."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="gpu.sh")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes, to try the script")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of the whole call")
+    parser.add_argument("--only", nargs="+", metavar="PIECE", help=f"of {', '.join(PIECES)}")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", metavar="DIR")
+    options = parser.parse_args(arguments)
+    folder = options.output / "results" / f"gpu-{options.device}"
+    folder.mkdir(parents=True, exist_ok=True)
+    size = "tiny" if options.tiny else "1b"
+    budget = Budget(options.minutes)
+    for name in options.only or PIECES:
+        path = folder / f"{name}.json"
+        found = _earlier(path)
+        if found.get("complete"):
+            print(f"{name}: measured before on this commit", flush=True)
+            continue
+        started = time.monotonic()
+        if budget.left_s() < 20:
+            print(f"{name}: no time is left; call again to go on", flush=True)
+            continue
+        PIECES[name](options.device, size, budget, found, lambda now: _write(path, now))  # noqa: B023
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    results = {name: _earlier(folder / f"{name}.json") for name in PIECES}
+    section = tables(results, options.device)
+    print(section)
+    if options.device == "cuda":
+        replace_section(options.output / "README.md", "gpu", section)
+    return 1 if any(found.get("failures") for found in results.values()) else 0
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "not a clone"
+
+
+def _earlier(path: Path) -> Found:
+    """What was found before on this commit."""
+    try:
+        found: Found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if found.get("commit") == _commit() else {}
+
+
+def _write(path: Path, found: Found) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found | {"commit": _commit()}, indent=1) + "\n", "utf-8")
+    partial.replace(path)
+
+
+Keep = Callable[[Found], None]
+
+
+def _run_tests(device: str, _: str, budget: Budget, found: Found, keep: Keep) -> None:
+    """tests/gpu, as many as the time allows."""
+    report = Path(os.environ.get("TMPDIR", "/tmp")) / f"headway-gpu-tests-{os.getpid()}.txt"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=50", "tests/gpu"]
+    with report.open("w") as output:
+        try:
+            code = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"HEADWAY_TEST_DEVICE": device},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=min(240, budget.left_s()),
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+    lines = report.read_text(errors="replace").splitlines()
+    print("\n".join(lines[-15:]), flush=True)
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if code not in (0, -1) and not failures:
+        failures = lines[-1:]
+    summary = lines[-1] if lines and code != -1 else "cut off by the time limit"
+    keep(found | {"summary": summary, "failures": failures, "complete": code != -1})
+
+
+def _train(piece: str) -> Callable[[str, str, Budget, Found, Keep], None]:
+    """A piece of training points."""
+
+    def run(device: str, size: str, budget: Budget, found: Found, keep: Keep) -> None:
+        rows: dict[str, Found] = dict(found.get("rows", {}))
+        wanted = points(piece, size)
+        for point in wanted:
+            if str(point) in rows:
+                continue
+            if budget.left_s() < 20:
+                return
+            is_traced = piece == "heads" and point == wanted[0]
+            rows[str(point)] = in_own_process(point, device, is_traced, budget.left_s())
+            print(line(rows[str(point)]), flush=True)
+            failures = [f"{name}: {row['error']}" for name, row in rows.items() if "error" in row]
+            keep({"rows": rows, "failures": failures, "complete": len(rows) == len(wanted)})
+
+    return run
+
+
+def in_own_process(point: Point, device: str, trace: bool, timeout_s: float) -> Found:
+    """Measure a point in a fresh process; its error instead, when it fails."""
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_child, args=(sender, point, device, trace)
+    )
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(min(timeout_s, 150)):
+            answer: Found = receiver.recv()
+        else:
+            answer = vars(point) | {"error": "took too long"}
+    except EOFError:
+        answer = vars(point) | {"error": "its process ended"}
+    process.kill()
+    process.join()
+    return answer
+
+
+def _child(sender: Any, point: Point, device: str, trace: bool) -> None:
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    from benchmarks.gpu_points import measure
+
+    try:
+        sender.send(measure(point, device, trace))
+    except BaseException as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        sender.send(vars(point) | {"error": f"{type(error).__name__}: {first_line}"[:300]})
+
+
+def _script(name: str, *options: str) -> Callable[[str, str, Budget, Found, Keep], None]:
+    """Another benchmark of this folder, which writes its own tables."""
+
+    def run(device: str, size: str, budget: Budget, found: Found, keep: Keep) -> None:
+        tiny = [options[0]] if size == "tiny" else list(options[1:])
+        command = [sys.executable, str(ROOT / "benchmarks" / name), "--device", device, *tiny]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=max(budget.left_s(), 1),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{name}: cut off by the time limit", flush=True)
+            return
+        print(done.stdout[-3000:], flush=True)
+        failures = [] if done.returncode == 0 else [done.stderr.strip()[-500:]]
+        keep(found | {"summary": done.stdout[-6000:], "failures": failures, "complete": True})
+
+    return run
+
+
+PIECES: dict[str, Callable[[str, str, Budget, Found, Keep], None]] = {
+    "tests": _run_tests,
+    "heads": _train("heads"),
+    "memory": _train("memory"),
+    "zero": _train("zero"),
+    "attention": _train("attention"),
+    "chunk": _train("chunk"),
+    "joint": _train("joint"),
+    "checkpointing": _train("checkpointing"),
+    "documents": _train("documents"),
+    "training": _script("training.py", "--tiny", "--turns", "3"),
+    "decoding": _script("decoding.py", "--quick"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

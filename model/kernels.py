@@ -1,0 +1,35 @@
+"""Which kernels a model computes with on this device; chosen once, before training."""
+
+import logging
+
+import torch
+
+from model.attention_backend import BackendChoice
+from model.language_model import MultiTokenModel
+from model.loss import product_adds_in_float32
+
+logger = logging.getLogger(__name__)
+
+
+def choose_kernels(model: MultiTokenModel, attention: BackendChoice, device: torch.device) -> None:
+    """Choose, try what has to be tried, and say what came out.
+
+    Args:
+        model: this rank's part of the model.
+        attention: what the run asks for.
+        device: where it runs.
+
+    Raises:
+        ConfigError: the attention asked for cannot be used here.
+    """
+    backend = model.choose_attention(attention, device)
+    if backend is None:
+        logger.info("attention     by torch's own choice, as on every CPU")
+        return
+    logger.info("attention     by %s (train.attention=%s)", backend, attention)
+    if model.dtype == torch.bfloat16 and not product_adds_in_float32(device):
+        logger.info(
+            "unembedding   its gradient is added up by a product and a sum: this torch (%s) has no "
+            "product that does both",
+            torch.__version__,
+        )

@@ -1,0 +1,85 @@
+"""`benchmarks/gpu.sh` on a CPU: it measures, keeps what it has, and does not measure twice."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu import PIECES, main, points
+from benchmarks.gpu_points import Point
+from pipeline.config.run_config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_point_is_a_valid_run() -> None:
+    """In the sizes for a GPU and in the tiny ones, and no piece is empty."""
+    for size in ("1b", "tiny"):
+        for piece in (
+            *("heads", "memory", "zero", "checkpointing", "chunk", "documents", "joint"),
+            "attention",
+        ):
+            found = points(piece, size)
+            assert found or (piece, size) == ("attention", "tiny")
+            for point in found:
+                for device in ("cuda", "cpu"):
+                    RunConfig.model_validate(point.configuration(device))
+
+
+def test_the_sizes_are_what_they_are_called() -> None:
+    """0.3, 1.3 and 3 billion parameters, whatever the number of heads."""
+    for size, least, most in (("0.3b", 0.2e9, 0.35e9), ("1b", 1.2e9, 1.5e9), ("3b", 2.6e9, 3.4e9)):
+        counts = set()
+        for heads in (1, 2, 4, 8):
+            config = RunConfig.model_validate(Point(size, heads=heads).configuration("cuda"))
+            counts.add(config.model.parameter_count().total)
+        assert len(counts) == 1
+        assert least < counts.pop() < most
+
+
+def test_a_call_goes_on_where_the_last_one_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two points of which one was measured; a failing one is reported, and nothing is lost."""
+    two = [Point("tiny", micro=1, accumulation=1, sequence=32, vocabulary=64, steps=1)]
+    two.append(Point("tiny", heads=99, micro=1))  # more heads than layers: refused
+    monkeypatch.setattr(gpu, "points", lambda *_: two)
+    arguments = ["--device", "cpu", "--tiny", "--only", "zero", "--output", str(tmp_path)]
+    assert main([*arguments, "--minutes", "5"]) == 1
+    path = tmp_path / "results" / "gpu-cpu" / "zero.json"
+    found = json.loads(path.read_text())
+    assert found["complete"]
+    assert len(found["failures"]) == 1
+    row = found["rows"][str(two[0])]
+    assert row["tokens_per_s"] > 0
+    assert row["peak_gib"] > 0
+    assert "| tiny | 4 | 1 | 1 x 32 |" in capsys.readouterr().out
+    before = path.stat().st_mtime_ns
+    assert main([*arguments, "--minutes", "0"]) == 1
+    assert path.stat().st_mtime_ns == before
+    assert "measured before on this commit" in capsys.readouterr().out
+
+
+def test_the_script_is_bash_and_knows_its_pieces() -> None:
+    """It parses, and its help names every piece."""
+    script = ROOT / "benchmarks" / "gpu.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.stat().st_mode & 0o111
+    assert {"tests", "heads", "memory", "training", "decoding"} <= PIECES.keys()
+
+
+@pytest.mark.stress
+def test_the_whole_script_on_a_cpu(tmp_path: Path) -> None:
+    """Every piece, in its tiny size."""
+    command = ["benchmarks/gpu.sh", "--device", "cpu", "--tiny", "--minutes", "30"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
