@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.decoding.cache import wide_enough
 from model.decoding.choosing import Chooser, Drafts
-from model.decoding.network import Network
-from model.decoding.prefill import prefill
 from model.decoding.sampling import GREEDY, Sampling
 from model.errors import CheckpointError
+from model.inference.cache import wide_enough
+from model.inference.network import Network
+from model.inference.prefill import prefill
 
 
 class Step(NamedTuple):

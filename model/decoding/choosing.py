@@ -35,7 +35,7 @@ class Chooser:
         device: where the logits are.
 
     Attributes:
-        sound: `[B]` bool, whether all logits that the last call drew from were finite.
+        sound: `[B]` bool, whether the last distributions were; not so of infinite logits.
     """
 
     def __init__(
@@ -60,16 +60,17 @@ class Chooser:
         logits = self._penalized(logits)
         if self.sampling.greedy:
             return logits.argmax(-1)
-        self.sound = logits.isfinite().all(-1)
-        return draw(distribution(logits, self.sampling), self._uniforms.next(1)[:, 0])
+        target = distribution(logits, self.sampling)
+        self.sound = _sound(target)
+        return draw(target, self._uniforms.next(1)[:, 0])
 
     def draft(self, logits: Tensor) -> Drafts:
         """Drafts from logits `[g, B, V]` of heads 2 .. g + 1."""
         logits = self._penalized(logits).transpose(0, 1)
         if self.sampling.greedy:
             return Drafts(logits.argmax(-1), None)
-        self.sound = self.sound & logits.isfinite().all(-1).all(-1)
         drafts = distribution(logits, self.sampling)
+        self.sound = self.sound & _sound(drafts).all(-1)
         return Drafts(draw(drafts, self._uniforms.next(logits.shape[1])), drafts)
 
     def verify(self, logits: Tensor, drafts: Drafts) -> Verdict:
@@ -77,8 +78,8 @@ class Chooser:
         logits = self._penalized_along(logits, drafts.tokens)
         if self.sampling.greedy:
             return accept_greedy(logits.argmax(-1), drafts.tokens)
-        self.sound = logits.isfinite().all(-1).all(-1)
         target = distribution(logits, self.sampling)
+        self.sound = _sound(target).all(-1)
         uniforms = self._uniforms.next(target.shape[1])
         if drafts.distributions is None:
             kept = torch.zeros(len(target), dtype=torch.long, device=target.device)
@@ -110,3 +111,8 @@ class Chooser:
             token = drafts[:, column, None, None].expand(-1, later.shape[1], 1)
             later.scatter_(2, token, True)
         return penalize(logits, seen, self.sampling.repetition_penalty)
+
+
+def _sound(distributions: Tensor) -> Tensor:
+    """`[...]` whether distributions `[..., V]` are made of numbers."""
+    return distributions.sum(-1).isfinite()

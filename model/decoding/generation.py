@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from model.decoding.chain import ChainDecoder, Step
-from model.decoding.network import Network
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.stopping import Ending, StopStrings
+from model.inference.network import Network
 
 
 class Decoder(Protocol):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.decoding.network import Network
 from model.hugging_face.loading import build_model
 from model.hugging_face.names import hf_names, split
+from model.inference.network import Network
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
 from model.parameter_shapes import parameter_shapes

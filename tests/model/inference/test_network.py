@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.decoding.loading import load_network
-from model.decoding.network import Network
-from model.decoding.prefill import prefill
 from model.hugging_face.modeling_headway import HeadwayForCausalLM
+from model.inference.loading import load_network
+from model.inference.network import Network
+from model.inference.prefill import prefill
 from tests.support.tiny_export import export_tiny
 from tests.support.tiny_model import head_logits, tiny_config, tiny_model, tiny_network
 

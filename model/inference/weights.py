@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.decoding.norm import RMSNorm
 from model.hugging_face.names import EXTRA_HEADS
+from model.inference.norm import RMSNorm
 
 Read = Callable[[str], Tensor]
 

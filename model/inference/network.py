@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.decoding.cache import Block, Cache
-from model.decoding.norm import RMSNorm
-from model.decoding.weights import HeadWeights, LayerWeights, NetworkWeights, Read, read_weights
+from model.inference.cache import Block, Cache
+from model.inference.norm import RMSNorm
+from model.inference.weights import HeadWeights, LayerWeights, NetworkWeights, Read, read_weights
 from model.rotary import RotaryTable
 
 _FIRST_POSITIONS = 1024

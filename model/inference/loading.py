@@ -6,9 +6,9 @@ from typing import NamedTuple
 import tokenizers
 import torch
 
-from model.decoding.network import Network
 from model.hugging_face.folder import ExportRecord
 from model.hugging_face.loading import DTYPES, open_export
+from model.inference.network import Network
 
 
 class LoadedNetwork(NamedTuple):

@@ -6,8 +6,8 @@ Legend: B rows, S longest prompt, W keys looked at, M heads, H hidden, V vocabul
 import torch
 from torch import Tensor
 
-from model.decoding.cache import Cache, wide_enough
-from model.decoding.network import Network
+from model.inference.cache import Cache, wide_enough
+from model.inference.network import Network
 
 # Positions of a piece, and the most elements of a later piece's mask.
 _PIECE = 512
