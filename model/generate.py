@@ -214,9 +214,12 @@ def _run(
 ) -> Run:
     from model.decoding.chain import ChainDecoder
     from model.decoding.generation import collect, stream
+    from model.decoding.tree import TreeDecoder
 
     seeds = [(options.seed + row) % (1 << 63) for row in range(len(prompts))]
     decoder = ChainDecoder(loaded.network, heads=heads, sampling=_sampling(options), seeds=seeds)
+    if options.tree:
+        decoder = TreeDecoder(loaded.network, heads=heads, spread=options.tree)
     start = time.perf_counter()
     try:
         pieces = stream(

@@ -12,6 +12,7 @@ from model.errors import ConfigError
 EXIT_DIFFERENT = 3
 
 _MOST_NEW_TOKENS = 1 << 20
+_WIDEST_TREE = 8
 
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -25,6 +26,13 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given many times")
     add("--prompt-file", type=Path, metavar="FILE", help="one more prompt from a file, - = stdin")
     add("--heads", type=int, metavar="K", help="heads to use, 1 = plain decoding (all)")
+    add(
+        "--tree",
+        type=int,
+        default=0,
+        metavar="R",
+        help="also verify the heads' next likeliest tokens, ranks up to R in sum (0: a chain)",
+    )
     add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (all)")
@@ -111,6 +119,15 @@ def _check_sampling(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--repetition-penalty {options.repetition_penalty:g} must be from 0.001 to 1,000; "
             "1 is none"
+        )
+    if not 0 <= options.tree <= _WIDEST_TREE:
+        raise ConfigError(
+            f"--tree {options.tree} must be from 0 to {_WIDEST_TREE}; 0 is a chain of drafts"
+        )
+    if options.tree and (options.temperature != 0 or options.repetition_penalty != 1):
+        raise ConfigError(
+            "--tree is for the likeliest tokens alone, without --temperature or "
+            "--repetition-penalty; leave --tree out"
         )
     filters = {"--top-k": options.top_k != 0, "--top-p": options.top_p != 1}
     filters["--min-p"] = options.min_p != 0

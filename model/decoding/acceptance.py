@@ -77,3 +77,25 @@ def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainProbabil
 def leading(right: Tensor) -> Tensor:
     """`[B]` number of true values before the first false one in each row of `[B, g]`."""
     return right.long().cumprod(1).sum(1)
+
+
+def accept_tree(best: Tensor, tokens: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Greedy-exact: the deepest node that is reached by head 1's likeliest tokens alone.
+
+    Args:
+        best: `[B, N]` the likeliest token after each node.
+        tokens: `[B, N]` of the nodes; the root, node 0, is committed already.
+        levels: for each depth from 1 its nodes and their parents, as numbers of nodes. Children of
+            one node have different tokens, so no more than one of them is right.
+
+    Returns:
+        `[B]` numbers of nodes.
+    """
+    node = torch.zeros_like(tokens[:, 0])
+    right = torch.zeros_like(tokens, dtype=torch.bool)
+    right[:, 0] = True
+    for nodes, parents in levels:
+        here = right[:, parents] & (tokens[:, nodes] == best[:, parents])
+        right[:, nodes] = here
+        node = torch.where(here.any(1), nodes[here.long().argmax(1)], node)
+    return node

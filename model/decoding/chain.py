@@ -55,7 +55,7 @@ class ChainDecoder:
         logprobs: whether to compute them.
 
     Attributes:
-        block_tokens: k, the most tokens of a step.
+        most_pending: tokens of a step's forward in each row.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ChainDecoder:
     ) -> None:
         assert 1 <= heads <= network.num_heads, heads
         self.network = network
-        self.block_tokens = heads
+        self.most_pending = heads
         self.sampling = sampling
         self.logprobs = logprobs
         self._heads = heads
@@ -97,7 +97,7 @@ class ChainDecoder:
         vocab_size = self.network.config.vocab_size
         self._chooser = Chooser(self.sampling, seeds, vocab_size, device)
         self._chooser.see(tokens, torch.arange(longest, device=device) < lengths.unsqueeze(1))
-        capacity = longest + max_new_tokens + self._heads
+        capacity = longest + max_new_tokens + self.most_pending
         self.cache = self.network.new_cache(len(prompts), capacity)
         logits = prefill(self.network, self.cache, tokens, lengths, self._heads)
         self._following = self._chooser.first(logits[0])

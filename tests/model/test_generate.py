@@ -101,6 +101,8 @@ def test_bf16_runs(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--repetition-penalty", "0"], "--repetition-penalty 0 must be from 0.001 to 1,000"),
         (["--top-p", "0.5"], "--top-p has no effect at temperature 0"),
         (["--stop", ""], "--stop is empty"),
+        (["--tree", "9"], "--tree 9 must be from 0 to 8"),
+        (["--tree", "1", "--temperature", "1"], "--tree is for the likeliest tokens alone"),
         (["--stream", "--prompt", "b"], "--stream shows one text as it comes, not 2 prompts"),
         (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
         (["--prompt", "x" * 64], "prompt 2 has 64 tokens, the model was trained on sequences of"),
@@ -190,6 +192,17 @@ def test_a_prompt_may_come_from_a_file_or_stdin(
     path.write_bytes(b"\xff\xfe")
     assert main([str(export), "--prompt-file", str(path)]) == EXIT_USER_ERROR
     assert "prompt 1 is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_tree_prints_the_same_text(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its outputs are equal to those of one head, in no more forwards than a chain takes."""
+    arguments = [str(export), "--prompt", "ab", "--prompt", "d", "--max-new-tokens", "30"]
+    chain = output(capsys, *arguments, "--compare", "--ids")
+    tree = output(capsys, *arguments, "--compare", "--ids", "--tree", "3")
+    assert printed_ids(tree) == printed_ids(chain)
+    assert "outputs are equal" in tree
+    forwards = [int(re.findall(r"4 heads: \d+ tokens, (\d+)", out)[0]) for out in (chain, tree)]
+    assert forwards[1] <= forwards[0]
 
 
 def test_no_prompt_is_refused(export: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import transformers
 
 from model.decoding.chain import ChainDecoder
 from model.decoding.generation import Decoder, collect, stream
+from model.decoding.tree import TreeDecoder
 from model.inference.loading import load_network
 from model.inference.network import Network
 from pipeline.exporting.writing import write_export
@@ -38,6 +39,7 @@ CASES = [
 ]
 DECODERS: dict[str, Callable[[Network, int], Decoder]] = {
     "chain": lambda network, heads: ChainDecoder(network, heads=heads),
+    "tree": lambda network, heads: TreeDecoder(network, heads=heads, spread=2),
 }
 
 

@@ -1,0 +1,298 @@
+"""Speed of decoding an export: 1 to n heads as chains, trees, and `transformers` on the same files.
+
+`python benchmarks/decoding.py [EXPORT]` takes the export of the quickstart unless another is named.
+All arms read the same weights and continue the same prompts by the same number of tokens, in one
+process and in turn; the best of the rounds counts, since other work can only add. On a CPU one
+thread computes, and its own time counts instead of the clock's. *transformers* is `generate` of the
+plain Llama in the folder, *prompt lookup* its speculative decoding with n-grams of the text.
+`--quick` takes few tokens and rounds and writes nothing.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__" and not __package__:
+    # Run by path, Python puts this folder first; the packages are found from its parent.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+import transformers
+
+from benchmarks.tables import machine_line, replace_section
+from model.decoding.chain import ChainDecoder
+from model.decoding.generation import Decoder, collect, stream
+from model.decoding.sampling import GREEDY, Sampling
+from model.decoding.tree import TreeDecoder
+from model.inference.loading import LoadedNetwork, load_network
+
+PROMPTS = (
+    "def __init__(self, ",
+    "import os\nimport sys\n",
+    "class Node:\n    def __init__(",
+    "    for line in lines:\n        ",
+    "    if not isinstance(",
+    "try:\n    import ",
+    "    return self.",
+    "    with open(path",
+    "        raise ValueError(",
+    "def main():\n    parser = ",
+    "    def test_",
+    "        self.assertEqual(",
+    "    while True:\n",
+    "from collections import ",
+    "        except OSError as ",
+    "def _parse(text, ",
+)
+SAMPLED = Sampling(temperature=1.0)
+LOOKED_UP = 3  # tokens that prompt lookup drafts
+
+
+class Result(NamedTuple):
+    """The best round of one arm.
+
+    Attributes:
+        arm: its name.
+        batch: prompts at once.
+        sampled: at temperature 1; else greedy.
+        tokens: new tokens of all prompts.
+        per_forward: mean tokens that a forward after the prompts' gave a text; None = not known.
+        forwards: of the batch; None = not known.
+        seconds: for all of it.
+        first_s: until the first tokens were there.
+        equal: whether the texts are those of transformers; None when sampled.
+    """
+
+    arm: str
+    batch: int
+    sampled: bool
+    tokens: int
+    per_forward: float | None
+    forwards: int | None
+    seconds: float
+    first_s: float
+    equal: bool | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens of all prompts per second, reading the prompts included."""
+        return self.tokens / self.seconds
+
+
+class Output(NamedTuple):
+    """What a run of an arm gave."""
+
+    texts: list[list[int]]
+    per_forward: float | None
+    forwards: int | None
+    first_s: float
+
+
+Arm = Callable[[], Output]
+
+
+class Bench:
+    """Arms over one export.
+
+    Args:
+        folder: the export.
+        device: where everything runs.
+        num_tokens: new tokens of each prompt.
+    """
+
+    def __init__(self, folder: Path, device: str, num_tokens: int) -> None:
+        self.loaded: LoadedNetwork = load_network(folder, device=torch.device(device))
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        plain = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self.loaded.network.dtype
+        )
+        self.plain = plain.to(device).eval()
+        self.device = device
+        self.num_tokens = num_tokens
+        encode = self.loaded.tokenizer.encode
+        self.prompts = [encode(text, add_special_tokens=False).ids for text in PROMPTS]
+
+    def clock(self) -> float:
+        """Seconds: of this process's own work on a CPU, of the clock on a GPU."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def arms(self, batch: int, sampled: bool, spreads: Sequence[int]) -> dict[str, Arm]:
+        """What is measured at one batch size, by name; transformers first."""
+        sampling = SAMPLED if sampled else GREEDY
+        heads = range(1, self.loaded.network.num_heads + 1)
+        arms: dict[str, Arm] = {"transformers": self._transformers(batch, sampled)}
+        if batch == 1 and not sampled:
+            arms["prompt lookup"] = self._transformers(
+                batch, sampled, prompt_lookup_num_tokens=LOOKED_UP
+            )
+        for k in heads:
+            name = "1 head" if k == 1 else f"chain of {k}"
+            arms[name] = self._ours(batch, self._chain(k, sampling))
+        if not sampled:
+            for k in heads[1:]:
+                for spread in spreads:
+                    arms[f"tree of {k}, spread {spread}"] = self._ours(batch, self._tree(k, spread))
+        return arms
+
+    def _chain(self, heads: int, sampling: Sampling) -> Callable[[], Decoder]:
+        return lambda: ChainDecoder(self.loaded.network, heads=heads, sampling=sampling)
+
+    def _tree(self, heads: int, spread: int) -> Callable[[], Decoder]:
+        return lambda: TreeDecoder(self.loaded.network, heads=heads, spread=spread)
+
+    def _ours(self, batch: int, decoder: Callable[[], Decoder]) -> Arm:
+        prompts = self.prompts[:batch]
+
+        def run() -> Output:
+            start = self.clock()
+            pieces = stream(decoder(), prompts, max_new_tokens=self.num_tokens)
+            first = next(pieces)
+            first_s = self.clock() - start
+            found = collect(pieces, len(prompts))
+            found.blocks[0].insert(0, first.tokens)
+            return Output(found.tokens, found.tokens_per_forward, found.forwards, first_s)
+
+        return run
+
+    def _transformers(self, batch: int, sampled: bool, **more: Any) -> Arm:
+        prompts = self.prompts[:batch]
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device
+        )
+        options: dict[str, Any] = {"do_sample": sampled, "pad_token_id": 0, "eos_token_id": None}
+        if sampled:
+            options |= {"temperature": SAMPLED.temperature, "top_k": 0, "top_p": 1.0}
+
+        def generate(count: int) -> list[list[int]]:
+            with torch.inference_mode():
+                found = self.plain.generate(
+                    tokens, attention_mask=mask, max_new_tokens=count, **options, **more
+                )
+            rows: list[list[int]] = found[:, longest:].tolist()
+            return rows
+
+        def run() -> Output:
+            start = self.clock()
+            generate(1)
+            first_s = self.clock() - start
+            plain = not more
+            return Output(
+                generate(self.num_tokens),
+                1.0 if plain else None,
+                self.num_tokens if plain else None,
+                first_s,
+            )
+
+        return run
+
+
+def measure(
+    bench: Bench, batch: int, sampled: bool, spreads: Sequence[int], rounds: int
+) -> list[Result]:
+    """The best of some rounds of every arm; one round before them does not count."""
+    arms = bench.arms(batch, sampled, spreads)
+    best: dict[str, tuple[float, float]] = {}
+    outputs: dict[str, Output] = {}
+    for number in range(rounds + 1):
+        for name, arm in arms.items():
+            start = bench.clock()
+            output = outputs[name] = arm()
+            seconds = bench.clock() - start
+            if name in ("transformers", "prompt lookup"):
+                seconds -= output.first_s  # a run of its own there
+            if number:
+                old = best.get(name, (seconds, output.first_s))
+                best[name] = (min(old[0], seconds), min(old[1], output.first_s))
+    expected = outputs["transformers"].texts
+    return [
+        Result(
+            name,
+            batch,
+            sampled,
+            sum(map(len, output.texts)),
+            output.per_forward,
+            output.forwards,
+            *best[name],
+            None if sampled else output.texts == expected,
+        )
+        for name, output in outputs.items()
+    ]
+
+
+def table(results: Sequence[Result]) -> str:
+    """One row for each arm; ratios are to transformers at the same batch."""
+    lines = [
+        "| batch | | decoder | tokens per forward | tokens/s | / transformers | ms per forward "
+        "| first token, ms | text equal |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = {(r.batch, r.sampled): r.tokens_per_s for r in results if r.arm == "transformers"}
+    for result in results:
+        later = None if result.forwards is None else max(result.forwards - 1, 1)
+        each = None if later is None else 1000 * (result.seconds - result.first_s) / later
+        cells = [
+            str(result.batch),
+            "sampled" if result.sampled else "greedy",
+            result.arm,
+            "-" if result.per_forward is None else f"{result.per_forward:.2f}",
+            f"{result.tokens_per_s:,.0f}",
+            f"{result.tokens_per_s / base[result.batch, result.sampled]:.2f}",
+            "-" if each is None else f"{each:.2f}",
+            f"{1000 * result.first_s:.1f}",
+            {None: "-", True: "yes", False: "no"}[result.equal],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="decoding.py")
+    parser.add_argument("export", type=Path, nargs="?", default=Path("runs/quickstart/export"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--output", type=Path, help="where README.md and results/ are (nowhere)"
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=96, help="new tokens of each prompt")
+    parser.add_argument("--quick", action="store_true", help="few tokens; prints, writes nothing")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.quick:
+        options.tokens, options.rounds, options.output = 6, 1, None
+    batches, spreads = ((1, 2), (1,)) if options.quick else ((1, 4, 16), (1, 2))
+    bench = Bench(options.export, options.device, options.tokens)
+    results: list[Result] = []
+    for batch in batches:
+        for sampled in (False, True):
+            results += measure(bench, batch, sampled, spreads, options.rounds)
+            print(table(results), flush=True)
+    if options.output is not None:
+        description = bench.loaded.record.description
+        machine = machine_line(options.device, ("torch", "transformers"))
+        model = description.model
+        intro = (
+            f"{machine} {description.run}: {model.num_parameters() / 1e6:.1f} M parameters, "
+            f"{model.layers} layers, {model.future_tokens} of them heads, step {description.step}; "
+            f"{options.tokens} new tokens, best of {options.rounds} rounds."
+        )
+        name = f"decoding {options.device}"
+        replace_section(options.output / "README.md", name, f"{intro}\n\n{table(results)}")
+        raw = options.output / "results" / f"decoding-{options.device}.json"
+        raw.parent.mkdir(exist_ok=True)
+        content = {"machine": machine, "results": [r._asdict() for r in results]}
+        raw.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The tree: each head proposes its likeliest tokens, one forward verifies all their combinations.
+
+    pending   x          depth 0, committed
+              a1 a2      depth 1, the likeliest two tokens of head 2
+              b1 b2 b1   depth 2, of head 3: b1 and b2 after a1, b1 after a2
+
+A node sees the text and its ancestors. The one path that head 1 would have taken is kept: its
+keys and values move to where a chain's would be (Cai et al. 2024, for heads of another kind).
+
+Legend: B rows, k heads in use, N nodes, W keys looked at, V vocabulary.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from model.decoding.acceptance import accept_tree
+from model.decoding.chain import ChainDecoder, Step
+from model.decoding.choosing import Drafts
+from model.inference.cache import Block, wide_enough
+from model.inference.network import Network
+
+
+class Tree:
+    """The shape of a tree: all combinations of ranks whose sum is at most `spread`.
+
+    A head's likeliest token has rank 0. Example: 3 heads and spread 1 give, below the root, the
+    paths 0, 1, 00, 01 and 10.
+
+    Args:
+        heads: k; the deepest nodes are at depth k - 1.
+        spread: 0 is a chain.
+        device: where its tensors are.
+
+    Attributes:
+        size: N.
+        depths: `[N]`.
+        ranks: `[N]`; of the root 0.
+        ancestors: `[N, N]` bool, true where the column is the row's node or an ancestor of it.
+        paths: `[N, k]` the node's ancestors by depth, then itself, then d at depth d.
+        levels: for each depth from 1 its nodes and their parents.
+    """
+
+    def __init__(self, heads: int, spread: int, device: torch.device) -> None:
+        nodes = [
+            ranks
+            for depth in range(heads)
+            for ranks in itertools.product(range(spread + 1), repeat=depth)
+            if sum(ranks) <= spread
+        ]
+        number = {ranks: index for index, ranks in enumerate(nodes)}
+        lines = [[number[ranks[:d]] for d in range(len(ranks) + 1)] for ranks in nodes]
+        self.size = len(nodes)
+        self.depths = torch.tensor([len(ranks) for ranks in nodes], device=device)
+        self.ranks = torch.tensor([ranks[-1] if ranks else 0 for ranks in nodes], device=device)
+        self.ancestors = torch.zeros(self.size, self.size, dtype=torch.bool, device=device)
+        for index, line in enumerate(lines):
+            self.ancestors[index, line] = True
+        padded = [[*line, *range(len(line), heads)] for line in lines]
+        self.paths = torch.tensor(padded, device=device)
+        self.levels = []
+        for depth in range(1, heads):
+            here = [ranks for ranks in nodes if len(ranks) == depth]
+            pairs = ([number[ranks] for ranks in here], [number[ranks[:-1]] for ranks in here])
+            self.levels.append(
+                (torch.tensor(pairs[0], device=device), torch.tensor(pairs[1], device=device))
+            )
+
+
+class TreeDecoder(ChainDecoder):
+    """A batch that is decoded by trees of drafts.
+
+    Class: greedy-exact. It keeps at least as many drafts as the chain, and computes more.
+
+    Args:
+        network: the model.
+        heads: k, how many of its heads to use.
+        spread: how far from the likeliest tokens it looks, see `Tree`.
+        logprobs: whether to compute them.
+    """
+
+    def __init__(
+        self, network: Network, *, heads: int, spread: int, logprobs: bool = False
+    ) -> None:
+        super().__init__(network, heads=heads, logprobs=logprobs)
+        spread = min(spread, network.config.vocab_size - 1)
+        self.tree = Tree(heads, spread, network.device)
+        self.spread = spread
+        self.most_pending = self.tree.size
+
+    @torch.inference_mode()
+    def step(self) -> Step:
+        """One forward: verify the tree, commit the right path, propose again."""
+        tree, heads = self.tree, self._heads
+        width = wide_enough(max(self._used) + tree.size, self.cache.capacity)
+        pending = torch.cat([self._following.unsqueeze(1), self._drafts.tokens], dim=1)
+        block = self._block(width)
+        trunk_output = self.network.trunk(pending, self.cache, block)
+        self.network.fill_heads(trunk_output, heads, self.cache, block)
+        hidden = self.network.heads(trunk_output, 1, 1, self.cache, block)
+        logits = self.network.logits(hidden[0]).unflatten(0, pending.shape)
+        best = logits.argmax(-1)
+        node = accept_tree(best, pending, tree.levels)
+        rows = self.network.numbers(len(node))
+        kept, path = tree.depths[node], tree.paths[node]
+        self._following = best[rows, node]
+        if heads > 1:
+            at = trunk_output[rows * tree.size + node]
+            drafts = self.network.heads(at, 2, heads, self.cache, block.at(node))
+            first = self.cache.lengths.unsqueeze(1)
+            places = first + self.network.numbers(heads)
+            self.cache.move(self.cache.slots(first + path), self.cache.slots(places))
+            self._draft(self.network.logits(drafts))
+        self.cache.lengths = self.cache.lengths + kept + 1
+        tokens = pending.gather(1, path.roll(-1, dims=1))
+        tokens = tokens.scatter(1, kept.unsqueeze(1), self._following.unsqueeze(1))
+        if self.logprobs:
+            logits = logits[rows.unsqueeze(1), path]
+        step = self._step(tokens, kept + 1, logits)
+        self._used = [u + len(n) for u, n in zip(self._used, step.tokens, strict=True)]
+        return step
+
+    def _block(self, width: int) -> Block:
+        """Nodes lie one after the other in the cache, at the positions that their depths give."""
+        tree, lengths = self.tree, self.cache.lengths.unsqueeze(1)
+        nodes = self.network.numbers(width) - lengths  # [B, W]; below 0 the text
+        inside = (nodes >= 0) & (nodes < tree.size)
+        ancestors = tree.ancestors[:, nodes.clamp(0, tree.size - 1)].transpose(0, 1)
+        seen = (nodes < 0).unsqueeze(1) | (ancestors & inside.unsqueeze(1))
+        places = lengths + self.network.numbers(tree.size)
+        return self.network.block(self.cache, lengths + tree.depths, places, ~seen, width)
+
+    def _draft(self, logits: Tensor) -> None:
+        """The tokens of all nodes but the root, from logits `[k - 1, B, V]` of heads 2 .. k."""
+        rows = logits.shape[1]
+        if self._heads == 1:
+            self._drafts = Drafts(self._following.new_empty(rows, 0), None)
+            return
+        likeliest = logits.topk(self.spread + 1, dim=-1).indices
+        tokens = likeliest[self.tree.depths[1:] - 1, :, self.tree.ranks[1:]]
+        self._drafts = Drafts(tokens.transpose(0, 1), None)
