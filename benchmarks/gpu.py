@@ -276,10 +276,11 @@ def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> F
         *("train.precision=auto", f"batch.micro_size={micro}", "batch.accumulation=2"),
         *(f"model.layers={layers}", f"model.hidden_size={hidden}", "model.vocab_size=512"),
         *(f"model.attention_heads={hidden // 128}", "train.steps=12", "schedule.warmup_steps=2"),
-        *("checkpoint.every_steps=6", "eval.every_steps=0", "log.interval=3", "checkpoint.keep=1"),
+        *("checkpoint.every_steps=6", "eval.every_steps=0", "log.interval=3", "checkpoint.keep=2"),
         "checkpoint.keep_every=0",
     )
     if failed is not None:
+        print(failed, flush=True)
         return {"failures": [failed], "complete": True}
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
