@@ -63,23 +63,24 @@ def imported_weights(
 def imported_identity(config: RunConfig, shards: ShardSet, resumed_from: Path | None) -> str | None:
     """What the model that the run began with is beside its weights, as JSON for its checkpoints.
 
-    A collective: rank 0 reads for all. A resumed run takes what its checkpoint has.
+    A resumed run goes on with what its checkpoint has.
+
+    A collective: rank 0, which writes it, reads; other ranks have None.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     directory = config.train.init_from
+    found: list[ImportedIdentity | None] = []
 
-    def read() -> str | None:
+    def read() -> None:
         if resumed_from is not None:
-            kept = load_identity(resumed_from / IMPORTED)
+            found.append(load_identity(resumed_from / IMPORTED))
         elif directory is not None:
-            kept = _read_identity(directory, shards)
-        else:
-            kept = None
-        return None if kept is None else kept.model_dump_json(indent=1) + "\n"
+            found.append(_read_identity(directory, shards))
 
-    return from_main(read, CheckpointError)
+    from_main(read, CheckpointError)
+    return "".join(kept.model_dump_json(indent=1) + "\n" for kept in found if kept) or None
 
 
 def _read_identity(directory: Path, shards: ShardSet) -> ImportedIdentity:

@@ -164,5 +164,5 @@ def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join(lines)
+    cells = [[text.replace("|", "\\|") for text in row] for row in rows]  # as in <|endoftext|>
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])

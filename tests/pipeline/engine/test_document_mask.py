@@ -134,7 +134,7 @@ def test_its_export_has_no_beginning_of_text(mask: bool, config: Path, tmp_path:
         assert content["bos_token_id"] == (None if mask else 256)
         assert content["eos_token_id"] == 256
     assert AutoTokenizer.from_pretrained(export).bos_token == (None if mask else "<|endoftext|>")
-    beginning = "none: with `data.document_mask`" if mask else "'<|endoftext|>', the end"
+    beginning = "none: with `data.document_mask`" if mask else "'<\\|endoftext\\|>', the end"
     assert f"| Beginning of text | {beginning}" in (export / "README.md").read_text()
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert not (checkpoint / "imported.json").exists()

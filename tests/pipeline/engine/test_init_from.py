@@ -155,17 +155,21 @@ def test_what_is_not_weights_comes_out_as_it_went_in(
     original = Path(shutil.copytree(llama, tmp_path / "original"))
     rate = {"optimizer__learning_rate": 1e-30, "train__freeze": "trunk"}
     arguments = _arguments(config, llama, **rate)
+    arguments.append("checkpoint.every_steps=2")
     assert run_job(tmp_path, [*arguments, "train.stop_at_step=3"], world=2).codes == [0, 0]
+    first, _ = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    kept = (first / "imported.json").read_bytes()
     shutil.rmtree(llama)
     assert run_job(tmp_path, arguments, world=2).codes == [0, 0]
-    (first, last) = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
-    assert (first / "imported.json").read_bytes() == (last / "imported.json").read_bytes()
+    _, last = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert not first.exists()  # deleted with all its files
+    assert (last / "imported.json").read_bytes() == kept
     copied = Path(shutil.copytree(last, tmp_path / "elsewhere" / last.name))
     assert export_main([str(copied), str(tmp_path / "export")]) == 0
     assert said_by(tmp_path / "export") == said_by(original)
     card = (tmp_path / "export" / "README.md").read_text()
-    kept = "bos_token_id 5, eos_token_id [256, 9], pad_token_id 7; 128 positions"
-    assert f"| Kept of `llama` | {kept} |" in card
+    ids = "bos_token_id 5, eos_token_id [256, 9], pad_token_id 7; 128 positions"
+    assert f"| Kept of `llama` | {ids} |" in card
     assert "| `tokenizer.json` | that of the model, byte for byte |" in card
     assert read_record(tmp_path / "export").description.sequence_length == 128
 
