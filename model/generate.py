@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError
+from model.hugging_face.config import first_token
 from model.hugging_face.folder import read_record
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def _generate(options: argparse.Namespace) -> int:
 
     device = _device(options.device)
     loaded = load_export(options.directory, DTYPES[options.dtype] if options.dtype else None)
-    prompts = _encode(options.prompt, options.max_new_tokens, loaded)
+    begin = first_token(options.directory, loaded.record.description.model.vocab_size)
+    prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
     _move(loaded, device)
     counts = [1, heads] if options.compare else [heads]
     # The first run on a machine pays for what is set up once; the faster of two is reported.
@@ -178,8 +180,10 @@ def _heads(wanted: int | None, available: int) -> int:
     return wanted
 
 
-def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport") -> list[list[int]]:
-    """Ids of each prompt; an empty one becomes the end-of-text token, which begins a text."""
+def _encode(
+    texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport", begin: int | None
+) -> list[list[int]]:
+    """Ids of each prompt; an empty one becomes the token that begins a text, if there is one."""
     description = loaded.record.description
     limit = description.sequence_length
     prompts = []
@@ -188,7 +192,14 @@ def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport") -
             raise ConfigError(
                 f"prompt {number} is not UTF-8 text; convert it to UTF-8, or give another --prompt"
             )
-        ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids or [description.eos_id]
+        ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            if begin is None:
+                raise ConfigError(
+                    f"prompt {number} is empty, and this model was not trained to begin a text: "
+                    "bos_token_id in its config.json is null; give the beginning of one"
+                )
+            ids = [begin]
         if len(ids) >= limit:
             raise ConfigError(
                 f"prompt {number} has {len(ids)} tokens, the model was trained on sequences of "
