@@ -23,17 +23,17 @@ def main() -> None:
 
     # megatron-core warns, when it is imported, of parts that are not installed.
     warnings.filterwarnings("ignore", category=UserWarning)
-    from model.decoding.self_speculative import generate
-    from model.hugging_face.loading import load_export
+    from model.decoding.generation import generate
+    from model.inference.loading import load_network
 
     # Compares every tensor and every head's logits with the checkpoint before it is done.
     export(given.run, given.output, report=print)
 
-    model, tokenizer, record = load_export(given.output)
+    network, tokenizer, record = load_network(given.output)
     prompt = tokenizer.encode(given.prompt, add_special_tokens=False).ids
     texts = []
     for heads in range(1, record.future_tokens + 1):
-        result = generate(model, [prompt], heads=heads, max_new_tokens=given.new_tokens)
+        result = generate(network, [prompt], heads=heads, max_new_tokens=given.new_tokens)
         # A block is what one forward gave: one token for sure, and the drafts that were right.
         blocks = Counter(len(block) for block in result.blocks[0])
         shares = ", ".join(f"{size} tokens: {count}" for size, count in sorted(blocks.items()))

@@ -1,6 +1,6 @@
 """The multi-token prediction model: trunk, heads, losses, decoding.
 
-`model.decoding` holds the KV cache and the decoder, which know nothing of the layers; the modules
-here build the model on it; `model.hugging_face` stores and reads it; `model.generate` is the
-command on top.
+The modules here build the model that is trained, on megatron-core; `model.hugging_face` stores and
+reads it; `model.decoding` computes the same from an export, in plain torch, with a cache;
+`model.generate` is the command on top.
 """

@@ -1,8 +1,7 @@
 """Core attention on torch's scaled_dot_product_attention, instead of megatron's.
 
 Megatron's `DotProductAttention` needs CUDA and materializes the scores. This one runs torch's flash
-kernels on GPU and CPU, torch's flex attention for sequences of several documents on a GPU, and
-reads a KV cache when decoding.
+kernels on GPU and CPU, and torch's flex attention for sequences of several documents on a GPU.
 
 Legend: S sequence, B batch, A attention heads, G key-value heads, D head dimension; A and G are
 this tensor-parallel rank's share.
@@ -20,7 +19,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from model.attention_backend import AttentionBackend
-from model.decoding.kv_cache import KVCache
 from model.documents import AttentionMask
 
 
@@ -31,7 +29,6 @@ class CoreAttention(nn.Module):
 
     Attributes:
         backend: torch's kernel for causal attention; None = as torch chooses.
-        cache: set while decoding; None in training.
         recompute: run the attention again in backward instead of keeping its results.
     """
 
@@ -43,7 +40,6 @@ class CoreAttention(nn.Module):
         self.layer_number = layer_number
         self.recompute = False
         self.backend: AttentionBackend | None = None
-        self.cache: KVCache | None = None
 
     def forward(
         self,
@@ -59,8 +55,7 @@ class CoreAttention(nn.Module):
             query: `[S, B, A, D]`, rotary applied.
             key: `[S, B, G, D]`, rotary applied.
             value: `[S, B, G, D]`.
-            attention_mask: which keys a query sees; None: all up to its own position. Not used
-                while decoding.
+            attention_mask: which keys a query sees; None: all up to its own position.
 
         Returns:
             `[S, B, A * D]`.
@@ -76,17 +71,7 @@ class CoreAttention(nn.Module):
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        if self.cache is None:
-            return attend(query, key, value, attention_mask, self.backend)
-        cached = self.cache.update(id(self), key, value)
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            cached.key,
-            cached.value,
-            attn_mask=cached.mask,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return _merge_heads(out)
+        return attend(query, key, value, attention_mask, self.backend)
 
 
 def attend(
@@ -96,7 +81,7 @@ def attend(
     mask: AttentionMask | None,
     backend: AttentionBackend | None = None,
 ) -> Tensor:
-    """Attention without a cache; arguments and result as in `CoreAttention.forward`.
+    """Attention; arguments and result as in `CoreAttention.forward`.
 
     The backend was chosen for causal attention; one kernel takes masks in blocks, and a bias goes
     where torch finds it a kernel.

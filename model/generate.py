@@ -4,50 +4,48 @@ The heads draft, head 1 verifies: at temperature 0 the text is the one head 1 gi
 """
 
 import argparse
+import itertools
 import sys
 import time
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError
+from model.generate_options import EXIT_DIFFERENT, check, check_stream, parse, read_prompt
 from model.hugging_face.config import first_token
 from model.hugging_face.folder import read_record
 
 if TYPE_CHECKING:
     import torch
 
-    from model.decoding.self_speculative import Generation
-    from model.hugging_face.loading import LoadedExport
+    from model.decoding.generation import Generation, Piece
+    from model.decoding.sampling import Sampling
+    from model.decoding.stopping import StopStrings
+    from model.inference.loading import LoadedNetwork
 
 EXIT_USER_ERROR = 1
-EXIT_DIFFERENT = 3
 EXIT_INTERRUPTED = 130
 
 _COMPARE_ROUNDS = 2
-_MOST_NEW_TOKENS = 1 << 20
 # Below this, threads wait for one another longer than they compute, far longer on a busy machine.
 _ONE_THREAD_PARAMETERS = 30_000_000
 
-EPILOG = """\
-examples:
-  PROG export --prompt "def main():"
-  PROG export --prompt "Once" --heads 3 --max-new-tokens 200 --temperature 0.8 --seed 1
-  PROG export --prompt "import os" --compare
-
-exit status: 0 the text is printed, 1 the model or a prompt cannot be used (in one line), 2 wrong
-arguments, 3 --compare found different outputs
-"""
-
 
 class Run(NamedTuple):
-    """One timed generation."""
+    """One timed generation.
+
+    Attributes:
+        generation: what came out.
+        heads: how many were used.
+        seconds: that it took.
+        first_s: seconds until the first token of each prompt was there.
+    """
 
     generation: "Generation"
     heads: int
     seconds: float
+    first_s: float
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,12 +61,24 @@ class Run(NamedTuple):
             f"{result.tokens_per_forward:.2f} tokens per forward, {self.tokens_per_s:.1f} tokens/s"
         )
 
+    def statistics(self) -> list[str]:
+        """Lines about time and drafts."""
+        result = self.generation
+        later_s = self.seconds - self.first_s
+        each = 1000 * later_s / (result.forwards - 1) if result.forwards > 1 else 0.0
+        lines = [f"first token after {1000 * self.first_s:.1f} ms, then {each:.2f} ms per forward"]
+        sizes = [len(block) for blocks in result.blocks for block in blocks[1:]]
+        for draft in range(1, self.heads):
+            tried = sum(size >= draft for size in sizes)
+            kept = sum(size > draft for size in sizes)
+            share = f"{kept / tried:.0%}" if tried else "-"
+            lines.append(f"draft of head {draft + 1}: kept {kept} of {tried} times ({share})")
+        return lines
+
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.generate") -> int:
     """Run the command; give its exit status."""
-    options = _parse(arguments, prog)
-    # megatron-core warns of parts that are not installed and that nothing here uses.
-    warnings.filterwarnings("ignore", category=UserWarning)
+    options = parse(arguments, prog)
     try:
         return _generate(options)
     except (CheckpointError, ConfigError) as error:
@@ -82,78 +92,35 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.ge
         return EXIT_INTERRUPTED
 
 
-def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Continue prompts with an exported model; its own heads speed it up.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EPILOG.replace("PROG", prog),
-    )
-    add = parser.add_argument
-    add("directory", type=Path, metavar="DIR", help="what python -m pipeline.export has written")
-    add("--prompt", action="append", required=True, metavar="TEXT", help="may be given many times")
-    add("--heads", type=int, metavar="K", help="heads to use, 1 = plain decoding (all)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
-    add("--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (0)")
-    add("--dtype", choices=("fp32", "bf16"), help="arithmetic (as exported)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (auto)")
-    add("--ids", action="store_true", help="print the ids of the new tokens, too")
-    add(
-        "--compare",
-        action="store_true",
-        help=f"run with 1 head and with K; exit status {EXIT_DIFFERENT} when the outputs differ",
-    )
-    return parser.parse_args(arguments)
-
-
 def _generate(options: argparse.Namespace) -> int:
-    _check_numbers(options)
+    check(options)
+    if options.prompt_file is not None:
+        options.prompt.append(read_prompt(options.prompt_file))
+    check_stream(options)
     heads = _heads(options.heads, read_record(options.directory).future_tokens)
-    # Imported here so that --help and mistakes do not wait for torch and megatron-core.
-    from model.hugging_face.loading import DTYPES, load_export
+    # Imported here so that --help and mistakes do not wait for torch.
+    from model.hugging_face.loading import DTYPES
+    from model.inference.loading import load_network
 
     device = _device(options.device)
-    loaded = load_export(options.directory, DTYPES[options.dtype] if options.dtype else None)
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    loaded = load_network(options.directory, dtype, device)
     begin = first_token(options.directory, loaded.record.description.model.vocab_size)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
-    _move(loaded, device)
+    _limit_threads(loaded, device)
     counts = [1, heads] if options.compare else [heads]
     # The first run on a machine pays for what is set up once; the faster of two is reported.
     rounds = [
-        [_run(loaded, prompts, count, options, device) for count in counts]
+        [_run(loaded, prompts, count, options) for count in counts]
         for _ in range(_COMPARE_ROUNDS if options.compare else 1)
     ]
     runs = [min(times, key=lambda run: run.seconds) for times in zip(*rounds, strict=True)]
     _print_texts(options, loaded, prompts, runs[-1])
     for run in runs:
         print(run.summary())
+        if options.stats:
+            print(*(f"  {line}" for line in run.statistics()), sep="\n")
     return _print_comparison(*runs) if options.compare else 0
-
-
-def _check_numbers(options: argparse.Namespace) -> None:
-    if options.heads is not None and options.heads < 1:
-        raise ConfigError(f"--heads {options.heads} must be at least 1; 1 is plain decoding")
-    if not 1 <= options.max_new_tokens <= _MOST_NEW_TOKENS:
-        raise ConfigError(
-            f"--max-new-tokens {printable(str(options.max_new_tokens))} must be at least 1 and "
-            f"at most {_MOST_NEW_TOKENS:,}; the default is 64"
-        )
-    # Outside, probabilities in fp32 are all zero, or all equal.
-    if options.temperature != 0 and not 1e-3 <= options.temperature <= 1e3:
-        raise ConfigError(
-            f"--temperature {options.temperature:g} must be 0 or a positive number from "
-            "0.001 to 1,000; "
-            "0 takes the likeliest token, 1 samples from the model as it is"
-        )
-    if not 0 <= options.seed < 1 << 63:
-        given = printable(str(options.seed))
-        raise ConfigError(f"--seed {given} must be from 0 to 2^63 - 1; the default is 0")
-    if options.compare and options.temperature > 0:
-        raise ConfigError(
-            f"--compare needs --temperature 0, not {options.temperature:g}: sampled outputs agree "
-            "in distribution, not token by token; leave one of the two out"
-        )
 
 
 def _device(wanted: str) -> "torch.device":
@@ -181,7 +148,7 @@ def _heads(wanted: int | None, available: int) -> int:
 
 
 def _encode(
-    texts: Sequence[str], max_new_tokens: int, loaded: "LoadedExport", begin: int | None
+    texts: Sequence[str], max_new_tokens: int, loaded: "LoadedNetwork", begin: int | None
 ) -> list[list[int]]:
     """Ids of each prompt; an empty one becomes the token that begins a text, if there is one."""
     description = loaded.record.description
@@ -225,10 +192,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _move(loaded: "LoadedExport", device: "torch.device") -> None:
+def _limit_threads(loaded: "LoadedNetwork", device: "torch.device") -> None:
     import torch
 
-    loaded.model.to(device)
     if (
         device.type == "cpu"
         and loaded.record.description.model.num_parameters() < _ONE_THREAD_PARAMETERS
@@ -236,29 +202,47 @@ def _move(loaded: "LoadedExport", device: "torch.device") -> None:
         torch.set_num_threads(1)
 
 
+def _sampling(options: argparse.Namespace) -> "Sampling":
+    from model.decoding.sampling import Sampling
+
+    return Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+    )
+
+
+def _stop(options: argparse.Namespace, loaded: "LoadedNetwork") -> "StopStrings | None":
+    from model.decoding.stopping import StopStrings
+
+    return StopStrings(loaded.tokenizer, options.stop) if options.stop else None
+
+
 def _run(
-    loaded: "LoadedExport",
-    prompts: list[list[int]],
-    heads: int,
-    options: argparse.Namespace,
-    device: "torch.device",
+    loaded: "LoadedNetwork", prompts: list[list[int]], heads: int, options: argparse.Namespace
 ) -> Run:
-    import torch
+    from model.decoding.chain import ChainDecoder
+    from model.decoding.generation import collect, stream
 
-    from model.decoding.self_speculative import generate
-
+    seeds = [(options.seed + row) % (1 << 63) for row in range(len(prompts))]
+    decoder = ChainDecoder(loaded.network, heads=heads, sampling=_sampling(options), seeds=seeds)
     start = time.perf_counter()
     try:
-        result = generate(
-            loaded.model,
+        pieces = stream(
+            decoder,
             prompts,
-            heads=heads,
             max_new_tokens=options.max_new_tokens,
             eos_id=loaded.record.description.eos_id,
-            temperature=options.temperature,
-            generator=torch.Generator(device).manual_seed(options.seed),
-            device=device,
+            stop=_stop(options, loaded),
         )
+        first = next(pieces)
+        first_s = time.perf_counter() - start
+        pieces = itertools.chain([first], pieces)
+        if options.stream:
+            pieces = _shown(pieces, options, loaded, prompts[0])
+        result = collect(pieces, len(prompts))
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
@@ -266,19 +250,42 @@ def _run(
             f"--max-new-tokens {options.max_new_tokens}: no memory for the keys and values of so "
             "many tokens; give a smaller number, or fewer prompts"
         ) from error
-    return Run(result, heads, time.perf_counter() - start)
+    return Run(result, heads, time.perf_counter() - start, first_s)
+
+
+def _shown(
+    pieces: Iterator["Piece"],
+    options: argparse.Namespace,
+    loaded: "LoadedNetwork",
+    prompt: list[int],
+) -> Iterator["Piece"]:
+    """Pass the pieces of one text on, printing each as soon as it is there."""
+    from model.decoding.text_stream import TextStream
+
+    text = TextStream(loaded.tokenizer, prompt, _stop(options, loaded))
+    eos_id = loaded.record.description.eos_id
+    print(options.prompt[0], end="", flush=True)
+    for piece in pieces:
+        print(text.add([t for t in piece.tokens if t != eos_id]), end="", flush=True)
+        yield piece
+    print(text.finish())
 
 
 def _print_texts(
-    options: argparse.Namespace, loaded: "LoadedExport", prompts: list[list[int]], run: Run
+    options: argparse.Namespace, loaded: "LoadedNetwork", prompts: list[list[int]], run: Run
 ) -> None:
     eos_id = loaded.record.description.eos_id
+    stop = _stop(options, loaded)
     for text, prompt, new in zip(options.prompt, prompts, run.generation.tokens, strict=True):
         # Decoded together, so that pieces of one character meet; the prompt stays as it was given.
         begin = loaded.tokenizer.decode(prompt, skip_special_tokens=True)
         kept = [token for token in new if token != eos_id]
         whole = loaded.tokenizer.decode(prompt + kept, skip_special_tokens=True)
-        print(text + whole.removeprefix(begin) if whole.startswith(begin) else whole)
+        if not whole.startswith(begin):
+            text = begin = ""
+        continued = whole.removeprefix(begin)
+        if not options.stream:
+            print(text + (continued if stop is None else stop.cut(continued)))
         if options.ids:
             print("ids:", " ".join(map(str, new)))
         print("---")

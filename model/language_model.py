@@ -3,7 +3,7 @@
 Legend: B batch, S sequence, H hidden, V vocabulary, V' this rank's share of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from model.attention_backend import (
     choose_backend,
 )
 from model.config import ModelConfig
-from model.decoding.kv_cache import KVCache
 from model.documents import attention_mask, positions_within
 from model.heads import Heads
 from model.initialization import initial_weight
@@ -134,41 +133,6 @@ class MultiTokenModel(nn.Module):
         return trunk_output if then is None else then(trunk_output)
 
     @torch.no_grad()
-    def decode(
-        self,
-        tokens: Tensor,
-        cache: KVCache,
-        heads: Sequence[int],
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Outputs of some head layers at new positions, reading and extending the cache.
-
-        Logits are a second call, so that the caller forms only those it needs.
-
-        Args:
-            tokens: `[B, S]` tokens that follow the cached ones.
-            cache: holds each sequence's earlier positions; the caller commits new lengths.
-            heads: numbers of the heads to run, from 1.
-            positions: `[B, P]` which of the S positions are wanted; None = all of them.
-
-        Returns:
-            `[len(heads), B, P or S, H]`, before the shared norm.
-        """
-        self.use_cache(cache)
-        try:
-            new_positions = cache.begin(tokens.shape[1])
-            context = LayerContext(self.rotary.rotation(new_positions, self.dtype))
-            trunk_output = self.trunk(tokens, context)
-            outputs = [self.heads.hidden(k, trunk_output, context) for k in heads]
-        finally:
-            self.use_cache(None)
-        outputs = [output.transpose(0, 1) for output in outputs]
-        if positions is not None:
-            batch = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
-            outputs = [output[batch, positions] for output in outputs]
-        return torch.stack(outputs)
-
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V']` of head outputs `[..., H]`, in the weights' dtype."""
         norm, unembedding = self.heads.lm_head()
@@ -199,11 +163,6 @@ class MultiTokenModel(nn.Module):
         for attention in self._attentions:
             attention.backend = backend
         return backend
-
-    def use_cache(self, cache: KVCache | None) -> None:
-        """Let every attention layer read and write this cache (None: no cache)."""
-        for attention in self._attentions:
-            attention.cache = cache
 
     def initial_weight(self, name: str, local_shape: torch.Size, seed: int) -> Tensor:
         """This rank's part of a parameter's initial value, see `model.initialization`."""

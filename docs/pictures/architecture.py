@@ -41,9 +41,10 @@ ROOMS = {
     "data_prep.inputs": Room(160, 12.4, "inputs/", "files to\nrecords"),
     "data_prep.tokenization": Room(340, 12.4, "tokenization/", "text to\ntokens"),
     "model.generate": Room(620, 8, "generate", "text from an export"),
-    "model.hugging_face": Room(900, 9.1, "hugging_face/", "names, sizes and tensors\nof a Llama"),
-    "model": Room(740, 10.6, "model/", "trunk  heads  backward\nloss  config"),
-    "model.decoding": Room(740, 12.1, "decoding/", "KV cache,\nself-speculation"),
+    "model.decoding": Room(620, 9.1, "decoding/", "drafts, acceptance,\nsampling"),
+    "model.inference": Room(620, 10.3, "inference/", "plain torch,\nKV cache"),
+    "model.hugging_face": Room(900, 10.9, "hugging_face/", "names, sizes and tensors\nof a Llama"),
+    "model": Room(740, 12.2, "model/", "trunk  heads  backward\nloss  config"),
     "foundation": Room(
         510, 13.9, "foundation/", "durable files, YAML, safetensors headers, pages of reports"
     ),

@@ -1,1 +1,1 @@
-"""Decoding with the heads, and its cache."""
+"""Ways of decoding: drafts of the heads, which of them are kept, and when texts end."""

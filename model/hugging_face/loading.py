@@ -1,9 +1,9 @@
 """Loads an export into the model it was made from."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 import torch
@@ -17,13 +17,29 @@ from model.errors import CheckpointError
 from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord, read_record, verify_files
 from model.hugging_face.names import hf_names, hf_shapes, join
 from model.hugging_face.stored_tensors import open_tensors
-from model.language_model import MultiTokenModel
 from model.parameter_shapes import head_of, parameter_shapes
-from model.process_groups import ensure_single_process
+
+if TYPE_CHECKING:  # decoding reads exports, too, and need not wait for megatron-core
+    from model.language_model import MultiTokenModel
 
 _TOKENIZER_BYTES = 1 << 30
 _FLOATS = ("F32", "F16", "BF16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class OpenExport(NamedTuple):
+    """An export whose files were verified and are open.
+
+    Attributes:
+        record: what the folder says of itself.
+        tokenizer: encodes text that spells a special token as ordinary text.
+        tensor: reads a tensor, by its Hugging Face name; all of the model's are there, in their
+            shapes.
+    """
+
+    record: ExportRecord
+    tokenizer: tokenizers.Tokenizer
+    tensor: Callable[[str], Tensor]
 
 
 class LoadedExport(NamedTuple):
@@ -35,7 +51,7 @@ class LoadedExport(NamedTuple):
         record: what the folder says of itself.
     """
 
-    model: MultiTokenModel
+    model: "MultiTokenModel"
     tokenizer: tokenizers.Tokenizer
     record: ExportRecord
 
@@ -50,22 +66,37 @@ def load_export(directory: Path, dtype: torch.dtype | None = None) -> LoadedExpo
     Raises:
         CheckpointError: a file, a head or a tensor is missing, or one is damaged.
     """
+    with open_export(directory) as export:
+        description = export.record.description
+        weights = _parameters(description.model, export.tensor)
+        model = build_model(description.model, weights, dtype or DTYPES[description.dtype])
+    return LoadedExport(model, export.tokenizer, export.record)
+
+
+@contextmanager
+def open_export(directory: Path) -> Iterator[OpenExport]:
+    """Verify an export and open its files.
+
+    Raises:
+        CheckpointError: a file, a head or a tensor is missing, or one is damaged.
+    """
     record = read_record(directory)
     verify_files(directory, record)
     config = record.description.model
     tokenizer = _load_tokenizer(directory, config)
     with ExitStack() as stack:
-        tensors = _open_tensors(directory, record, stack)
-        _check_shapes(directory, config, tensors)  # before room is made for what they may not be
-        weights = _parameters(config, tensors)
-        model = build_model(config, weights, dtype or DTYPES[record.description.dtype])
-    return LoadedExport(model, tokenizer, record)
+        files = _open_tensors(directory, record, stack)
+        _check_shapes(directory, config, files)  # before room is made for what they may not be
+        yield OpenExport(record, tokenizer, lambda name: files[name].get_tensor(name))
 
 
 def build_model(
     config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> MultiTokenModel:
+) -> "MultiTokenModel":
     """A model in evaluation mode on the CPU, with every parameter from `weights`."""
+    from model.language_model import MultiTokenModel
+    from model.process_groups import ensure_single_process
+
     ensure_single_process()
     model = MultiTokenModel(config, dtype=dtype).to(dtype).eval().requires_grad_(False)
     parameters = dict(model.named_parameters())
@@ -132,9 +163,11 @@ def _check_shapes(directory: Path, config: ModelConfig, files: dict[str, Any]) -
                 )
 
 
-def _parameters(config: ModelConfig, files: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _parameters(
+    config: ModelConfig, tensor: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     for name in parameter_shapes(config):
-        parts = [files[hf_name].get_tensor(hf_name) for hf_name in hf_names(name, config)]
+        parts = [tensor(hf_name) for hf_name in hf_names(name, config)]
         yield name, join(name, parts, config)
 
 

@@ -1,4 +1,4 @@
-"""Core attention and its key-value cache against softmax written out."""
+"""Core attention against softmax written out."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from model.attention import CoreAttention
-from model.decoding.kv_cache import KVCache
 
 SEQUENCE, BATCH, HEADS, WIDTH = 9, 2, 4, 8
 TOLERANCE = 1e-12  # float64; the largest difference seen is 1e-15
@@ -96,40 +95,3 @@ def test_query_groups_read_their_own_keys() -> None:
     after = attention()(inputs.query, key, inputs.value).view(shape)
     assert torch.equal(before[:, :, :2], after[:, :, :2])
     assert not torch.equal(before[:, :, 2:], after[:, :, 2:])
-
-
-def cached(module: CoreAttention, cache: KVCache, inputs: Inputs, positions: Tensor) -> Tensor:
-    """Attention of `positions[b]` of each sequence `[B, S]`, which must follow the cached ones."""
-    assert torch.equal(cache.begin(positions.shape[1]), positions)
-    batch = torch.arange(BATCH).unsqueeze(1)
-    part = [tensor[positions, batch].transpose(0, 1) for tensor in inputs]
-    module.cache = cache
-    output: Tensor = module(*part)
-    return output.transpose(0, 1)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("groups", [2, 4])
-def test_cache_of_different_lengths_equals_whole_sequences(groups: int) -> None:
-    """Kept up to different lengths, rejected entries in between, they give what no cache gives."""
-    inputs, rejected = make_inputs(groups), make_inputs(groups, seed=1)
-    whole = attention()(*inputs)
-    module, cache = attention(), KVCache(BATCH, SEQUENCE, torch.device("cpu"))
-    batch = torch.arange(BATCH).unsqueeze(1)
-
-    def check(first: list[int], count: int) -> None:
-        positions = torch.tensor(first).unsqueeze(1) + torch.arange(count)
-        found = cached(module, cache, inputs, positions)
-        expected = whole[positions, batch]
-        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
-
-    check([0, 0], 4)
-    cache.commit(torch.tensor([2, 4]))  # sequence 0 forgets positions 2 and 3
-    check([2, 4], 3)
-    cache.commit(torch.tensor([5, 7]))
-    drafts = Inputs(*(100 * tensor for tensor in rejected))
-    cached(module, cache, drafts, torch.tensor([[5, 6], [7, 8]]))
-    cache.commit(torch.tensor([5, 7]))  # both drafts of both are rejected
-    check([5, 7], 2)
-    cache.commit(torch.tensor([6, 9]))
-    assert cache.lengths.tolist() == [6, 9]

@@ -1,5 +1,6 @@
 """The command that generates text: what it prints, and what it refuses."""
 
+import io
 import re
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def test_bf16_runs(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--temperature", "-1"], "--temperature -1 must be 0 or a positive number"),
         (["--temperature", "nan"], "--temperature nan must be 0 or a positive number"),
         (["--temperature", "1", "--compare"], "--compare needs --temperature 0"),
+        (["--temperature", "1", "--top-k", "-1"], "--top-k -1 must be at least 0"),
+        (["--temperature", "1", "--top-p", "0"], "--top-p 0 must be above 0 and at most 1"),
+        (["--temperature", "1", "--min-p", "2"], "--min-p 2 must be from 0 to 1"),
+        (["--repetition-penalty", "0"], "--repetition-penalty 0 must be from 0.001 to 1,000"),
+        (["--top-p", "0.5"], "--top-p has no effect at temperature 0"),
+        (["--stop", ""], "--stop is empty"),
+        (["--stream", "--prompt", "b"], "--stream shows one text as it comes, not 2 prompts"),
+        (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
         (["--prompt", "x" * 64], "prompt 2 has 64 tokens, the model was trained on sequences of"),
     ],
 )
@@ -126,3 +135,77 @@ def test_a_text_past_the_trained_length_is_noted(
     assert (
         "note: a prompt of 60 tokens and 9 new ones may pass position 64" in capsys.readouterr().err
     )
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command prints."""
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature", "1.5", "--seed", "3"]])
+def test_streamed_text_is_the_same(
+    export: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """Printed as it comes or at the end, the text is one; characters are whole."""
+    arguments = [str(export), "--prompt", "naïve é", "--max-new-tokens", "50", "--ids", *options]
+    at_once = output(capsys, *arguments).split("---")[0]
+    streamed = output(capsys, *arguments, "--stream").split("---")[0]
+    assert streamed == at_once
+    assert len(printed_ids(at_once)[0]) > 3
+
+
+def test_a_stop_string_ends_the_text(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text goes up to it, shown at once or streamed; tokens end with the one that made it."""
+    arguments = [str(export), "--prompt", "ab", "--max-new-tokens", "40", "--ids"]
+    [whole] = printed_ids(output(capsys, *arguments))
+    tokenizer = Tokenizer.from_buffer(byte_tokenizer())
+    text = tokenizer.decode(whole)
+    place = next(i for i in range(3, 30) if text[i : i + 2].isascii() and text[i : i + 2].strip())
+    stop = text[place : place + 2]
+    for more in ([], ["--stream"], ["--heads", "1"]):
+        out = output(capsys, *arguments, "--stop", stop, *more)
+        assert out.splitlines(keepends=False)[0].split("\n")[0] in "ab" + text
+        [ids] = printed_ids(out)
+        assert ids == whole[: len(ids)]
+        assert stop in tokenizer.decode(ids)
+        assert stop not in tokenizer.decode(ids[:-1])
+        assert out.split("\nids:")[0] == "ab" + text[: text.index(stop)]
+
+
+def test_a_prompt_may_come_from_a_file_or_stdin(
+    export: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They continue as the same text in an option; bytes that are no text are refused."""
+    expected = output(capsys, str(export), "--prompt", "é=1\n", "--ids").split("\n1 head")[0]
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("é=1\n".encode())
+    ids = printed_ids(expected)
+    assert printed_ids(output(capsys, str(export), "--prompt-file", str(path), "--ids")) == ids
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é=1\n".encode())))
+    assert printed_ids(output(capsys, str(export), "--prompt-file", "-", "--ids")) == ids
+    path.write_bytes(b"\xff\xfe")
+    assert main([str(export), "--prompt-file", str(path)]) == EXIT_USER_ERROR
+    assert "prompt 1 is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_no_prompt_is_refused(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As any other mistake of usage is."""
+    with pytest.raises(SystemExit, match="2"):
+        main([str(export)])
+    assert "one of --prompt and --prompt-file is required" in capsys.readouterr().err
+
+
+def test_statistics_add_up(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drafts that were kept are the tokens that no forward of their own gave."""
+    out = output(
+        capsys, str(export), "--prompt", "ab", "--max-new-tokens", "40", "--stats", "--compare"
+    )
+    kept = [int(n) for n in re.findall(r"draft of head \d: kept (\d+) of \d+ times", out)]
+    tokens, forwards = map(int, re.findall(r"4 heads: (\d+) tokens, (\d+) forwards", out)[0])
+    assert len(kept) == 3
+    assert sum(kept) == tokens - forwards
+    assert len(re.findall(r"first token after [\d.]+ ms, then [\d.]+ ms per forward", out)) == 2

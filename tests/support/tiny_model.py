@@ -9,6 +9,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.hugging_face.loading import build_model
+from model.hugging_face.names import hf_names, split
+from model.inference.network import Network
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
 from model.parameter_shapes import parameter_shapes
@@ -46,6 +48,20 @@ def tiny_model(
 ) -> MultiTokenModel:
     """A model on the CPU; in float64 no two logits are equal up to rounding."""
     return build_model(config, (weights or tiny_weights(config)).items(), dtype)
+
+
+def tiny_network(
+    config: ModelConfig,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Network:
+    """The same model in the form that decoding uses."""
+    stored = {
+        hf_name: part
+        for name, weight in (weights or tiny_weights(config)).items()
+        for hf_name, part in zip(hf_names(name, config), split(name, weight, config), strict=True)
+    }
+    return Network.read(config, stored.__getitem__, dtype)
 
 
 def training_model(

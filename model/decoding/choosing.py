@@ -1,0 +1,118 @@
+"""Chooses tokens from logits: first tokens, drafts, and which drafts are kept.
+
+Legend: B rows, g drafts of a chain, S = g + 1, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.decoding.acceptance import Verdict, accept_chain, accept_greedy, leading
+from model.decoding.sampling import RowUniforms, Sampling, distribution, draw, penalize
+
+
+class Drafts(NamedTuple):
+    """What the heads propose.
+
+    Attributes:
+        tokens: `[B, g]`.
+        distributions: `[B, g, V]` what each was drawn from; None when greedy.
+    """
+
+    tokens: Tensor
+    distributions: Tensor | None
+
+
+class Chooser:
+    """Head 1's way to choose, with what it has to know of each row.
+
+    Args:
+        sampling: greedy or from a distribution.
+        seeds: one for each row; of no use when greedy.
+        vocab_size: V.
+        device: where the logits are.
+
+    Attributes:
+        sound: `[B]` bool, whether the last distributions were; not so of infinite logits.
+    """
+
+    def __init__(
+        self, sampling: Sampling, seeds: Sequence[int], vocab_size: int, device: torch.device
+    ) -> None:
+        self.sampling = sampling
+        self.sound = torch.ones(len(seeds), dtype=torch.bool, device=device)
+        self._uniforms = RowUniforms(seeds, device)
+        self._seen: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(len(seeds), vocab_size, dtype=torch.bool, device=device)
+
+    def see(self, tokens: Tensor, valid: Tensor) -> None:
+        """Note that rows have tokens `[B, S]`, where `valid` `[B, S]` says so."""
+        if self._seen is not None:
+            counts = torch.zeros(self._seen.shape, dtype=torch.int, device=tokens.device)
+            counts.scatter_add_(1, tokens, valid.int())
+            self._seen |= counts > 0
+
+    def first(self, logits: Tensor) -> Tensor:
+        """The token `[B]` after the prompt, from head 1's logits `[B, V]`."""
+        logits = self._penalized(logits)
+        if self.sampling.greedy:
+            return logits.argmax(-1)
+        target = distribution(logits, self.sampling)
+        self.sound = _sound(target)
+        return draw(target, self._uniforms.next(1)[:, 0])
+
+    def draft(self, logits: Tensor) -> Drafts:
+        """Drafts from logits `[g, B, V]` of heads 2 .. g + 1."""
+        logits = self._penalized(logits).transpose(0, 1)
+        if self.sampling.greedy:
+            return Drafts(logits.argmax(-1), None)
+        drafts = distribution(logits, self.sampling)
+        self.sound = self.sound & _sound(drafts).all(-1)
+        return Drafts(draw(drafts, self._uniforms.next(logits.shape[1])), drafts)
+
+    def verify(self, logits: Tensor, drafts: Drafts) -> Verdict:
+        """Which drafts are kept and what follows them, from head 1's logits `[B, S, V]`."""
+        logits = self._penalized_along(logits, drafts.tokens)
+        if self.sampling.greedy:
+            return accept_greedy(logits.argmax(-1), drafts.tokens)
+        target = distribution(logits, self.sampling)
+        self.sound = _sound(target).all(-1)
+        uniforms = self._uniforms.next(target.shape[1])
+        if drafts.distributions is None:
+            kept = torch.zeros(len(target), dtype=torch.long, device=target.device)
+            return Verdict(kept, draw(target[:, 0], uniforms[:, 0]))
+        chain = accept_chain(target, drafts.distributions, drafts.tokens)
+        kept = leading(uniforms[:, 1:] < chain.accept)
+        rows = torch.arange(len(kept), device=kept.device)
+        return Verdict(kept, draw(chain.following[rows, kept], uniforms[:, 0]))
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Row `order[i]` becomes row i; the others are gone."""
+        self._uniforms.keep(order)
+        self.sound = self.sound[list(order)]
+        if self._seen is not None:
+            self._seen = self._seen[list(order)]
+
+    def _penalized(self, logits: Tensor) -> Tensor:
+        if self._seen is None:
+            return logits
+        return penalize(logits, self._seen, self.sampling.repetition_penalty)
+
+    def _penalized_along(self, logits: Tensor, drafts: Tensor) -> Tensor:
+        """Each position counts the drafts before it as tokens that the text has."""
+        if self._seen is None:
+            return logits
+        seen = self._seen.unsqueeze(1).repeat(1, logits.shape[1], 1)
+        for column in range(drafts.shape[1]):
+            later = seen[:, column + 1 :]
+            token = drafts[:, column, None, None].expand(-1, later.shape[1], 1)
+            later.scatter_(2, token, True)
+        return penalize(logits, seen, self.sampling.repetition_penalty)
+
+
+def _sound(distributions: Tensor) -> Tensor:
+    """`[...]` whether distributions `[..., V]` are made of numbers."""
+    return distributions.sum(-1).isfinite()

@@ -1,0 +1,148 @@
+"""Options of the command that generates text: the parser, and what values must be."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from foundation.bounded_files import read_bounded
+from foundation.shown_text import printable
+from model.errors import ConfigError
+
+EXIT_DIFFERENT = 3
+
+_MOST_NEW_TOKENS = 1 << 20
+
+EPILOG = """\
+examples:
+  PROG export --prompt "def main():"
+  PROG export --prompt "Once" --heads 3 --max-new-tokens 200 --temperature 0.8 --seed 1
+  PROG export --prompt "import os" --compare
+
+exit status: 0 the text is printed, 1 the model or a prompt cannot be used (in one line), 2 wrong
+arguments, 3 --compare found different outputs
+"""
+
+
+def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """The options of a command line; exits where they cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Continue prompts with an exported model; its own heads speed it up.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
+    )
+    add = parser.add_argument
+    add("directory", type=Path, metavar="DIR", help="what python -m pipeline.export has written")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given many times")
+    add("--prompt-file", type=Path, metavar="FILE", help="one more prompt from a file, - = stdin")
+    add("--heads", type=int, metavar="K", help="heads to use, 1 = plain decoding (all)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest share P (1)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="none below P x the likeliest (0)")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1 makes tokens that the text has less likely (1)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of the first prompt, S+1 of the second, for a temperature above 0 (0)",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text, may be repeated")
+    add("--dtype", choices=("fp32", "bf16"), help="arithmetic (as exported)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (auto)")
+    add("--ids", action="store_true", help="print the ids of the new tokens, too")
+    add("--stream", action="store_true", help="print the text as it comes; of one prompt")
+    add("--stats", action="store_true", help="print times, and how often drafts were kept")
+    add(
+        "--compare",
+        action="store_true",
+        help=f"run with 1 head and with K; exit status {EXIT_DIFFERENT} when the outputs differ",
+    )
+    options = parser.parse_args(arguments)
+    if not options.prompt and options.prompt_file is None:
+        parser.error("one of --prompt and --prompt-file is required")
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """See that the numbers make sense.
+
+    Raises:
+        ConfigError: naming the first option that does not.
+    """
+    _check_numbers(options)
+    _check_sampling(options)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    if options.heads is not None and options.heads < 1:
+        raise ConfigError(f"--heads {options.heads} must be at least 1; 1 is plain decoding")
+    if not 1 <= options.max_new_tokens <= _MOST_NEW_TOKENS:
+        raise ConfigError(
+            f"--max-new-tokens {printable(str(options.max_new_tokens))} must be at least 1 and "
+            f"at most {_MOST_NEW_TOKENS:,}; the default is 64"
+        )
+    # Outside, probabilities in fp32 are all zero, or all equal.
+    if options.temperature != 0 and not 1e-3 <= options.temperature <= 1e3:
+        raise ConfigError(
+            f"--temperature {options.temperature:g} must be 0 or a positive number from "
+            "0.001 to 1,000; "
+            "0 takes the likeliest token, 1 samples from the model as it is"
+        )
+    if not 0 <= options.seed < 1 << 63:
+        given = printable(str(options.seed))
+        raise ConfigError(f"--seed {given} must be from 0 to 2^63 - 1; the default is 0")
+    if any(not stop for stop in options.stop):
+        raise ConfigError("--stop is empty, so no text would begin; give some text or leave it out")
+    if options.compare and options.temperature > 0:
+        raise ConfigError(
+            f"--compare needs --temperature 0, not {options.temperature:g}: sampled outputs agree "
+            "in distribution, not token by token; leave one of the two out"
+        )
+
+
+def _check_sampling(options: argparse.Namespace) -> None:
+    if options.top_k < 0:
+        raise ConfigError(f"--top-k {options.top_k} must be at least 0; 0 draws from all tokens")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(
+            f"--top-p {options.top_p:g} must be above 0 and at most 1; 1 draws from all tokens"
+        )
+    if not 0 <= options.min_p <= 1:
+        raise ConfigError(f"--min-p {options.min_p:g} must be from 0 to 1; 0 draws from all tokens")
+    if not 1e-3 <= options.repetition_penalty <= 1e3:
+        raise ConfigError(
+            f"--repetition-penalty {options.repetition_penalty:g} must be from 0.001 to 1,000; "
+            "1 is none"
+        )
+    filters = {"--top-k": options.top_k != 0, "--top-p": options.top_p != 1}
+    filters["--min-p"] = options.min_p != 0
+    if options.temperature == 0 and (given := [name for name, is_set in filters.items() if is_set]):
+        raise ConfigError(
+            f"{given[0]} has no effect at temperature 0, where the likeliest token is taken; add "
+            f"--temperature 1 or leave {given[0]} out"
+        )
+
+
+def check_stream(options: argparse.Namespace) -> None:
+    """Raises ConfigError when there is not one text to show; prompts are all read."""
+    if options.stream and (len(options.prompt) != 1 or options.compare):
+        raise ConfigError(
+            f"--stream shows one text as it comes, not {len(options.prompt)} prompts or --compare; "
+            "leave --stream out"
+        )
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file, or of stdin; other bytes than UTF-8 come as halves of characters."""
+    content = sys.stdin.buffer.read() if str(path) == "-" else read_bounded(path)
+    return content.decode("utf-8", "surrogateescape")

@@ -1,0 +1,144 @@
+"""The weights that decoding computes with, fused and stacked, from tensors under Llama's names.
+
+Queries are kept in the order (R, G) instead of Llama's (G, R), and the rows of the output matrix
+likewise: then the queries of a group are so many more positions of one attention, and keys and
+values need no copy for each of them.
+
+Legend: H hidden, A attention heads, G key-value heads, R = A / G, D head dimension, F feed-forward,
+V vocabulary, n heads of the model.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.hugging_face.names import EXTRA_HEADS
+from model.inference.norm import RMSNorm
+
+Read = Callable[[str], Tensor]
+
+
+class LayerWeights(NamedTuple):
+    """One layer of the trunk; matrices have their inputs as rows.
+
+    Attributes:
+        attention_norm: `[H]`.
+        qkv: `[H, (A + 2G) * D]`, queries before keys before values.
+        output: `[A * D, H]`.
+        mlp_norm: `[H]`.
+        gate_up: `[H, 2F]`.
+        down: `[F, H]`.
+    """
+
+    attention_norm: Tensor
+    qkv: Tensor
+    output: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class HeadWeights(NamedTuple):
+    """The n heads side by side, matrices likewise.
+
+    Attributes:
+        attention_norm: `[n, 1, H]`.
+        query: `[n, H, A * D]`.
+        key_value: `[n, H, 2 * G * D]`.
+        output: `[n, A * D, H]`.
+        mlp_norm: `[n, 1, H]`.
+        gate_up: `[n, H, 2F]`.
+        down: `[n, F, H]`.
+    """
+
+    attention_norm: Tensor
+    query: Tensor
+    key_value: Tensor
+    output: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+    def between(self, first: int, last: int) -> "HeadWeights":
+        """Views of heads `first` .. `last`, from 1."""
+        return HeadWeights(*(part[first - 1 : last] for part in self))
+
+
+class NetworkWeights(NamedTuple):
+    """All weights.
+
+    Attributes:
+        embedding: `[V, H]`.
+        trunk: its layers, from the first.
+        heads: heads 1 .. n.
+        norm: `[H]`, final norm.
+        unembedding: `[H, V]`.
+    """
+
+    embedding: Tensor
+    trunk: tuple[LayerWeights, ...]
+    heads: HeadWeights
+    norm: Tensor
+    unembedding: Tensor
+
+
+def read_weights(
+    config: ModelConfig, read: Read, dtype: torch.dtype, device: torch.device
+) -> NetworkWeights:
+    """Read every tensor once and put it where decoding wants it.
+
+    Args:
+        config: sizes.
+        read: a tensor of the export, by its Hugging Face name, in any floating type.
+        dtype: to compute in.
+        device: to compute on.
+    """
+
+    def place(name: str) -> Tensor:
+        return read(name).to(device, dtype)
+
+    prefixes = [f"model.layers.{index}" for index in range(config.trunk_layers)]
+    heads = [f"model.layers.{config.trunk_layers}"]
+    heads += [f"{EXTRA_HEADS}.{head}" for head in range(2, config.future_tokens + 1)]
+    norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+    return NetworkWeights(
+        embedding=place("model.embed_tokens.weight"),
+        trunk=tuple(_layer(config, norm, place, prefix) for prefix in prefixes),
+        heads=_stack(config, [_layer(config, norm, place, prefix) for prefix in heads]),
+        norm=norm.prepare(place("model.norm.weight")),
+        unembedding=place("lm_head.weight").t().contiguous(),
+    )
+
+
+def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> LayerWeights:
+    groups, dim, hidden = config.kv_heads, config.head_dim, config.hidden_size
+    query = place(f"{prefix}.self_attn.q_proj.weight").view(groups, -1, dim, hidden)
+    key = place(f"{prefix}.self_attn.k_proj.weight")
+    value = place(f"{prefix}.self_attn.v_proj.weight")
+    output = place(f"{prefix}.self_attn.o_proj.weight").view(hidden, groups, -1, dim)
+    gate = place(f"{prefix}.mlp.gate_proj.weight")
+    up = place(f"{prefix}.mlp.up_proj.weight")
+    return LayerWeights(
+        attention_norm=norm.prepare(place(f"{prefix}.input_layernorm.weight")),
+        qkv=torch.cat([query.transpose(0, 1).reshape(-1, hidden), key, value]).t().contiguous(),
+        output=output.permute(2, 1, 3, 0).reshape(-1, hidden).contiguous(),
+        mlp_norm=norm.prepare(place(f"{prefix}.post_attention_layernorm.weight")),
+        gate_up=torch.cat([gate, up]).t().contiguous(),
+        down=place(f"{prefix}.mlp.down_proj.weight").t().contiguous(),
+    )
+
+
+def _stack(config: ModelConfig, layers: list[LayerWeights]) -> HeadWeights:
+    width = config.attention_heads * config.head_dim
+    return HeadWeights(
+        attention_norm=torch.stack([layer.attention_norm for layer in layers]).unsqueeze(1),
+        query=torch.stack([layer.qkv[:, :width] for layer in layers]),
+        key_value=torch.stack([layer.qkv[:, width:] for layer in layers]),
+        output=torch.stack([layer.output for layer in layers]),
+        mlp_norm=torch.stack([layer.mlp_norm for layer in layers]).unsqueeze(1),
+        gate_up=torch.stack([layer.gate_up for layer in layers]),
+        down=torch.stack([layer.down for layer in layers]),
+    )

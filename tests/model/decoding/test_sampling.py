@@ -1,0 +1,104 @@
+"""Distributions as transformers makes them, and tokens drawn from them."""
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model.decoding.generation import generate
+from model.decoding.sampling import RowUniforms, Sampling, distribution, draw, penalize
+from tests.support.tiny_model import (
+    head_logits,
+    tiny_config,
+    tiny_model,
+    tiny_network,
+    tiny_prompts,
+)
+
+CASES = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=1.0, top_k=5),
+    Sampling(temperature=1.0, top_k=500),
+    Sampling(temperature=1.3, top_p=0.8),
+    Sampling(temperature=1.0, top_p=0.01),
+    Sampling(temperature=1.0, min_p=0.1),
+    Sampling(temperature=0.9, top_k=12, top_p=0.9, min_p=0.05, repetition_penalty=1.4),
+]
+
+
+@pytest.mark.parametrize("sampling", CASES)
+def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
+    """All filters, alone and together, keep the same tokens with the same probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(40, 30, generator=generator)
+    text = torch.randint(30, (40, 6), generator=generator)
+    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)])
+    warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    expected = torch.softmax(warpers(text, logits.clone()), dim=-1)
+    seen = torch.zeros(40, 30, dtype=torch.bool).scatter(1, text, True)
+    found = distribution(penalize(logits, seen, sampling.repetition_penalty), sampling)
+    assert torch.equal(found > 0, expected > 0)
+    torch.testing.assert_close(found, expected)
+    assert (found != distribution(logits, Sampling(temperature=1.1))).any()
+
+
+def test_draws_divide_the_line_by_probability() -> None:
+    """Each token has as much of [0, 1) as its probability, and one without any has none."""
+    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    numbers = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1]
+    tokens = draw(probabilities.expand(len(numbers), -1), numbers)
+    assert torch.bincount(tokens, minlength=6).tolist() == [0, 1000, 0, 2000, 1000, 0]
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities.unsqueeze(0), last).tolist() == [4]
+    assert draw(3 * probabilities.unsqueeze(0), torch.zeros(1)).tolist() == [1]
+
+
+def test_rows_keep_their_numbers() -> None:
+    """A row's numbers depend on its seed alone, not on who is beside it, leaves, or asks."""
+    device = torch.device("cpu")
+    alone = RowUniforms([5], device)
+    expected = torch.cat([alone.next(3) for _ in range(200)], dim=1)[0]
+    together = RowUniforms([4, 5, 6], device)
+    first = [together.next(7)[1] for _ in range(40)]
+    together.keep([2, 1])
+    later = [together.next(5)[1] for _ in range(60)]
+    found = torch.cat([*first, *later])
+    assert torch.equal(found, expected[: len(found)])
+    assert float(expected.min()) >= 0
+    assert float(expected.max()) < 1
+    assert abs(float(expected.mean()) - 0.5) < 0.06  # five standard deviations of 600 numbers
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_a_penalty_counts_what_is_drafted_before(heads: int) -> None:
+    """Greedy text under a repetition penalty is the one that is chosen token by token."""
+    model, penalty = tiny_model(tiny_config()), 1.6
+    found = generate(
+        tiny_network(tiny_config()),
+        tiny_prompts(),
+        heads=heads,
+        max_new_tokens=24,
+        sampling=Sampling(repetition_penalty=penalty),
+    )
+    free = generate(tiny_network(tiny_config()), tiny_prompts(), heads=heads, max_new_tokens=24)
+    assert found.tokens != free.tokens
+    for prompt, tokens in zip(tiny_prompts(), found.tokens, strict=True):
+        text = list(prompt)
+        for token in tokens:
+            logits = head_logits(model, torch.tensor([text]))[0, 0, -1]
+            seen = torch.zeros(20, dtype=torch.bool)
+            seen[text] = True
+            assert int(penalize(logits, seen, penalty).argmax()) == token
+            text.append(token)

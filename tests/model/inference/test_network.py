@@ -1,0 +1,151 @@
+"""The form of the model that decodes computes what training's form and transformers compute."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.hugging_face.modeling_headway import HeadwayForCausalLM
+from model.inference.loading import load_network
+from model.inference.network import Network
+from model.inference.prefill import prefill
+from tests.support.tiny_export import export_tiny
+from tests.support.tiny_model import head_logits, tiny_config, tiny_model, tiny_network
+
+LENGTHS = torch.tensor([24, 13, 8])
+NEW = 5
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def tokens(vocab_size: int = 20) -> Tensor:
+    """Three rows of tokens."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(vocab_size, (3, 40), generator=generator)
+
+
+@torch.no_grad()
+def decoded(network: Network, rows: Tensor, piece: int) -> tuple[Tensor, Tensor]:
+    """Prompts of three lengths, then a block of five tokens after each of them.
+
+    Returns:
+        `[n, 3, V]` at the prompts' ends and `[n, 3, 5, V]` within the blocks.
+    """
+    heads = network.num_heads
+    cache = network.new_cache(3, 70)
+    first = prefill(network, cache, rows[:, : int(LENGTHS.max())], LENGTHS, heads, piece)
+    steps = LENGTHS.unsqueeze(1) + torch.arange(NEW)
+    block = network.following(cache, NEW, 64)
+    trunk_output = network.trunk(rows.gather(1, steps), cache, block)
+    network.fill_heads(trunk_output, heads, cache, block)
+    later = network.logits(network.heads(trunk_output, 1, heads, cache, block))
+    return first, later.unflatten(1, (3, NEW))
+
+
+def errors(network: Network, expected: Tensor, rows: Tensor, piece: int = 512) -> float:
+    """Largest difference of any logit from those `[n, 3, S, V]` of a forward without a cache."""
+    first, later = decoded(network, rows, piece)
+    largest = 0.0
+    for row, length in enumerate(LENGTHS.tolist()):
+        for found, at in (
+            (first[:, row], expected[:, row, length - 1]),
+            (later[:, row], expected[:, row, length : length + NEW]),
+        ):
+            largest = max(largest, float((found.double() - at.double()).abs().max()))
+    return largest
+
+
+@pytest.mark.parametrize("piece", [512, 7, 1])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"kv_heads": 1}, {"kv_heads": 4}, {"rope_scaling": LLAMA3}, {"future_tokens": 1}]
+)
+def test_logits_are_those_of_training(sizes: dict[str, Any], piece: int) -> None:
+    """All heads, grouped queries or not, prompts whole or in pieces, and blocks after them."""
+    config = tiny_config(**sizes)
+    expected = head_logits(tiny_model(config), tokens())
+    assert errors(tiny_network(config), expected, tokens(), piece) < 1e-12
+    shifted = head_logits(tiny_model(config), tokens().roll(1, dims=1))
+    assert errors(tiny_network(config), shifted, tokens(), piece) > 0.1
+
+
+def test_fewer_heads_compute_the_same() -> None:
+    """The heads that are not used leave no trace in those that are."""
+    network, rows = tiny_network(tiny_config()), tokens()
+    lengths = torch.tensor([40, 40, 40])
+    all_heads = prefill(network, network.new_cache(3, 40), rows, lengths, 4)
+    two = prefill(network, network.new_cache(3, 40), rows, lengths, 2)
+    torch.testing.assert_close(two, all_heads[:2])
+
+
+def test_fp32_and_bf16_are_as_near_as_their_rounding_allows() -> None:
+    """In fp32 1e-5 from exact; in bf16 no farther than twice what training's form is."""
+    config = tiny_config()
+    exact = head_logits(tiny_model(config), tokens())
+    size = float(exact.abs().max())
+    assert errors(tiny_network(config, dtype=torch.float32), exact, tokens()) < 1e-5 * size
+    ours = errors(tiny_network(config, dtype=torch.bfloat16), exact, tokens())
+    theirs = float(
+        (head_logits(tiny_model(config, dtype=torch.bfloat16), tokens()).double() - exact)
+        .abs()
+        .max()
+    )
+    assert 1e-5 * size < ours < 2 * theirs
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_export_gives_the_logits_of_transformers(tmp_path: Path, dtype: str) -> None:
+    """Loaded from the same files, head 1 is the plain Llama and all heads the class beside it."""
+    export_tiny(tmp_path / "export", dtype=dtype)
+    loaded = load_network(tmp_path / "export", torch.float32)
+    rows = tokens(loaded.record.description.model.vocab_size)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", dtype=torch.float32
+    )
+    whole = HeadwayForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    with torch.no_grad():
+        head_1 = plain(rows).logits.unsqueeze(0)
+        heads = whole.all_head_logits(rows).permute(2, 0, 1, 3)
+    size = float(heads.abs().max())
+    assert errors(loaded.network, heads, rows) < 1e-5 * size
+    torch.testing.assert_close(head_1[0], heads[0])
+    assert (
+        load_network(tmp_path / "export").network.dtype
+        == {
+            "fp32": torch.float32,
+            "bf16": torch.bfloat16,
+        }[dtype]
+    )
+
+
+def test_long_prompts_are_read_in_pieces() -> None:
+    """No mask or score grows with the square of a prompt's length."""
+    network = tiny_network(tiny_config(), dtype=torch.float32)
+    length = 3000
+    row = torch.randint(20, (1, length), generator=torch.Generator().manual_seed(1))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        """Sees every tensor that an operation of torch makes."""
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    cache = network.new_cache(1, length)
+    with Watch(), torch.no_grad():
+        prefill(network, cache, row, torch.tensor([length]), 4)
+    assert 0 < largest <= 512 * 2 * length < length**2
