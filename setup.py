@@ -60,6 +60,7 @@ setup(
         "psutil>=5.9",
         "pyarrow>=17.0",
         "pydantic>=2.7",
+        "pydantic-core>=2.18",
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.4.3",

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ if __name__ == "__main__" and not __package__:
     # Run by path, Python puts this folder first; the packages are found from its parent.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.gpu_points import Point
+from benchmarks.gpu_points import SIZES, Point
 from benchmarks.gpu_tables import line, tables
 from benchmarks.tables import replace_section
 
@@ -238,6 +239,63 @@ def _script(name: str, *options: str) -> Callable[[str, str, Budget, Found, Keep
     return run
 
 
+def _run_a_run(device: str, size: str, budget: Budget, found: Found, keep: Keep) -> None:
+    """A run by the commands people type: the loader and the saves beside the training."""
+    with tempfile.TemporaryDirectory(prefix="headway-run-") as folder:
+        try:
+            keep(found | _figures_of_a_run(Path(folder), device, size, budget))
+        except subprocess.TimeoutExpired:
+            print("run: cut off by the time limit", flush=True)
+
+
+def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> Found:
+    def call(*command: str) -> str | None:
+        """Run a command; the end of what it said when it failed."""
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *command],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=max(budget.left_s(), 1),
+            check=False,
+        )
+        return None if done.returncode == 0 else (done.stdout + done.stderr).strip()[-500:]
+
+    layers, hidden = SIZES["tiny" if size == "tiny" else "0.3b"]
+    sequence, micro = (64, 2) if size == "tiny" else (4096, 8)
+    shards, run_dir = folder / "set", folder / "run"
+    sources = [
+        name for name in ("data_prep", "model", "pipeline", "docs") if (ROOT / name).is_dir()
+    ]
+    failed = call(
+        *("data_prep/shard.py", "--input", *sources, "--output", str(shards)),
+        *("--tokenizer", "bytes", "--validation-fraction", "0"),
+    ) or call(
+        *("-m", "pipeline.train", "configs/300m.yaml", "--set", f"data.shards={shards}"),
+        *(f"run.dir={run_dir}", f"train.device={device}", f"data.sequence_length={sequence}"),
+        *("train.precision=auto", f"batch.micro_size={micro}", "batch.accumulation=2"),
+        *(f"model.layers={layers}", f"model.hidden_size={hidden}", "model.vocab_size=512"),
+        *(f"model.attention_heads={hidden // 128}", "train.steps=12", "schedule.warmup_steps=2"),
+        *("checkpoint.every_steps=6", "eval.every_steps=0", "log.interval=3", "checkpoint.keep=2"),
+        "checkpoint.keep_every=0",
+    )
+    if failed is not None:
+        print(failed, flush=True)
+        return {"failures": [failed], "complete": True}
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    stalls = [record["save_stall_s"] for record in records if "save_stall_s" in record]
+    totals = [record["save_total_s"] for record in records if "save_total_s" in record]
+    last = records[-1]
+    summary = f"by the command: {last['tokens_per_s']:,.0f} tokens/s with its loader"
+    if stalls:
+        summary += (
+            f"; a save took {max(totals, default=0.0):.2f} s, training waited {stalls[0]:.2f} s"
+        )
+    print(summary, flush=True)
+    return {"summary": summary, "records": records, "failures": [], "complete": True}
+
+
 PIECES: dict[str, Callable[[str, str, Budget, Found, Keep], None]] = {
     "tests": _run_tests,
     "heads": _train("heads"),
@@ -248,6 +306,8 @@ PIECES: dict[str, Callable[[str, str, Budget, Found, Keep], None]] = {
     "joint": _train("joint"),
     "checkpointing": _train("checkpointing"),
     "documents": _train("documents"),
+    "run": _run_a_run,
+    "loss": _script("loss_kernels.py", "--tiny"),
     "training": _script("training.py", "--tiny", "--turns", "3"),
     "decoding": _script("decoding.py", "--quick"),
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import EXIT_DIFFERENT, check, check_stream, parse, read_prompt
+from model.hugging_face.config import first_token
 from model.hugging_face.folder import read_record
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def _generate(options: argparse.Namespace) -> int:
     device = _device(options.device)
     dtype = DTYPES[options.dtype] if options.dtype else None
     loaded = load_network(options.directory, dtype, device)
-    prompts = _encode(options.prompt, options.max_new_tokens, loaded)
+    begin = first_token(options.directory, loaded.record.description.model.vocab_size)
+    prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
     _limit_threads(loaded, device)
     counts = [1, heads] if options.compare else [heads]
     # The first run on a machine pays for what is set up once; the faster of two is reported.
@@ -145,8 +147,10 @@ def _heads(wanted: int | None, available: int) -> int:
     return wanted
 
 
-def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedNetwork") -> list[list[int]]:
-    """Ids of each prompt; an empty one becomes the end-of-text token, which begins a text."""
+def _encode(
+    texts: Sequence[str], max_new_tokens: int, loaded: "LoadedNetwork", begin: int | None
+) -> list[list[int]]:
+    """Ids of each prompt; an empty one becomes the token that begins a text, if there is one."""
     description = loaded.record.description
     limit = description.sequence_length
     prompts = []
@@ -155,7 +159,14 @@ def _encode(texts: Sequence[str], max_new_tokens: int, loaded: "LoadedNetwork") 
             raise ConfigError(
                 f"prompt {number} is not UTF-8 text; convert it to UTF-8, or give another --prompt"
             )
-        ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids or [description.eos_id]
+        ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            if begin is None:
+                raise ConfigError(
+                    f"prompt {number} is empty, and this model was not trained to begin a text: "
+                    "bos_token_id in its config.json is null; give the beginning of one"
+                )
+            ids = [begin]
         if len(ids) >= limit:
             raise ConfigError(
                 f"prompt {number} has {len(ids)} tokens, the model was trained on sequences of "

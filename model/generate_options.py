@@ -14,12 +14,24 @@ EXIT_DIFFERENT = 3
 _MOST_NEW_TOKENS = 1 << 20
 _WIDEST_TREE = 8
 
+EPILOG = """\
+examples:
+  PROG export --prompt "def main():"
+  PROG export --prompt "Once" --heads 3 --max-new-tokens 200 --temperature 0.8 --seed 1
+  PROG export --prompt "import os" --compare
+
+exit status: 0 the text is printed, 1 the model or a prompt cannot be used (in one line), 2 wrong
+arguments, 3 --compare found different outputs
+"""
+
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The options of a command line; exits where they cannot be read."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Continue prompts with an exported model; its own heads speed it up.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
     )
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="what python -m pipeline.export has written")

@@ -27,6 +27,14 @@ from pipeline.exporting.target import check_target
 if TYPE_CHECKING:
     from pipeline.exporting.whole_model import Parity
 
+EPILOG = """\
+examples:
+  PROG runs/7b export
+  PROG runs/7b/checkpoints/step_00005000 export --dtype bf16
+
+exit status: 0 the export is written and compared, 1 the checkpoint or the folder cannot be used (in
+one line), 2 wrong arguments, 130 after Ctrl-C
+"""
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -60,9 +68,11 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=(
-            "Write a checkpoint as a Hugging Face Llama with the extra heads beside it, and "
+            "Write a checkpoint as a Hugging Face Llama with the extra heads beside it, and\n"
             "compare its logits with the checkpoint's."
         ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
     )
     add = parser.add_argument
     add("checkpoint", type=Path, help="a step folder, or a run's folder for its newest")

@@ -23,6 +23,14 @@ from pipeline.checkpoint.files import (
 )
 from pipeline.checkpoint.train_state import TrainState, read_state
 
+EPILOG = """\
+examples:
+  PROG runs/7b
+  PROG runs/7b/checkpoints/step_00005000 --verify
+
+exit status: 0 all is whole, 1 something is missing or damaged, 2 there is no checkpoint, or wrong
+arguments, 130 after Ctrl-C
+"""
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -32,6 +40,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
     )
     parser.add_argument(
         "path", type=Path, metavar="CHECKPOINT|RUN", help="a checkpoint's or a run's folder"
@@ -48,6 +57,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     except OSError as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _show(path: Path, *, verified: bool) -> int:

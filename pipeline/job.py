@@ -39,7 +39,7 @@ from pipeline.distributed.topology import Topology
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.engine.build import build_engine
 from pipeline.engine.engine import Engine
-from pipeline.engine.init_from import imported_weights
+from pipeline.engine.init_from import imported_identity, imported_weights
 from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
 from pipeline.reporting.run_summary import summarize_run
@@ -99,6 +99,7 @@ class Job:
         self._engine: Engine | None = None
         self._state: TrainState | None = None
         self._changes: list[Change] = []
+        self._imported: str | None = None
 
     def run(self) -> str | None:
         """Train to the last step or to a signal; the signal's name, or None.
@@ -176,6 +177,7 @@ class Job:
         fresh = self._new_state(data.shards, topology)
         point = find_resume_point(self._checkpoints, self.resume, config, fresh)
         imported = imported_weights(config, data.shards, topology, resumed=point is not None)
+        self._imported = imported_identity(config, data.shards, point.path if point else None)
         engine = self._engine = build_engine(config, topology, self.precision, imported)
         state = fresh
         if point is not None:
@@ -209,6 +211,7 @@ class Job:
                     topology.device,
                     data.shards.tokenizer_path,
                     state.step,
+                    imported=self._imported,
                 ),
                 metrics=open_metrics_log(
                     config,

@@ -23,6 +23,14 @@ from pipeline.config.run_config import RunConfig, load_config
 from pipeline.report import REPORT_NAME
 from pipeline.reporting.metrics import METRICS_NAME, Scalars, read_metrics
 
+EPILOG = """\
+examples:
+  PROG
+  PROG --set train.steps=200
+
+exit status: 0 everything worked, 1 a command failed or the loss did not fall, 2 wrong arguments or
+configuration, 130 after Ctrl-C
+"""
 CONFIG = Path("configs/quickstart.yaml")
 CPU_RANKS = 2
 KILL_AFTER = 0.55  # of the steps; between two checkpoints, so that some steps are lost
@@ -121,7 +129,12 @@ def main(
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
+    )
     parser.add_argument(
         "--set",
         nargs="+",

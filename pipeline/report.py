@@ -23,6 +23,13 @@ from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.reporting.final_figures import final_figures, values_of
 from pipeline.reporting.metrics import Scalars, read_metrics
 
+EPILOG = """\
+examples:
+  PROG runs/7b
+
+exit status: 0 RUN_DIR/report.html is written, 1 there are no metrics to read (in one line), 2 wrong
+arguments
+"""
 REPORT_NAME = "report.html"
 _LARGEST_DRAWN = 1e100  # what is larger has no axis; it stays in the table
 _MOST_CURVES = 64  # of heads or sources
@@ -171,7 +178,12 @@ def _draw(axes: Any, curve: Curve, records: Sequence[Scalars]) -> None:
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.report") -> int:
     """Write the report of the run folder named on the command line."""
-    parser = argparse.ArgumentParser(prog=prog, description="Write a report of a run.")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Write a report of a run: one HTML page, without links to anything outside.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
+    )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run, with metrics.jsonl")
     options = parser.parse_args(arguments)
     try:

@@ -32,6 +32,17 @@ from pipeline.reporting.run_log import quieten_libraries
 if TYPE_CHECKING:
     from pipeline.job import Job
 
+EPILOG = """\
+examples:
+  PROG configs/quickstart.yaml
+  torchrun --nproc-per-node 8 -m pipeline.train configs/1b.yaml --set data.shards=data/corpus
+  srun python -m pipeline.train configs/7b.yaml
+  PROG configs/7b.yaml --dry-run --world-size 64
+
+exit status: 0 the run reached its last step, 75 a signal stopped it and it was saved (the same
+command goes on), 2 the configuration, data or checkpoint cannot be used (in one line), 1 anything
+else
+"""
 EXIT_FAILED, EXIT_USER_FAULT = 1, 2
 _MOST_RANKS = 1 << 20
 
@@ -96,7 +107,12 @@ def _run(job: "Job", info: RankInfo) -> int:
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Pretrain a model, or go on with a run; one process is one rank.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
+    )
     parser.add_argument("config", type=Path, help="the run's YAML file")
     parser.add_argument(
         "--set",

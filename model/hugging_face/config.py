@@ -13,6 +13,9 @@ from model.errors import ConfigError
 from model.rope_scaling import RopeScaling
 
 CONFIG_NAME = "config.json"
+# Ids of special tokens, and what transformers takes where config.json says nothing. An import that
+# says nothing is kept so: once said, such an id would become a default of generate().
+TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
 _KEYS = {
     "hidden_size": "hidden_size",
@@ -55,7 +58,7 @@ def llama_config(config: ModelConfig, *, sequence_length: int, dtype: str) -> di
 
     Args:
         config: the model.
-        sequence_length: positions it was trained on.
+        sequence_length: positions it was trained on, before or after it was imported.
         dtype: of the weights, under torch's name.
     """
     scaling = config.rope_scaling
@@ -123,6 +126,18 @@ def read_llama_config(directory: Path) -> LlamaSizes:
         tied=bool(values.get("tie_word_embeddings", False)),
         keys=keys | {"rope_theta": theta, "rope_scaling": scaling},
     )
+
+
+def first_token(directory: Path, vocab_size: int) -> int | None:
+    """The token that a text of the model in a folder begins with; None when it has none.
+
+    A file that says nothing means what transformers takes then.
+
+    Raises:
+        ConfigError: there is no readable `config.json`.
+    """
+    value = _read(directory / CONFIG_NAME).get("bos_token_id", TOKEN_IDS["bos_token_id"])
+    return value if type(value) is int and 0 <= value < vocab_size else None
 
 
 def _read(path: Path) -> dict[str, Any]:

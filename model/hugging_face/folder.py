@@ -7,6 +7,7 @@
     all_heads.safetensors.index.json      the files of all tensors, for the class below
     modeling_headway.py                   a class for transformers with all heads
     tokenizer.json, tokenizer_config.json
+    special_tokens_map.json, ...          of an imported model, as they were (`identity.py`)
     README.md                             the model card
     headway.json                          sizes, heads, run, and all files with checksums
 
@@ -66,8 +67,8 @@ class ExportDescription(_Entry):
     Attributes:
         model: sizes, the number of heads among them.
         dtype: of the stored weights.
-        sequence_length: positions that the model was trained on.
-        eos_token: name of the end-of-text token.
+        sequence_length: positions that the model was trained on, here or before it was imported.
+        eos_token: name of the token that ended the documents it was trained on here.
         eos_id: its id.
         run: name of the run that trained it.
         step: optimizer steps it was trained for.

@@ -11,6 +11,7 @@ The tree:
           state.json               step, tokens, data position, layout, validation loss
           config.yaml              the run as it was, resolved; can be passed to pipeline.train
           tokenizer.json           of the data
+          imported.json            of a run that began with a model: what that was beside weights
           tensors/rank_00000.safetensors ...
         step_00001000.partial/     being written or deleted; never read
         superseded_step_00001500/  what a run that went back to step 1000 left behind; never read
@@ -25,12 +26,13 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE_NAME = "state.json"
 TOKENIZER = "tokenizer.json"
+IMPORTED = "imported.json"
 WEIGHTS = "tensors"
 PARTIAL = ".partial"
 
 _STEP = re.compile(r"step_([0-9]{8,18})")
 _PARTIAL = re.compile(_STEP.pattern + re.escape(PARTIAL))
-_SAVED = {MANIFEST, STATE_NAME, RESOLVED_CONFIG_NAME, TOKENIZER}
+_SAVED = {MANIFEST, STATE_NAME, RESOLVED_CONFIG_NAME, TOKENIZER, IMPORTED}
 _SAVED_TENSORS = re.compile(rf"{WEIGHTS}/rank_[0-9]{{5,}}\.safetensors")
 
 

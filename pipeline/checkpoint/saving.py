@@ -24,7 +24,13 @@ from foundation.durable_files import sync_folder, write_synced
 from model.errors import CheckpointError
 from model.freezing import is_trained
 from pipeline.checkpoint.crash_points import crash_point, saving, thread_of_save
-from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
+from pipeline.checkpoint.file_names import (
+    IMPORTED,
+    RESOLVED_CONFIG_NAME,
+    STATE_NAME,
+    TOKENIZER,
+    WEIGHTS,
+)
 from pipeline.checkpoint.files import Entries
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.host_copy import HostCopy
@@ -90,6 +96,7 @@ class Saver:
         resumed_step: the step whose checkpoint the run goes on from; 0 for a new run.
         missing: what the tensor files in a folder lack of the model, a line each; a save whose
             files lack something fails. None = what the run's configuration asks for.
+        imported: what the model that the run began with is beside its weights, as JSON.
     """
 
     def __init__(
@@ -100,12 +107,14 @@ class Saver:
         tokenizer: Path,
         resumed_step: int,
         missing: Callable[[Path], list[str]] | None = None,
+        imported: str | None = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.saved_step: int | None = resumed_step or None
         self._config = config
         self._device = device
         self._tokenizer = tokenizer
+        self._imported = {} if imported is None else {IMPORTED: imported}
         self._missing = missing or functools.partial(
             missing_state,
             config=config.model,
@@ -219,7 +228,8 @@ class Saver:
 
     def _texts(self, state: TrainState) -> dict[str, str]:
         """What rank 0 writes beside its tensors, as it is now."""
-        return {STATE_NAME: state.to_json(), RESOLVED_CONFIG_NAME: to_yaml(self._config)}
+        texts = {STATE_NAME: state.to_json(), RESOLVED_CONFIG_NAME: to_yaml(self._config)}
+        return texts | self._imported
 
     def _host_copy(self, snapshot: Snapshot) -> Snapshot:
         try:

@@ -1,16 +1,26 @@
 """What a new run begins with when `train.init_from` names a model: checked and reported."""
 
 import logging
+from pathlib import Path
 
 import tokenizers
 import torch.distributed as dist
 
 from data_prep.errors import DataError
 from data_prep.shards.shard_set import ShardSet
-from model.errors import CheckpointError
+from foundation.shown_text import reason
+from model.errors import CheckpointError, ConfigError
+from model.hugging_face.config import read_llama_config
+from model.hugging_face.identity import (
+    ImportedIdentity,
+    TokenizerOrigin,
+    load_identity,
+    read_identity,
+)
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
-from pipeline.checkpoint.file_names import TOKENIZER
+from pipeline.checkpoint.file_names import IMPORTED, TOKENIZER
 from pipeline.config.run_config import RunConfig
+from pipeline.distributed.agreement import from_main
 from pipeline.distributed.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -48,6 +58,46 @@ def imported_weights(
         tensor_rank=topology.tensor_rank,
         tensor_size=topology.tensor_size,
     )
+
+
+def imported_identity(config: RunConfig, shards: ShardSet, resumed_from: Path | None) -> str | None:
+    """What the model that the run began with is beside its weights, as JSON for its checkpoints.
+
+    A resumed run goes on with what its checkpoint has.
+
+    A collective: rank 0, which writes it, reads; other ranks have None.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    directory = config.train.init_from
+    found: list[ImportedIdentity | None] = []
+
+    def read() -> None:
+        if resumed_from is not None:
+            found.append(load_identity(resumed_from / IMPORTED))
+        elif directory is not None:
+            found.append(_read_identity(directory, shards))
+
+    from_main(read, CheckpointError)
+    return "".join(kept.model_dump_json(indent=1) + "\n" for kept in found if kept) or None
+
+
+def _read_identity(directory: Path, shards: ShardSet) -> ImportedIdentity:
+    own = directory / TOKENIZER
+    origin: TokenizerOrigin = "unknown"
+    try:
+        if own.is_file():
+            same = own.read_bytes() == shards.tokenizer_path.read_bytes()
+            origin = "same" if same else "larger"
+        vocab_size = read_llama_config(directory).vocab_size
+        kept = read_identity(directory, vocab_size=vocab_size, tokenizer=origin)
+    except (OSError, ValueError, ConfigError) as error:
+        why = str(error) if isinstance(error, ConfigError) else reason(error)
+        raise CheckpointError(f"{directory} cannot be read ({why}); give a whole model") from error
+    for name, why in kept.left_out.items():
+        logger.warning("%s of %s is not kept for exports: %s", name, directory, why)
+    return kept
 
 
 def planned_import(config: RunConfig) -> list[str]:

@@ -11,12 +11,14 @@ from data_prep.tokenization.tokenizer import Tokenizer
 from foundation.bounded_files import read_bounded
 from model.errors import CheckpointError
 from model.hugging_face.folder import ExportDescription
-from pipeline.checkpoint.file_names import TOKENIZER, WEIGHTS
+from model.hugging_face.identity import ImportedIdentity, load_identity
+from pipeline.checkpoint.file_names import IMPORTED, TOKENIZER, WEIGHTS
 from pipeline.checkpoint.files import checkpoint_path, verify
 from pipeline.checkpoint.folder import read_config
 from pipeline.checkpoint.sharded_tensors import StateFiles, read_weights
 from pipeline.checkpoint.train_state import TrainState, read_state
 from pipeline.config.run_config import RunConfig
+from pipeline.exporting.identity import Identity, kept_identity, own_identity
 from pipeline.exporting.layer_by_layer import compare_layers
 from pipeline.exporting.model_card import metrics_until, model_card
 from pipeline.exporting.tensors import check_names, check_values
@@ -36,6 +38,7 @@ class _Trained(NamedTuple):
     state: TrainState
     tokenizer: Tokenizer
     description: ExportDescription
+    identity: Identity
 
 
 def export_checkpoint(
@@ -55,7 +58,10 @@ def export_checkpoint(
         trained.description,
         read_weights(trained.checkpoint / WEIGHTS, trained.config.model),
         tokenizer=trained.tokenizer.content,
-        card=model_card(trained.config, trained.state, trained.description, records),
+        identity=trained.identity,
+        card=model_card(
+            trained.config, trained.state, trained.description, records, trained.identity.card
+        ),
         check=lambda folder: results.extend(_checked(folder, trained)),
     )
     report(
@@ -77,18 +83,38 @@ def _read(checkpoint: Path, dtype: str | None, eos_token: str | None) -> _Traine
         )
     config, state = read_config(checkpoint), read_state(checkpoint)
     tokenizer = _tokenizer(checkpoint / TOKENIZER, config, eos_token)
+    imported = load_identity(checkpoint / IMPORTED)
+    positions = config.data.sequence_length
     description = ExportDescription.model_validate(
         {
             "model": config.model,
             "dtype": dtype or state.layout.precision,
-            "sequence_length": config.data.sequence_length,
+            # An import fixes what is rotated how far, so the model still knows these positions.
+            "sequence_length": max(positions, imported.positions) if imported else positions,
             "eos_token": tokenizer.eos_token,
             "eos_id": tokenizer.eos_id,
             "run": config.run.name,
             "step": state.step,
         }
     )
-    return _Trained(checkpoint, config, state, tokenizer, description)
+    identity = _identity(config, description, tokenizer.content, imported)
+    return _Trained(checkpoint, config, state, tokenizer, description, identity)
+
+
+def _identity(
+    config: RunConfig,
+    description: ExportDescription,
+    tokenizer: bytes,
+    imported: ImportedIdentity | None,
+) -> Identity:
+    """The imported model's, else that of a model trained from nothing."""
+    if imported is not None:
+        return kept_identity(description, tokenizer, imported)
+    own = own_identity(description, tokenizer, crosses_documents=not config.data.document_mask)
+    if config.train.init_from is not None:
+        lost = "nothing: its checkpoint was saved before such things were kept"
+        own.card.insert(0, (f"Kept of `{config.train.init_from.name}`", lost))
+    return own
 
 
 def _checked(folder: Path, trained: _Trained) -> Iterator[Parity]:

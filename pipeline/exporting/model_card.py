@@ -54,6 +54,10 @@ python -m model.generate folder --prompt "..." --compare
 
 {model}
 
+## Tokens and defaults
+
+{tokens}
+
 ## Training
 
 {training}
@@ -72,6 +76,7 @@ def model_card(
     state: TrainState,
     description: ExportDescription,
     records: Sequence[Scalars],
+    tokens: Sequence[tuple[str, str]],
 ) -> str:
     """The card as Markdown.
 
@@ -80,6 +85,7 @@ def model_card(
         state: of the exported checkpoint.
         description: what the export is of.
         records: the run's metrics up to the checkpoint; none = the card says that there are none.
+        tokens: what it says of special tokens, tokenizer files and defaults.
     """
     model = config.model
     heads = model.future_tokens
@@ -93,6 +99,7 @@ def model_card(
         n=heads,
         vocabulary=model.vocab_size,
         model=_table(_sizes(description)),
+        tokens=_table(tokens),
         training=_table(_training(config, state)),
         figures=figures,
     )
@@ -157,5 +164,5 @@ def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join(lines)
+    cells = [[text.replace("|", "\\|") for text in row] for row in rows]  # as in <|endoftext|>
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])

@@ -13,13 +13,13 @@ from model.hugging_face.config import CONFIG_NAME, llama_config
 from model.hugging_face.folder import (
     CARD_NAME,
     RECORD_NAME,
-    TOKENIZER_NAME,
     ExportDescription,
     ExportRecord,
 )
 from model.hugging_face.loading import DTYPES
 from model.hugging_face.names import hf_names, hf_shapes, split
 from model.parameter_shapes import checked_parameters, parameter_shapes
+from pipeline.exporting.identity import Identity, own_identity
 from pipeline.exporting.target import written_aside
 from pipeline.exporting.weight_files import WeightFiles
 
@@ -36,6 +36,7 @@ def write_export(
     weights: Iterable[tuple[str, Tensor]],
     *,
     tokenizer: bytes,
+    identity: Identity | None = None,
     card: str = "",
     check: Callable[[Path], None] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -46,7 +47,8 @@ def write_export(
         directory: where to; an earlier export there is replaced.
         description: what the export is of.
         weights: whole parameters under our names, in any order; held one at a time.
-        tokenizer: content of tokenizer.json.
+        tokenizer: content of the shards' tokenizer.json.
+        identity: what it says beside its weights; None = what a model trained from nothing does.
         card: the model card; left out when empty.
         check: called with the finished folder before it gets its name; raises to refuse it.
         max_file_bytes: the model is spread over files of about this size.
@@ -57,9 +59,11 @@ def write_export(
     """
     with written_aside(directory) as folder:
         _write_weights(folder, description, weights, max_file_bytes)
-        for name, content in hf_settings(description).items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        (folder / TOKENIZER_NAME).write_bytes(tokenizer)
+        identity = identity or own_identity(description, tokenizer)
+        settings = hf_config(description) | identity.config
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        for name, content in identity.files.items():
+            (folder / name).write_bytes(content)
         (folder / _CODE.name).write_bytes(_CODE.read_bytes())
         if card:
             (folder / CARD_NAME).write_text(card, "utf-8")
@@ -68,32 +72,15 @@ def write_export(
             check(folder)
 
 
-def hf_settings(description: ExportDescription) -> dict[str, dict[str, Any]]:
-    """The JSON files that `transformers` reads, by name.
-
-    Documents were separated by the end-of-text token, so it also is what text begins with.
-    """
-    model, eos_id = description.model, description.eos_id
-    return {
-        CONFIG_NAME: llama_config(
-            model,
-            sequence_length=description.sequence_length,
-            dtype=_HF_DTYPES[description.dtype],
-        )
-        | {
-            "bos_token_id": eos_id,
-            "eos_token_id": eos_id,
-            "future_tokens": model.future_tokens,
-            "auto_map": {"AutoModelForCausalLM": _CLASS},
-        },
-        "generation_config.json": {"bos_token_id": eos_id, "eos_token_id": eos_id},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": description.eos_token,
-            "eos_token": description.eos_token,
-            "model_max_length": description.sequence_length,
-            "clean_up_tokenization_spaces": False,
-        },
+def hf_config(description: ExportDescription) -> dict[str, Any]:
+    """`config.json`, but for what concerns tokens."""
+    return llama_config(
+        description.model,
+        sequence_length=description.sequence_length,
+        dtype=_HF_DTYPES[description.dtype],
+    ) | {
+        "future_tokens": description.model.future_tokens,
+        "auto_map": {"AutoModelForCausalLM": _CLASS},
     }
 
 

@@ -117,10 +117,14 @@ def test_no_permission(
 @pytest.mark.parametrize(("command", "step"), [("verify", "read_shard"), ("inspect", "_read")])
 def test_ctrl_c(
     tmp_path: Path, texts: list[str], write_jsonl: Write, build_set: Callable[..., Manifest],
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, step: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest, command: str, step: str,
 ) -> None:  # fmt: skip
     """Exit status 130 and one line, of the commands that read a whole set, too."""
     build_set(write_jsonl(texts))
+    # A job in the background of a shell ignores Ctrl-C, and so would these tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     module = {"verify": shard_checks, "inspect": inspect}[command]
     monkeypatch.setattr(module, step, lambda _: signal.raise_signal(signal.SIGINT))
     arguments = [str(tmp_path / "out"), *(["--search", "x"] if command == "inspect" else [])]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.extensions.commands import parser_of
 from pipeline import __version__
 from pipeline.checkpoint.file_names import FOLDER, step_folder
 from pipeline.commands import COMMANDS, describe, kind_of, main
@@ -207,3 +208,17 @@ sys.exit(main(["train", sys.argv[1]]))
     assert str(path) in done.stderr
     assert done.stderr.startswith("error: ")
     assert "at exit" not in done.stdout
+
+
+@pytest.mark.parametrize("module", sorted({m for c in COMMANDS.values() for m in c.modules}))
+def test_help_has_texts_examples_and_exit_codes(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every option says what it does; the page ends with examples and what an exit code means."""
+    parser = parser_of(module)
+    assert all(action.help for action in parser._actions), module
+    parser.print_help()
+    page = capsys.readouterr().out
+    assert "example:\n  " in page or "examples:\n  " in page
+    assert "exit status: 0 " in page
+    assert max(map(len, page.splitlines())) <= 110

@@ -239,13 +239,13 @@ def test_a_large_model_is_compared_layer_by_layer_only(
     assert parity.way == "layer by layer"
     assert "layer by layer: largest difference" in lines[-1]
     assert "whole models" not in "".join(lines)
-    settings = pipeline.exporting.writing.hf_settings
+    settings = pipeline.exporting.writing.hf_config
 
-    def wrong(description: ExportDescription) -> dict[str, dict[str, Any]]:
+    def wrong(description: ExportDescription) -> dict[str, Any]:
         other = description.model.model_copy(update={"norm_eps": 0.5})
         return settings(description.model_copy(update={"model": other}))
 
-    monkeypatch.setattr(pipeline.exporting.writing, "hf_settings", wrong)
+    monkeypatch.setattr(pipeline.exporting.writing, "hf_config", wrong)
     with pytest.raises(CheckpointError, match=r"not exported: .* layer by layer: largest"):
         export(small.checkpoint, tmp_path / "other", report=lines.append)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

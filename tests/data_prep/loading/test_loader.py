@@ -200,6 +200,24 @@ def test_heads_share_their_labels(shards: ShardSet) -> None:
     assert torch.equal(one.labels[0], four.labels[0])
 
 
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_what_follows_an_end_is_trained_unless_documents_are_kept_apart(
+    shards: ShardSet, packing: PackingName, documents: bool
+) -> None:
+    """With either packing, no head has a target past an end, at it or before it, if they are."""
+    loader = make_loader(shards, micro=1, packing=packing, documents=documents)
+    past_an_end = 0
+    for sample in range(loader.num_samples):
+        (batch,) = loader.step_batches(sample)
+        tokens, labels = batch.tokens[0].tolist(), batch.labels[:, 0].tolist()
+        for position, token in enumerate(tokens):
+            if token == shards.eos_id:  # head k at k - 1 before it has the target after it
+                ahead = [labels[k][position - k] for k in range(min(N, position + 1))]
+                past_an_end += sum(target != -100 for target in ahead)
+    assert (past_an_end == 0) == documents
+
+
 def equal(first: list[Batch], second: list[Batch]) -> bool:
     """True when two steps hold the same micro-batches."""
     return len(first) == len(second) and all(

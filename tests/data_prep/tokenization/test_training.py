@@ -102,7 +102,13 @@ def test_ctrl_c_ends_training(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(words))
     command = [sys.executable, str(SCRIPT), "--input", str(tmp_path / "a.txt"), "--output"]
     command += [str(tmp_path / "out"), "--tokenizer", "train:60000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a shell ignores Ctrl-C, and would pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("training a tokenizer"):

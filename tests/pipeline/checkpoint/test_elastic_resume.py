@@ -4,6 +4,7 @@
 which each layout is left once and entered once at every ZeRO level.
 """
 
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.run_config import Precision
 from pipeline.engine.build import build_engine
 from tests.support.engine_cases import Case, build_topology, engine_config, local_batches
 from tests.support.harness import run_ranks
@@ -35,9 +37,9 @@ Place = tuple[str, int]  # layout, ZeRO level
 PLACES: list[Place] = [(name, zero) for name in LAYOUTS for zero in (1, 2, 3)]
 
 
-def _case(place: Place) -> Case:
+def _case(place: Place, precision: Precision = "fp32") -> Case:
     name, zero = place
-    return Case(**{**vars(LAYOUTS[name]), "zero": zero})
+    return replace(LAYOUTS[name], zero=zero, precision=precision)
 
 
 # Each place leads to the one five places on: every layout is left and entered, the stages turn.
@@ -50,7 +52,7 @@ REST = [
 def _train(case: Case, load: Path | None, save: Path | None, first: int, last: int) -> list[Any]:
     """Head losses and norms of steps first .. last, between loading and saving."""
     topology = build_topology(case)
-    engine = build_engine(engine_config(case), topology, "fp32")
+    engine = build_engine(engine_config(case), topology, case.precision)
     if load is not None:
         engine.load(load)
     figures = []
@@ -65,8 +67,8 @@ def _train(case: Case, load: Path | None, save: Path | None, first: int, last: i
 
 
 @cache
-def _uninterrupted() -> list[Any]:
-    case = Case(world=1, zero=0)
+def _uninterrupted(precision: Precision = "fp32") -> list[Any]:
+    case = Case(world=1, zero=0, precision=precision)
     return run_ranks(1, _train, case, None, None, 0, BEFORE + AFTER)[0][BEFORE:]
 
 
@@ -75,9 +77,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The state files of a place, made when first asked for."""
 
     @cache
-    def folder(place: Place) -> Path:
+    def folder(place: Place, precision: Precision = "fp32") -> Path:
         directory = tmp_path_factory.mktemp("state")
-        case = _case(place)
+        case = _case(place, precision)
         run_ranks(case.world, _train, case, None, directory, 0, BEFORE)
         return directory
 
@@ -106,6 +108,26 @@ def test_the_curve_goes_on_in_another_layout(saved: Any, pair: tuple[Place, Plac
 def test_the_curve_goes_on_in_every_layout(saved: Any, pair: tuple[Place, Place]) -> None:
     """The same for all other pairs."""
     _check(saved(pair[0]), pair[1])
+
+
+@pytest.mark.parametrize("pair", part_of(CYCLE, lambda number, _: number % 7 == 2), ids=_name)
+def test_the_curve_goes_on_in_another_layout_in_bf16(saved: Any, pair: tuple[Place, Place]) -> None:
+    """As far from the curve in fp32 as one process in bf16 that was never interrupted.
+
+    The yardstick of each loss, and of the norm, is that process's largest distance in these steps.
+    """
+    true, alone = _uninterrupted(), _uninterrupted("bf16")
+    case = _case(pair[1], "bf16")
+    source = saved(pair[0], "bf16")
+    found = run_ranks(case.world, _train, case, source, None, BEFORE, BEFORE + AFTER)[0]
+    for column in range(len(true[0])):
+
+        def distance(figures: list[Any], column: int = column) -> float:
+            pairs = zip(figures, true, strict=True)
+            return max(abs(step[column] / wanted[column] - 1) for step, wanted in pairs)
+
+        assert distance(alone) > 0
+        assert distance(found) < 3 * distance(alone) + 1e-4
 
 
 def test_a_run_moves_through_layouts(config: Path, tmp_path: Path) -> None:

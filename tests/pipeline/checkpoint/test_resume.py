@@ -25,12 +25,21 @@ from tests.support.training_runs import (
     start_job,
 )
 
+_BF16 = "train.precision=bf16"
 LAYOUTS = {
     "one": (1, ["parallel.zero=0"]),
     "dp2-zero3": (2, ["parallel.zero=3", "batch.micro_size=2"]),
     "dp2-zero1-acc2": (2, ["parallel.zero=1", "batch.micro_size=1", "batch.accumulation=2"]),
     "tp2-zero2": (2, ["parallel.zero=2", "parallel.tensor=2"]),
+    "dp2-zero0-bf16": (2, ["parallel.zero=0", "batch.micro_size=2", _BF16]),
+    "dp2-zero1-bf16-acc2": (
+        2,
+        ["parallel.zero=1", "batch.micro_size=1", "batch.accumulation=2", _BF16],
+    ),
+    "tp2-zero2-bf16": (2, ["parallel.zero=2", "parallel.tensor=2", _BF16]),
+    "dp2-zero3-bf16": (2, ["parallel.zero=3", "batch.micro_size=2", _BF16]),
 }
+IN_MAKE_TEST = ("dp2-zero3", "tp2-zero2", "dp2-zero1-bf16-acc2")
 
 
 def _weights(run_dir: Path) -> dict[str, Tensor]:
@@ -46,7 +55,8 @@ def _assert_same_run(straight: Path, resumed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", part_of(LAYOUTS, lambda _, name: name in ("dp2-zero3", "tp2-zero2"))
+    "layout",
+    part_of(LAYOUTS, lambda _, name: name in ("dp2-zero3", "tp2-zero2", "dp2-zero1-bf16-acc2")),
 )
 def test_killed_twice_equals_uninterrupted(config: Path, tmp_path: Path, layout: str) -> None:
     """SIGKILL of all ranks at two random moments: metrics and weights are bit-identical."""

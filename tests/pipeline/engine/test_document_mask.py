@@ -1,9 +1,11 @@
 """`data.document_mask: true` from the command line: train, evaluate, resume, other layouts."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from data_prep.shards.shard_set import ShardSet
 from model.hugging_face.loading import build_model
@@ -11,6 +13,7 @@ from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import read_config
 from pipeline.checkpoint.sharded_tensors import read_weights
+from pipeline.export import main as export_main
 from tests.support.tiny_model import head_logits
 from tests.support.training_runs import last_step, metrics_without_times, run_job
 
@@ -117,3 +120,21 @@ def test_layouts_agree_on_masked_documents(config: Path, tmp_path: Path) -> None
     for other, tolerance in zip(figures[1:], tolerances, strict=True):
         for step, expected in zip(other, figures[0], strict=True):
             assert step == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_its_export_has_no_beginning_of_text(mask: bool, config: Path, tmp_path: Path) -> None:
+    """With the mask nothing follows an end of text; without it, a text may begin from one."""
+    settings = ["train.steps=1", f"data.document_mask={str(mask).lower()}"]
+    assert run_job(tmp_path, [str(config), "--set", *settings]).codes == [0]
+    export = tmp_path / "export"
+    assert export_main([str(tmp_path / "run"), str(export)]) == 0
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((export / name).read_text())
+        assert content["bos_token_id"] == (None if mask else 256)
+        assert content["eos_token_id"] == 256
+    assert AutoTokenizer.from_pretrained(export).bos_token == (None if mask else "<|endoftext|>")
+    beginning = "none: with `data.document_mask`" if mask else "'<\\|endoftext\\|>', the end"
+    assert f"| Beginning of text | {beginning}" in (export / "README.md").read_text()
+    checkpoint = next((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert not (checkpoint / "imported.json").exists()

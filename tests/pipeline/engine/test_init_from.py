@@ -1,5 +1,6 @@
 """train.init_from: a run of any layout begins with the weights of a Hugging Face Llama."""
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.hugging_face.folder import read_record
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
 from model.hugging_face.loading import load_export
 from pipeline.config.run_config import RunConfig
@@ -22,6 +24,7 @@ from pipeline.train import main as train_main
 from tests.support.engine_cases import Case, engine_config, whole
 from tests.support.engine_probes import parameters
 from tests.support.harness import run_ranks
+from tests.support.original_models import TEMPLATE, said_by
 from tests.support.tiny_llama import LLAMA3, imported_model, save_llama
 from tests.support.training_runs import metrics_without_times, run_job
 
@@ -123,6 +126,63 @@ def test_pretraining_continues_with_heads_and_resumes_without_the_folder(
     assert records[-1]["loss"] < records[0]["loss"]
     assert export_main([str(tmp_path / "run"), str(tmp_path / "export")]) == 0
     assert load_export(tmp_path / "export").model.config.rope_scaling is not None
+
+
+def _published(llama: Path) -> None:
+    """Give the folder what published models have beside weights and tokenizer.json."""
+    tokens: dict[str, Any] = {"bos_token_id": 5, "eos_token_id": [256, 9], "pad_token_id": 7}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+        "model_max_length": 1000000000000000019884624838656,
+    }
+    config = json.loads((llama / "config.json").read_text()) | tokens
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", tokens | {"do_sample": True, "top_k": 5}),
+        ("tokenizer_config.json", settings),
+    ):
+        (llama / name).write_text(json.dumps(content))
+
+
+def test_what_is_not_weights_comes_out_as_it_went_in(
+    config: Path, llama: Path, tmp_path: Path
+) -> None:
+    """Through a save, a resume without the folder and an export, also of a copied checkpoint."""
+    _published(llama)
+    original = Path(shutil.copytree(llama, tmp_path / "original"))
+    rate = {"optimizer__learning_rate": 1e-30, "train__freeze": "trunk"}
+    arguments = _arguments(config, llama, **rate)
+    arguments.append("checkpoint.every_steps=2")
+    assert run_job(tmp_path, [*arguments, "train.stop_at_step=3"], world=2).codes == [0, 0]
+    first, _ = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    kept = (first / "imported.json").read_bytes()
+    shutil.rmtree(llama)
+    assert run_job(tmp_path, arguments, world=2).codes == [0, 0]
+    _, last = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert not first.exists()  # deleted with all its files
+    assert (last / "imported.json").read_bytes() == kept
+    copied = Path(shutil.copytree(last, tmp_path / "elsewhere" / last.name))
+    assert export_main([str(copied), str(tmp_path / "export")]) == 0
+    assert said_by(tmp_path / "export") == said_by(original)
+    card = (tmp_path / "export" / "README.md").read_text()
+    ids = "bos_token_id 5, eos_token_id [256, 9], pad_token_id 7; 128 positions"
+    assert f"| Kept of `llama` | {ids} |" in card
+    assert "| `tokenizer.json` | that of the model, byte for byte |" in card
+    assert read_record(tmp_path / "export").description.sequence_length == 128
+
+
+def test_what_cannot_be_kept_is_said_at_the_start(
+    config: Path, llama: Path, tmp_path: Path
+) -> None:
+    """A file that is none of its kind is named with the reason; the run goes on."""
+    (llama / "generation_config.json").write_text("[]")
+    outcome = run_job(tmp_path, [*_arguments(config, llama), "train.steps=1"])
+    assert outcome.codes == [0]
+    words = f"generation_config.json of {llama} is not kept for exports: it is not a mapping"
+    assert words in outcome.output[0]
 
 
 @pytest.mark.parametrize("stages", [1, 2])

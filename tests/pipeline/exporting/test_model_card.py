@@ -31,7 +31,8 @@ def test_it_has_the_figures_of_the_exported_step(config: Path, tmp_path: Path) -
         "| Steps | 3 of 6 |",
         f"| Tokens | {3 * 4 * 16} |",
         "| Batch | 4 samples of 16 tokens |",
-        "| Vocabulary | 260, end of text '<|endoftext|>' |",
+        "| Vocabulary | 260, end of text '<\\|endoftext\\|>' |",
+        "| Padding | '<\\|endoftext\\|>', id 256 |",
         "trust_remote_code=True",
     ):
         assert words in card
