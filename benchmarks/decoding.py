@@ -9,6 +9,7 @@ plain Llama in the folder, *prompt lookup* its speculative decoding with n-grams
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -25,7 +26,7 @@ import transformers
 
 from benchmarks.tables import machine_line, replace_section
 from model.decoding.chain import ChainDecoder
-from model.decoding.generation import Decoder, collect, stream
+from model.decoding.generation import Decoder, Generation, collect, stream
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.tree import TreeDecoder
 from model.inference.loading import LoadedNetwork, load_network
@@ -49,6 +50,7 @@ PROMPTS = (
     "def _parse(text, ",
 )
 SAMPLED = Sampling(temperature=1.0)
+_FEWEST = 4  # prompts, one after the other where a batch has fewer
 LOOKED_UP = 3  # tokens that prompt lookup drafts
 
 
@@ -61,9 +63,9 @@ class Result(NamedTuple):
         sampled: at temperature 1; else greedy.
         tokens: new tokens of all prompts.
         per_forward: mean tokens that a forward after the prompts' gave a text; None = not known.
-        forwards: of the batch; None = not known.
+        forwards: of all batches; None = not known.
         seconds: for all of it.
-        first_s: until the first tokens were there.
+        first_s: until the first tokens were there, summed over batches.
         equal: whether the texts are those of transformers; None when sampled.
     """
 
@@ -148,50 +150,59 @@ class Bench:
     def _tree(self, heads: int, spread: int) -> Callable[[], Decoder]:
         return lambda: TreeDecoder(self.loaded.network, heads=heads, spread=spread)
 
-    def _ours(self, batch: int, decoder: Callable[[], Decoder]) -> Arm:
-        prompts = self.prompts[:batch]
+    def _batches(self, size: int) -> list[list[list[int]]]:
+        """One batch, or some small ones, so that no single prompt decides."""
+        used = self.prompts[: max(size, _FEWEST)]
+        return [used[start : start + size] for start in range(0, len(used), size)]
 
+    def _ours(self, size: int, decoder: Callable[[], Decoder]) -> Arm:
         def run() -> Output:
-            start = self.clock()
-            pieces = stream(decoder(), prompts, max_new_tokens=self.num_tokens)
-            first = next(pieces)
-            first_s = self.clock() - start
-            found = collect(pieces, len(prompts))
-            found.blocks[0].insert(0, first.tokens)
-            return Output(found.tokens, found.tokens_per_forward, found.forwards, first_s)
+            blocks: list[list[list[int]]] = []
+            forwards, first_s = 0, 0.0
+            for prompts in self._batches(size):
+                start = self.clock()
+                pieces = stream(decoder(), prompts, max_new_tokens=self.num_tokens)
+                first = next(pieces)
+                first_s += self.clock() - start
+                found = collect(itertools.chain([first], pieces), len(prompts))
+                blocks += found.blocks
+                forwards += found.forwards
+            whole = Generation(blocks, forwards)
+            return Output(whole.tokens, whole.tokens_per_forward, forwards, first_s)
 
         return run
 
-    def _transformers(self, batch: int, sampled: bool, **more: Any) -> Arm:
-        prompts = self.prompts[:batch]
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor(
-            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device
-        )
+    def _transformers(self, size: int, sampled: bool, **more: Any) -> Arm:
         options: dict[str, Any] = {"do_sample": sampled, "pad_token_id": 0, "eos_token_id": None}
         if sampled:
             options |= {"temperature": SAMPLED.temperature, "top_k": 0, "top_p": 1.0}
 
-        def generate(count: int) -> list[list[int]]:
+        def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+            longest = max(map(len, prompts))
+            pads = [[0] * (longest - len(prompt)) for prompt in prompts]
+            tokens = [pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]
+            mask = [pad + [1] * len(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
             with torch.inference_mode():
                 found = self.plain.generate(
-                    tokens, attention_mask=mask, max_new_tokens=count, **options, **more
+                    torch.tensor(tokens, device=self.device),
+                    attention_mask=torch.tensor(mask, device=self.device),
+                    max_new_tokens=count,
+                    **options,
+                    **more,
                 )
             rows: list[list[int]] = found[:, longest:].tolist()
             return rows
 
         def run() -> Output:
+            batches = self._batches(size)
             start = self.clock()
-            generate(1)
+            for prompts in batches:
+                generate(prompts, 1)
             first_s = self.clock() - start
-            plain = not more
-            return Output(
-                generate(self.num_tokens),
-                1.0 if plain else None,
-                self.num_tokens if plain else None,
-                first_s,
-            )
+            texts = [text for prompts in batches for text in generate(prompts, self.num_tokens)]
+            if more:
+                return Output(texts, None, None, first_s)
+            return Output(texts, 1.0, self.num_tokens * len(batches), first_s)
 
         return run
 
@@ -238,7 +249,8 @@ def table(results: Sequence[Result]) -> str:
     ]
     base = {(r.batch, r.sampled): r.tokens_per_s for r in results if r.arm == "transformers"}
     for result in results:
-        later = None if result.forwards is None else max(result.forwards - 1, 1)
+        batches = max(_FEWEST // result.batch, 1)
+        later = None if result.forwards is None else max(result.forwards - batches, 1)
         each = None if later is None else 1000 * (result.seconds - result.first_s) / later
         cells = [
             str(result.batch),
@@ -248,7 +260,7 @@ def table(results: Sequence[Result]) -> str:
             f"{result.tokens_per_s:,.0f}",
             f"{result.tokens_per_s / base[result.batch, result.sampled]:.2f}",
             "-" if each is None else f"{each:.2f}",
-            f"{1000 * result.first_s:.1f}",
+            f"{1000 * result.first_s / batches:.1f}",
             {None: "-", True: "yes", False: "no"}[result.equal],
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -260,9 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="decoding.py")
     parser.add_argument("export", type=Path, nargs="?", default=Path("runs/quickstart/export"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--output", type=Path, help="where README.md and results/ are (nowhere)"
-    )
+    parser.add_argument("--output", type=Path, help="where README.md and results/ are (nowhere)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=96, help="new tokens of each prompt")
     parser.add_argument("--quick", action="store_true", help="few tokens; prints, writes nothing")
@@ -270,10 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if options.quick:
         options.tokens, options.rounds, options.output = 6, 1, None
-    batches, spreads = ((1, 2), (1,)) if options.quick else ((1, 4, 16), (1, 2))
+    sizes, spreads = ((1, 2), (1,)) if options.quick else ((1, 4, 16), (1, 2))
     bench = Bench(options.export, options.device, options.tokens)
     results: list[Result] = []
-    for batch in batches:
+    for batch in sizes:
         for sampled in (False, True):
             results += measure(bench, batch, sampled, spreads, options.rounds)
             print(table(results), flush=True)

@@ -23,9 +23,13 @@ from torch import Tensor
 from model.decoding.choosing import Chooser, Drafts
 from model.decoding.sampling import GREEDY, Sampling
 from model.errors import CheckpointError
-from model.inference.cache import wide_enough
+from model.inference.cache import Block, wide_enough
 from model.inference.network import Network
 from model.inference.prefill import prefill
+
+# Up to so many positions, heads 2 .. k run at all of them beside head 1, though one of each row is
+# of use: a second pass of few rows costs as much as the operations it consists of.
+_TOGETHER = 16
 
 
 class Step(NamedTuple):
@@ -116,7 +120,7 @@ class ChainDecoder:
         block = self.network.following(self.cache, self._heads, width)
         trunk_output = self.network.trunk(pending, self.cache, block)
         self.network.fill_heads(trunk_output, self._heads, self.cache, block)
-        hidden = self.network.heads(trunk_output, 1, 1, self.cache, block)
+        hidden = self._run_heads(trunk_output, block)
         logits = self.network.logits(hidden[0]).unflatten(0, pending.shape)
         kept, self._following = self._chooser.verify(logits, self._drafts)
         new = kept + 1
@@ -127,10 +131,7 @@ class ChainDecoder:
         self._chooser.see(tokens, columns < new.unsqueeze(1))
         self.cache.lengths = self.cache.lengths + new
         if self._heads > 1:
-            rows = self.network.numbers(len(kept)) * self._heads
-            at = trunk_output[rows + kept]
-            hidden = self.network.heads(at, 2, self._heads, self.cache, block.at(kept))
-            self._draft(self.network.logits(hidden))
+            self._draft(self._others_at(kept, hidden, trunk_output, block))
         step = self._step(tokens, new, logits)
         self._used = [u + len(n) for u, n in zip(self._used, step.tokens, strict=True)]
         return step
@@ -145,6 +146,39 @@ class ChainDecoder:
         self._following = self._following[rows]
         tokens, distributions = self._drafts
         self._drafts = Drafts(tokens[rows], None if distributions is None else distributions[rows])
+
+    def _run_heads(self, trunk_output: Tensor, block: Block) -> Tensor:
+        """Head 1 at all positions; where these are few, the other heads as well.
+
+        Args:
+            trunk_output: z `[B * S, H]`.
+            block: of the same positions, whose keys and values are in the cache.
+
+        Returns:
+            `[1 or k, B * S, H]`.
+        """
+        together = trunk_output.shape[0] <= _TOGETHER
+        last = self._heads if together else 1
+        return self.network.heads(trunk_output, 1, last, self.cache, block)
+
+    def _others_at(
+        self, columns: Tensor, hidden: Tensor, trunk_output: Tensor, block: Block
+    ) -> Tensor:
+        """Logits `[k - 1, B, V]` of heads 2 .. k at one position of each row.
+
+        Args:
+            columns: `[B]` which of a row's S positions.
+            hidden: what `_run_heads` gave.
+            trunk_output: z `[B * S, H]`.
+            block: of the S positions.
+        """
+        positions = trunk_output.shape[0] // block.rows
+        chosen = self.network.numbers(block.rows) * positions + columns
+        if len(hidden) > 1:
+            return self.network.logits(hidden[1:, chosen])
+        at = block.at(columns)
+        there = self.network.heads(trunk_output[chosen], 2, self._heads, self.cache, at)
+        return self.network.logits(there)
 
     def _draft(self, logits: Tensor) -> None:
         """Draw drafts from logits `[k - 1, B, V]` of heads 2 .. k."""

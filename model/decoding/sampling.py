@@ -59,6 +59,8 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
     probabilities = torch.softmax(scaled, dim=-1)
+    if sampling.top_p >= 1 and sampling.min_p <= 0:
+        return probabilities
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         # A token stays while those before it have not reached the sum; so the first one always does

@@ -98,7 +98,7 @@ class TreeDecoder(ChainDecoder):
         block = self._block(width)
         trunk_output = self.network.trunk(pending, self.cache, block)
         self.network.fill_heads(trunk_output, heads, self.cache, block)
-        hidden = self.network.heads(trunk_output, 1, 1, self.cache, block)
+        hidden = self._run_heads(trunk_output, block)
         logits = self.network.logits(hidden[0]).unflatten(0, pending.shape)
         best = logits.argmax(-1)
         node = accept_tree(best, pending, tree.levels)
@@ -106,12 +106,11 @@ class TreeDecoder(ChainDecoder):
         kept, path = tree.depths[node], tree.paths[node]
         self._following = best[rows, node]
         if heads > 1:
-            at = trunk_output[rows * tree.size + node]
-            drafts = self.network.heads(at, 2, heads, self.cache, block.at(node))
+            drafts = self._others_at(node, hidden, trunk_output, block)
             first = self.cache.lengths.unsqueeze(1)
             places = first + self.network.numbers(heads)
             self.cache.move(self.cache.slots(first + path), self.cache.slots(places))
-            self._draft(self.network.logits(drafts))
+            self._draft(drafts)
         self.cache.lengths = self.cache.lengths + kept + 1
         tokens = pending.gather(1, path.roll(-1, dims=1))
         tokens = tokens.scatter(1, kept.unsqueeze(1), self._following.unsqueeze(1))

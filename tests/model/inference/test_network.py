@@ -7,8 +7,10 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.decoding.acceptance import accept_greedy
 from model.hugging_face.modeling_headway import HeadwayForCausalLM
 from model.inference.loading import load_network
 from model.inference.network import Network
@@ -149,3 +151,25 @@ def test_long_prompts_are_read_in_pieces() -> None:
     with Watch(), torch.no_grad():
         prefill(network, cache, row, torch.tensor([length]), 4)
     assert 0 < largest <= 512 * 2 * length < length**2
+
+
+def test_a_forward_never_waits_for_the_device() -> None:
+    """On tensors without values, a forward with drafts runs; reading a value would fail."""
+    config = tiny_config()
+    network = tiny_network(config, dtype=torch.float32)
+    cache = network.new_cache(2, 128)
+    network.numbers(128)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        cache.lengths = mode.from_tensor(torch.tensor([3, 9]))
+        block = network.following(cache, 4, 64)
+        pending = mode.from_tensor(torch.zeros(2, 4, dtype=torch.long))
+        trunk_output = network.trunk(pending, cache, block)
+        network.fill_heads(trunk_output, 4, cache, block)
+        logits = network.logits(network.heads(trunk_output, 1, 1, cache, block)[0])
+        best = logits.argmax(-1).unflatten(0, (2, 4))
+        kept = accept_greedy(best, pending[:, 1:]).kept
+        at = trunk_output[network.numbers(2) * 4 + kept]
+        drafts = network.logits(network.heads(at, 2, 4, cache, block.at(kept)))
+        assert drafts.shape == (3, 2, config.vocab_size)
+        with pytest.raises(DataDependentOutputException):
+            kept.tolist()
