@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.distributed.processes import process_is_gone
+from tests.support.long_forms import part_of
 from tests.support.training_runs import free_port, last_step
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +65,7 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", part_of((0, 1), lambda _, victim: victim == 1))
 def test_a_rank_killed_before_the_meeting_is_named(
     config: Path, started: list[subprocess.Popen[str]], victim: int
 ) -> None:
@@ -122,7 +123,9 @@ def test_a_rank_that_never_comes_is_named_with_its_host(
     assert "train.timeout_s=4" in output
 
 
-@pytest.mark.parametrize("moment", ["before the meeting", "in training"])
+@pytest.mark.parametrize(
+    "moment", part_of(("before the meeting", "in training"), lambda number, _: number == 0)
+)
 def test_orphans_of_torchrun_end(
     config: Path, tmp_path: Path, started: list[subprocess.Popen[str]], moment: str
 ) -> None:
