@@ -249,8 +249,11 @@ def _run_a_run(device: str, size: str, budget: Budget, found: Found, keep: Keep)
 
 
 def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> Found:
+    said = ""
+
     def call(*command: str) -> str | None:
         """Run a command; the end of what it said when it failed."""
+        nonlocal said
         done = subprocess.run(
             [sys.executable, "-W", "ignore", *command],
             cwd=ROOT,
@@ -259,6 +262,7 @@ def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> F
             timeout=max(budget.left_s(), 1),
             check=False,
         )
+        said = done.stdout
         return None if done.returncode == 0 else (done.stdout + done.stderr).strip()[-500:]
 
     layers, hidden = SIZES["tiny" if size == "tiny" else "0.3b"]
@@ -292,8 +296,14 @@ def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> F
         summary += (
             f"; a save took {max(totals, default=0.0):.2f} s, training waited {stalls[0]:.2f} s"
         )
+    quick = ["--quick"] if size == "tiny" else []
+    failed = call("-m", "pipeline.export", str(run_dir), str(folder / "export")) or call(
+        "benchmarks/decoding.py", str(folder / "export"), "--device", device, *quick
+    )
+    summary += f"\n\nDecoding its export (12 steps old, so that few drafts are kept):\n\n{said}"
     print(summary, flush=True)
-    return {"summary": summary, "records": records, "failures": [], "complete": True}
+    failures = [] if failed is None else [failed]
+    return {"summary": summary, "records": records, "failures": failures, "complete": True}
 
 
 PIECES: dict[str, Callable[[str, str, Budget, Found, Keep], None]] = {
@@ -309,7 +319,6 @@ PIECES: dict[str, Callable[[str, str, Budget, Found, Keep], None]] = {
     "run": _run_a_run,
     "loss": _script("loss_kernels.py", "--tiny"),
     "training": _script("training.py", "--tiny", "--turns", "3"),
-    "decoding": _script("decoding.py", "--quick"),
 }
 
 

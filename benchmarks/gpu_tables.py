@@ -25,7 +25,7 @@ def tables(results: dict[str, Found], device: str) -> str:
     if tests:
         parts.append(f"`tests/gpu`: {tests['summary']}")
         parts += [f"- {failure}" for failure in tests.get("failures", ())]
-    for name in ("run", "loss", "training", "decoding"):
+    for name in ("run", "loss", "training"):
         if "summary" in results.get(name, {}):
             parts.append(f"*{name}*\n\n{results[name]['summary']}")
     for name, found in results.items():

@@ -8,6 +8,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -45,16 +46,16 @@ else
 """
 EXIT_FAILED, EXIT_USER_FAULT = 1, 2
 _MOST_RANKS = 1 << 20
+_RANK_0_SPEAKS_S = 5.0
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.train") -> int:
     """Run the command line; returns the exit code."""
     options = _parse(arguments, prog)
     quieten_libraries()
-    rank = 0
+    launch: Launch | None = None
     try:
         info = rank_info(os.environ)
-        rank = info.rank
         launch = Launch(info, os.environ, orphaned=lambda reason: _end_orphan(info, reason))
         config = load_config(options.config, options.set)
         if options.dry_run:
@@ -66,8 +67,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         )
         device, precision = _resolve(config)
     except (ConfigError, CheckpointError, OSError) as error:
-        if rank == 0:  # every rank reads the same file and would say the same
-            _say(f"error: {told(error) if isinstance(error, OSError) else error}")
+        _refuse(told(error) if isinstance(error, OSError) else str(error), launch)
         return EXIT_USER_FAULT
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs that this run leaves alone
@@ -75,6 +75,22 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     from pipeline.job import Job
 
     return _run(Job(config, options.resume, info, device, precision, launch), info)
+
+
+def _refuse(message: str, launch: Launch | None) -> None:
+    """Say why this rank cannot start; what all ranks would say, rank 0 says alone.
+
+    They read the same file. But when rank 0 goes on, the fault is this node's.
+    """
+    if launch is None or launch.info.rank == 0:
+        _say(f"error: {message}")
+        return
+    deadline_s = time.monotonic() + _RANK_0_SPEAKS_S
+    while time.monotonic() < deadline_s:
+        if launch.ended() is not None or launch.is_not_here(0):
+            return
+        time.sleep(0.2)
+    _say(f"error: rank {launch.info.rank}/{launch.info.world_size}: {message}")
 
 
 def _end_orphan(info: RankInfo, reason: str) -> NoReturn:

@@ -39,12 +39,15 @@ class Launch:
         info: this rank's position.
         environment: the launcher's variables.
         orphaned: called once, from the thread, when the launcher is gone; it ends the process.
+
+    Attributes:
+        info: this rank's position.
     """
 
     def __init__(
         self, info: RankInfo, environment: Mapping[str, str], orphaned: Callable[[str], None]
     ) -> None:
-        self._info = info
+        self.info = info
         self._orphaned = orphaned
         self._job = {name: environment.get(name) for name in _OF_THE_JOB}
         self._variables = rank_variables(environment)
@@ -59,6 +62,8 @@ class Launch:
         self._met = threading.Event()
         self._seen: dict[int, set[int]] = {}
         self._missed: dict[int, int] = {}
+        self._alive: set[int] = set()
+        self._looks = 0
         if info.world_size > 1:
             threading.Thread(target=self._watch, daemon=True, name="launch").start()
 
@@ -79,6 +84,13 @@ class Launch:
                 return f"{self._names(rank, pids)} ended before all ranks had joined the job"
         return None
 
+    def is_not_here(self, rank: int) -> bool:
+        """Whether a rank of a job of one host has no process here, and so has ended or will come.
+
+        What came and went before this rank looked was never seen.
+        """
+        return self.is_of_one_host and self._looks >= 2 and rank not in self._alive
+
     def never_here(self, missing: Sequence[int]) -> str | None:
         """Which of the missing ranks of a job of one host has no process here after a minute."""
         waited_s = time.monotonic() - self._started_s
@@ -89,7 +101,7 @@ class Launch:
 
     def _names(self, rank: int, pids: str = "") -> str:
         process = f"process {pids} on " if pids else "on "
-        return f"rank {rank}/{self._info.world_size} ({process}{socket.gethostname()})"
+        return f"rank {rank}/{self.info.world_size} ({process}{socket.gethostname()})"
 
     def _watch(self) -> None:
         while True:
@@ -127,8 +139,10 @@ class Launch:
         alive: dict[int, set[int]] = {}
         for folder in Path("/proc").glob("[0-9]*"):
             rank = self._rank_of(folder)
-            if rank is not None and rank != self._info.rank:
+            if rank is not None and rank != self.info.rank:
                 alive.setdefault(rank, set()).add(int(folder.name))
+        self._alive = set(alive)
+        self._looks += 1
         for rank, pids in alive.items():
             self._seen[rank] = pids
         self._missed = {
@@ -145,5 +159,5 @@ class Launch:
         rank_name, size_name = self._variables
         rank = pairs.get(rank_name, "")
         same_job = all(pairs.get(name) == value for name, value in self._job.items())
-        same_size = pairs.get(size_name) == str(self._info.world_size)
+        same_size = pairs.get(size_name) == str(self.info.world_size)
         return int(rank) if same_job and same_size and rank.isdecimal() else None

@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from benchmarks.before_after import Size, compare
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.stress
 def test_a_tree_keeps_as_much_as_itself() -> None:
     """Both processes take their steps, and the line has times, ratio and bytes."""
     size = Size(layers=5, hidden_size=64, sequence=16, vocabulary=32)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.distributed.processes import process_is_gone
+from tests.support.long_forms import part_of
 from tests.support.training_runs import free_port, last_step
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +65,7 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", part_of((0, 1), lambda _, victim: victim == 1))
 def test_a_rank_killed_before_the_meeting_is_named(
     config: Path, started: list[subprocess.Popen[str]], victim: int
 ) -> None:
@@ -84,6 +85,32 @@ def test_a_rank_killed_before_the_meeting_is_named(
     assert "MASTER_PORT" not in errors[0]
 
 
+def test_a_fault_of_one_node_is_said_by_its_rank(
+    config: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """Rank 1 lacks the file that rank 0 has: it says so itself, and rank 0 names it."""
+    port = free_port()
+    missing = tmp_path / "not on this node.yaml"
+    started += [_train(config, **_rank(0, 2, port)), _train(missing, **_rank(1, 2, port))]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert f"error: rank 1/2: {missing} does not exist" in outputs[1]
+    assert "error: rank 1/2 (process" in outputs[0]
+    assert "its own output says why" in outputs[0]
+
+
+def test_what_all_ranks_would_say_is_said_once(
+    config: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """A refused value: rank 0 alone prints it."""
+    port = free_port()
+    started += [_train(config, "train.steps=-1", **_rank(rank, 2, port)) for rank in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert "train.steps=-1" in outputs[0]
+    assert outputs[1] == ""
+
+
 def test_a_rank_that_never_comes_is_named_with_its_host(
     config: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -96,7 +123,9 @@ def test_a_rank_that_never_comes_is_named_with_its_host(
     assert "train.timeout_s=4" in output
 
 
-@pytest.mark.parametrize("moment", ["before the meeting", "in training"])
+@pytest.mark.parametrize(
+    "moment", part_of(("before the meeting", "in training"), lambda number, _: number == 0)
+)
 def test_orphans_of_torchrun_end(
     config: Path, tmp_path: Path, started: list[subprocess.Popen[str]], moment: str
 ) -> None:

@@ -22,6 +22,7 @@ from tests.support.engine_cases import (
 )
 from tests.support.engine_probes import gradients
 from tests.support.harness import run_ranks
+from tests.support.long_forms import part_of
 from tests.support.parity_runs import relative_difference
 
 MICRO_BATCHES = 64
@@ -95,13 +96,17 @@ def reference() -> dict[str, Tensor]:
 LAYOUTS = (Case(), Case(world=2), Case(world=2, stages="trunk 0-2|heads 1-3"))
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["one rank", "two ranks", "two stages"])
-def test_sums_are_fp32_at_every_level(
-    reference: dict[str, Tensor], layout: Case, zero: int
-) -> None:
+@pytest.mark.parametrize(
+    "case",
+    part_of(
+        [replace(layout, zero=zero) for layout in LAYOUTS for zero in (0, 1, 2, 3)],
+        # Each level once; level 1, for which DeepSpeed has no way of its own, also in stages.
+        lambda number, _: number in (0, 5, 6, 7, 9),
+    ),
+    ids=str,
+)
+def test_sums_are_fp32_at_every_level(reference: dict[str, Tensor], case: Case) -> None:
     """64 micro-batches add up as in float64, to the rounding of fp32."""
-    case = replace(layout, zero=zero)
     found: dict[str, Tensor] = {}
     for gradients_of_rank in run_ranks(case.world, _engine_gradients, case, "fp32"):
         found |= gradients_of_rank
@@ -113,7 +118,7 @@ def test_sums_are_fp32_at_every_level(
         assert relative_difference(found[name], wanted.float()) < tolerance, name
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", part_of((0, 1, 2, 3), lambda _, zero: zero in (1, 3)))
 def test_reduction_between_ranks_takes_the_precision_that_is_set(
     reference: dict[str, Tensor], zero: int
 ) -> None:

@@ -50,7 +50,7 @@ def _hanging(
 
 def test_no_plan_hangs() -> None:
     """From one micro-batch to more than fill the longest chain."""
-    assert _hanging(range(1, 10))[0] == 0
+    assert _hanging((1, 2, 3, 4, 6, 9))[0] == 0
 
 
 @pytest.mark.parametrize("sync_at", ["forward", "backward"])
