@@ -14,7 +14,7 @@ last position that was right:
 Legend: B rows, k heads in use, S = k positions of a forward, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,11 +112,11 @@ class ChainDecoder:
     @torch.inference_mode()
     def step(self) -> Step:
         """One forward: verify the drafts, commit those that are kept, draft again."""
-        width = wide_enough(max(self._used) + self._heads, self.cache.capacity)
+        width = wide_enough(max(self._used) + self.most_pending, self.cache.capacity)
         pending = self._following.unsqueeze(1)
-        if self._heads > 1:
+        if self.most_pending > 1:
             pending = torch.cat([pending, self._drafts.tokens], dim=1)
-        block = self.network.following(self.cache, self._heads, width)
+        block = self.network.following(self.cache, self.most_pending, width)
         trunk_output = self.network.trunk(pending, self.cache, block)
         self.network.fill_heads(trunk_output, self._heads, self.cache, block)
         hidden = self._run_heads(trunk_output, block)
@@ -126,11 +126,13 @@ class ChainDecoder:
         tokens = pending.roll(-1, dims=1).scatter(
             1, kept.unsqueeze(1), self._following.unsqueeze(1)
         )
-        columns = self.network.numbers(self._heads)
+        columns = self.network.numbers(self.most_pending)
         self._chooser.see(tokens, columns < new.unsqueeze(1))
         self.cache.lengths = self.cache.lengths + new
-        if self._heads > 1:
-            self._draft(self._others_at(kept, hidden, trunk_output, block))
+        if self.most_pending > 1:
+            self._draft_after(
+                kept, pending, lambda: self._others_at(kept, hidden, trunk_output, block)
+            )
         step = self._step(tokens, new, logits)
         self._used = [u + len(n) for u, n in zip(self._used, step.tokens, strict=True)]
         return step
@@ -182,6 +184,16 @@ class ChainDecoder:
         at = block.at(columns)
         there = self.network.heads(trunk_output[chosen], 2, self._heads, self.cache, at)
         return self.network.logits(there)
+
+    def _draft_after(self, kept: Tensor, pending: Tensor, others: Callable[[], Tensor]) -> None:
+        """Draft the next block.
+
+        Args:
+            kept: `[B]` how many drafts of this one are.
+            pending: `[B, S]` its tokens.
+            others: computes logits `[k - 1, B, V]` of heads 2 .. k at the last kept position.
+        """
+        self._draft(others())
 
     def _draft(self, logits: Tensor) -> None:
         """Draw drafts from logits `[k - 1, B, V]` of heads 2 .. k."""

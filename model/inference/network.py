@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.inference.cache import Block, Cache
+from model.inference.cache import WIDTH_STEP, Block, Cache
 from model.inference.norm import RMSNorm
 from model.inference.weights import HeadWeights, LayerWeights, NetworkWeights, Read, read_weights
 from model.rotary import RotaryTable
@@ -59,7 +59,11 @@ class Network:
         return cls(config, read_weights(config, tensor, dtype, device))
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
-        """An empty cache."""
+        """An empty cache, for at least `capacity` positions.
+
+        A whole number of steps of the width: kernels on GPUs want masks of even rows.
+        """
+        capacity = -(-capacity // WIDTH_STEP) * WIDTH_STEP
         groups = self.config.kv_heads
         sizes = [groups] * self.config.trunk_layers + [self.num_heads * groups]
         return Cache(sizes, rows, capacity, self.config.head_dim, self.dtype, self.device)

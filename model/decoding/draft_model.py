@@ -1,0 +1,107 @@
+"""Drafts from a second, smaller model, for a model whose own heads do not help.
+
+Legend: B rows, g drafts, S = g + 1, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.decoding.chain import ChainDecoder, Step
+from model.decoding.choosing import Drafts
+from model.decoding.sampling import GREEDY, Sampling
+from model.inference.cache import wide_enough
+from model.inference.network import Network
+from model.inference.prefill import prefill
+
+
+class DraftModelDecoder(ChainDecoder):
+    """A batch whose drafts a second model writes, token by token (Leviathan et al. 2023).
+
+    Class: greedy-exact at temperature 0, else distribution-exact: what is verified, and how, is
+    as with drafts of the heads.
+
+    Args:
+        network: the model; its head 1 alone is used.
+        drafter: a model of the same vocabulary.
+        drafts: g.
+        sampling: how head 1 chooses; the drafter does likewise.
+        seeds: one for each row; 0, 1, .. unless given.
+        logprobs: whether to compute them.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        drafter: Network,
+        drafts: int,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+    ) -> None:
+        super().__init__(network, heads=1, sampling=sampling, seeds=seeds, logprobs=logprobs)
+        assert drafter.config.vocab_size == network.config.vocab_size
+        assert drafts >= 1, drafts
+        self.drafter = drafter
+        self.num_drafts = drafts
+        self.most_pending = drafts + 1
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Step:
+        """Both models read the prompts."""
+        longest = max(map(len, prompts))
+        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        device = self.drafter.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.drafter_cache = self.drafter.new_cache(
+            len(prompts), longest + max_new_tokens + 2 * self.most_pending + 1
+        )
+        prefill(self.drafter, self.drafter_cache, torch.tensor(padded, device=device), lengths, 1)
+        self._before = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+        return super().prefill(prompts, max_new_tokens)
+
+    @torch.inference_mode()
+    def keep(self, order: Sequence[int]) -> None:
+        """Rows leave both caches."""
+        super().keep(order)
+        # Its drafts are read already, and will count where they are kept.
+        self.drafter_cache.keep(order, max(self._used) + self.most_pending)
+        self._before = self._before[list(order)]
+
+    def _draft(self, logits: Tensor) -> None:
+        """The first drafts, after the prompts; the logits of other heads are of no use."""
+        self._propose()
+
+    def _draft_after(self, kept: Tensor, pending: Tensor, others: Callable[[], Tensor]) -> None:
+        self._before = pending[self.network.numbers(len(kept)), kept]
+        self._propose()
+
+    def _propose(self) -> None:
+        """Write g drafts after the last committed token.
+
+        The drafter has read all before that token, but not the last draft if all were kept. So it
+        reads the token before once more, whatever was kept: the same keys and values again.
+        """
+        cache, network = self.drafter_cache, self.drafter
+        cache.lengths = self.cache.lengths - 1
+        width = wide_enough(max(self._used) + 2 * self.most_pending + 1, cache.capacity)
+        tokens = torch.stack([self._before, self._following], dim=1)
+        drafts = []
+        for _ in range(self.num_drafts):
+            size = tokens.shape[1]
+            block = network.following(cache, size, width)
+            trunk_output = network.trunk(tokens, cache, block)
+            network.fill_heads(trunk_output, 1, cache, block)
+            cache.lengths = cache.lengths + size
+            last = torch.full_like(self._following, size - 1)
+            at = trunk_output.unflatten(0, (-1, size))[:, -1]
+            logits = network.logits(network.heads(at, 1, 1, cache, block.at(last)))
+            drafts.append(self._chooser.draft(logits))
+            tokens = drafts[-1].tokens
+        distributions = [d.distributions for d in drafts if d.distributions is not None]
+        self._drafts = Drafts(
+            torch.cat([d.tokens for d in drafts], dim=1),
+            torch.cat(distributions, dim=1) if distributions else None,
+        )
