@@ -137,16 +137,17 @@ class Network:
             `[M, B * Q, H]`, before the shared norm.
         """
         weights = self._heads(first, last)
-        num, rows, groups = last - first + 1, block.rows, self.config.kv_heads
+        num, rows = last - first + 1, block.rows
+        groups, dim = self.config.kv_heads, self.config.head_dim
         hidden = trunk_output.expand(num, -1, -1)
         query = torch.bmm(self._norm(trunk_output, weights.attention_norm), weights.query)
-        query = query.view(num, hidden.shape[1], -1, self.config.head_dim)
+        query = query.view(num, hidden.shape[1], -1, dim)
         self._rotate(query, block)
-        query = query.view(num, rows, -1, self._per_group, groups, self.config.head_dim)
-        query = query.permute(1, 0, 4, 2, 3, 5)
+        # [M, B, Q * R, G, D] to [B, Q * R, M * G, D]
+        query = query.view(num, rows, -1, groups, dim).permute(1, 2, 0, 3, 4).flatten(2, 3)
         key, value = cache.read(-1, block.width, (first - 1) * groups, last * groups)
-        mixed = self._attend(query.flatten(1, 2), key, value, block)
-        mixed = mixed.view(rows, num, groups, *mixed.shape[2:]).permute(1, 0, 3, 4, 2, 5)
+        mixed = self._attend(query, key, value, block)
+        mixed = mixed.reshape(hidden.shape[1], -1, num, groups, dim).permute(2, 0, 1, 3, 4)
         hidden = torch.baddbmm(hidden, mixed.reshape(num, hidden.shape[1], -1), weights.output)
         gate_up = torch.bmm(self._norm(hidden, weights.mlp_norm), weights.gate_up)
         return torch.baddbmm(hidden, _swiglu(gate_up), weights.down)
@@ -164,10 +165,9 @@ class Network:
         qkv = torch.mm(normed, weights.qkv).view(hidden.shape[0], -1, dim)
         self._rotate(qkv[:, :-groups], block)
         cache.write(index, block.slots, qkv[:, -2 * groups :].view(-1, 2, groups, dim))
-        query = qkv[:, : -2 * groups].view(block.rows, -1, self._per_group, groups, dim)
-        query = query.permute(0, 3, 1, 2, 4)
+        query = qkv[:, : -2 * groups].reshape(block.rows, -1, groups, dim)
         key, value = cache.read(index, block.width, 0, groups)
-        mixed = self._attend(query, key, value, block).permute(0, 2, 3, 1, 4)
+        mixed = self._attend(query, key, value, block)
         hidden = torch.addmm(hidden, mixed.reshape(hidden.shape[0], -1), weights.output)
         normed = self._norm(hidden, weights.mlp_norm)
         return torch.addmm(hidden, _swiglu(torch.mm(normed, weights.gate_up)), weights.down)
@@ -176,24 +176,26 @@ class Network:
         """Attention; the R queries of a group are R more positions of one.
 
         Args:
-            query: `[B, G', Q, R, D]`.
+            query: `[B, Q * R, G', D]`.
             key: `[B, G', W, D]`.
             value: `[B, G', W, D]`.
             block: of the queries.
 
         Returns:
-            `[B, G', Q, R, D]`.
+            `[B, Q * R, G', D]`.
         """
-        num, repeats = query.shape[2:4]
-        if block.mask is None:  # causal from the start: as torch's fast kernels want it
-            query = query.transpose(2, 3).flatten(1, 2)
-            out = F.scaled_dot_product_attention(
-                query, key[:, :, :num], value[:, :, :num], is_causal=True, enable_gqa=repeats > 1
-            )
-            return out.unflatten(1, (-1, repeats)).transpose(2, 3)
-        shape = query.shape
-        out = F.scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=block.mask)
-        return out.view(shape)
+        if block.mask is not None:
+            return F.scaled_dot_product_attention(
+                query.transpose(1, 2), key, value, attn_mask=block.mask
+            ).transpose(1, 2)
+        # Causal from the start of the text: as torch's fast kernels want it.
+        repeats = self._per_group
+        num = query.shape[1] // repeats
+        query = query.unflatten(1, (num, repeats)).permute(0, 3, 2, 1, 4).flatten(1, 2)
+        out = F.scaled_dot_product_attention(
+            query, key[:, :, :num], value[:, :, :num], is_causal=True, enable_gqa=repeats > 1
+        )
+        return out.unflatten(1, (-1, repeats)).permute(0, 3, 2, 1, 4).flatten(1, 2)
 
     def _write_heads(self, new: Tensor, cache: Cache, block: Block) -> None:
         """Write keys and values `[M, N, 2, G, D]` of heads 1 .. M."""
