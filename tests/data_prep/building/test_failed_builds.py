@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.errors import BadRecordsError, DataError
 from data_prep.shards.manifest import Manifest
+from tests.support.long_forms import part_of
 
 Build = Callable[..., Manifest]
 Write = Callable[..., Path]
