@@ -12,13 +12,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError
-from model.generate_options import EXIT_DIFFERENT, check, check_stream, parse, read_prompt
+from model.generate_options import (
+    EXIT_DIFFERENT,
+    check,
+    check_stream,
+    lossy_top_k,
+    parse,
+    read_prompt,
+)
 from model.hugging_face.config import first_token
 from model.hugging_face.folder import read_record
 
 if TYPE_CHECKING:
     import torch
 
+    from model.decoding.chain import ChainDecoder
     from model.decoding.generation import Generation, Piece
     from model.decoding.sampling import Sampling
     from model.decoding.stopping import StopStrings
@@ -67,6 +75,9 @@ class Run(NamedTuple):
         later_s = self.seconds - self.first_s
         each = 1000 * later_s / (result.forwards - 1) if result.forwards > 1 else 0.0
         lines = [f"first token after {1000 * self.first_s:.1f} ms, then {each:.2f} ms per forward"]
+        if result.logprobs is not None:
+            mean = sum(map(sum, result.logprobs)) / result.num_tokens
+            lines.append(f"mean logarithmic probability of a token, by head 1: {mean:.4f}")
         sizes = [len(block) for blocks in result.blocks for block in blocks[1:]]
         for draft in range(1, self.heads):
             tried = sum(size >= draft for size in sizes)
@@ -220,17 +231,31 @@ def _stop(options: argparse.Namespace, loaded: "LoadedNetwork") -> "StopStrings 
     return StopStrings(loaded.tokenizer, options.stop) if options.stop else None
 
 
+def _decoder(
+    loaded: "LoadedNetwork", heads: int, options: argparse.Namespace, seeds: list[int]
+) -> "ChainDecoder":
+    from model.decoding.chain import ChainDecoder
+    from model.decoding.lossy import LossyDecoder, LossyRule
+    from model.decoding.tree import TreeDecoder
+
+    network, logprobs, sampling = loaded.network, options.stats, _sampling(options)
+    if options.tree:
+        return TreeDecoder(network, heads=heads, spread=options.tree, logprobs=logprobs)
+    if options.lossy is None:
+        return ChainDecoder(network, heads=heads, sampling=sampling, seeds=seeds, logprobs=logprobs)
+    rule = LossyRule(top_k=lossy_top_k(options.lossy) or 0)
+    return LossyDecoder(
+        network, heads=heads, rule=rule, sampling=sampling, seeds=seeds, logprobs=logprobs
+    )
+
+
 def _run(
     loaded: "LoadedNetwork", prompts: list[list[int]], heads: int, options: argparse.Namespace
 ) -> Run:
-    from model.decoding.chain import ChainDecoder
     from model.decoding.generation import collect, stream
-    from model.decoding.tree import TreeDecoder
 
     seeds = [(options.seed + row) % (1 << 63) for row in range(len(prompts))]
-    decoder = ChainDecoder(loaded.network, heads=heads, sampling=_sampling(options), seeds=seeds)
-    if options.tree:
-        decoder = TreeDecoder(loaded.network, heads=heads, spread=options.tree)
+    decoder = _decoder(loaded, heads, options, seeds)
     start = time.perf_counter()
     try:
         pieces = stream(

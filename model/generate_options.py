@@ -1,6 +1,7 @@
 """Options of the command that generates text: the parser, and what values must be."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ EXIT_DIFFERENT = 3
 
 _MOST_NEW_TOKENS = 1 << 20
 _WIDEST_TREE = 8
+_MOST_TOP_K = 1000
 
 EPILOG = """\
 examples:
@@ -44,6 +46,11 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         default=0,
         metavar="R",
         help="also verify the heads' next likeliest tokens, ranks up to R in sum (0: a chain)",
+    )
+    add(
+        "--lossy",
+        metavar="RULE",
+        help="keep drafts that head 1 would not have chosen: top-K, such as top-2, or typical",
     )
     add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
@@ -132,6 +139,16 @@ def _check_sampling(options: argparse.Namespace) -> None:
             f"--repetition-penalty {options.repetition_penalty:g} must be from 0.001 to 1,000; "
             "1 is none"
         )
+    if options.lossy is not None and (options.tree or options.compare):
+        raise ConfigError(
+            "--lossy gives another text than head 1 alone, so it goes without --tree and "
+            "--compare; leave --lossy out"
+        )
+    if options.lossy is not None and lossy_top_k(options.lossy) is None:
+        raise ConfigError(
+            f"--lossy {printable(options.lossy)} is no rule; give typical, or top-K with K from 2 "
+            f"to {_MOST_TOP_K:,}, such as top-2"
+        )
     if not 0 <= options.tree <= _WIDEST_TREE:
         raise ConfigError(
             f"--tree {options.tree} must be from 0 to {_WIDEST_TREE}; 0 is a chain of drafts"
@@ -148,6 +165,14 @@ def _check_sampling(options: argparse.Namespace) -> None:
             f"{given[0]} has no effect at temperature 0, where the likeliest token is taken; add "
             f"--temperature 1 or leave {given[0]} out"
         )
+
+
+def lossy_top_k(rule: str) -> int | None:
+    """K of `top-K`, 0 of `typical`; None of anything else."""
+    if rule == "typical":
+        return 0
+    match = re.fullmatch(r"top-([0-9]{1,5})", rule)
+    return int(match[1]) if match and 2 <= int(match[1]) <= _MOST_TOP_K else None
 
 
 def check_stream(options: argparse.Namespace) -> None:

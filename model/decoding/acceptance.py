@@ -99,3 +99,41 @@ def accept_tree(best: Tensor, tokens: Tensor, levels: list[tuple[Tensor, Tensor]
         right[:, nodes] = here
         node = torch.where(here.any(1), nodes[here.long().argmax(1)], node)
     return node
+
+
+def accept_top_k(logits: Tensor, drafts: Tensor, k: int) -> Tensor:
+    """Lossy: drafts are kept while they are among head 1's k likeliest tokens.
+
+    The relaxed rule of blockwise parallel decoding (Stern et al. 2018, section 5.1).
+
+    Args:
+        logits: `[B, g + 1, V]` of head 1, draft j's at index j - 1.
+        drafts: `[B, g]`.
+        k: 1 is greedy-exact.
+
+    Returns:
+        `[B]` how many drafts are kept.
+    """
+    mine = logits[:, :-1].gather(-1, drafts.unsqueeze(-1))
+    return leading((logits[:, :-1] > mine).sum(-1) < k)
+
+
+def accept_typical(target: Tensor, drafts: Tensor, epsilon: float, delta: float) -> Tensor:
+    """Lossy: drafts are kept while head 1 finds them likely enough for its own uncertainty.
+
+    Draft d is kept if p(d) > min(epsilon, delta * exp(-H(p))), H the entropy of p (typical
+    acceptance of Medusa, Cai et al. 2024).
+
+    Args:
+        target: `[B, g + 1, V]` distributions p of head 1, draft j's at index j - 1.
+        drafts: `[B, g]`.
+        epsilon: a draft more likely than this is always kept.
+        delta: how much of exp(-H) is enough.
+
+    Returns:
+        `[B]` how many drafts are kept.
+    """
+    p = target[:, :-1]
+    entropy = torch.special.entr(p).sum(-1)
+    least = (delta * torch.exp(-entropy)).clamp(max=epsilon)
+    return leading(p.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) > least)

@@ -98,8 +98,7 @@ class ChainDecoder:
         tokens = torch.tensor(padded, device=device)
         lengths = torch.tensor(self._used, device=device)
         seeds = range(len(prompts)) if self._seeds is None else self._seeds
-        vocab_size = self.network.config.vocab_size
-        self._chooser = Chooser(self.sampling, seeds, vocab_size, device)
+        self._chooser = self._new_chooser(seeds)
         self._chooser.see(tokens, torch.arange(longest, device=device) < lengths.unsqueeze(1))
         capacity = longest + max_new_tokens + self.most_pending
         self.cache = self.network.new_cache(len(prompts), capacity)
@@ -146,6 +145,10 @@ class ChainDecoder:
         self._following = self._following[rows]
         tokens, distributions = self._drafts
         self._drafts = Drafts(tokens[rows], None if distributions is None else distributions[rows])
+
+    def _new_chooser(self, seeds: Sequence[int]) -> Chooser:
+        vocab_size = self.network.config.vocab_size
+        return Chooser(self.sampling, seeds, vocab_size, self.network.device)
 
     def _run_heads(self, trunk_output: Tensor, block: Block) -> Tensor:
         """Head 1 at all positions; where these are few, the other heads as well.

@@ -43,7 +43,7 @@ class Chooser:
     ) -> None:
         self.sampling = sampling
         self.sound = torch.ones(len(seeds), dtype=torch.bool, device=device)
-        self._uniforms = RowUniforms(seeds, device)
+        self.uniforms = RowUniforms(seeds, device)
         self._seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self._seen = torch.zeros(len(seeds), vocab_size, dtype=torch.bool, device=device)
@@ -62,7 +62,7 @@ class Chooser:
             return logits.argmax(-1)
         target = distribution(logits, self.sampling)
         self.sound = _sound(target)
-        return draw(target, self._uniforms.next(1)[:, 0])
+        return draw(target, self.uniforms.next(1)[:, 0])
 
     def draft(self, logits: Tensor) -> Drafts:
         """Drafts from logits `[g, B, V]` of heads 2 .. g + 1."""
@@ -71,16 +71,16 @@ class Chooser:
             return Drafts(logits.argmax(-1), None)
         drafts = distribution(logits, self.sampling)
         self.sound = self.sound & _sound(drafts).all(-1)
-        return Drafts(draw(drafts, self._uniforms.next(logits.shape[1])), drafts)
+        return Drafts(draw(drafts, self.uniforms.next(logits.shape[1])), drafts)
 
     def verify(self, logits: Tensor, drafts: Drafts) -> Verdict:
         """Which drafts are kept and what follows them, from head 1's logits `[B, S, V]`."""
-        logits = self._penalized_along(logits, drafts.tokens)
+        logits = self.penalized_along(logits, drafts.tokens)
         if self.sampling.greedy:
             return accept_greedy(logits.argmax(-1), drafts.tokens)
         target = distribution(logits, self.sampling)
         self.sound = _sound(target).all(-1)
-        uniforms = self._uniforms.next(target.shape[1])
+        uniforms = self.uniforms.next(target.shape[1])
         if drafts.distributions is None:
             kept = torch.zeros(len(target), dtype=torch.long, device=target.device)
             return Verdict(kept, draw(target[:, 0], uniforms[:, 0]))
@@ -91,7 +91,7 @@ class Chooser:
 
     def keep(self, order: Sequence[int]) -> None:
         """Row `order[i]` becomes row i; the others are gone."""
-        self._uniforms.keep(order)
+        self.uniforms.keep(order)
         self.sound = self.sound[list(order)]
         if self._seen is not None:
             self._seen = self._seen[list(order)]
@@ -101,7 +101,7 @@ class Chooser:
             return logits
         return penalize(logits, self._seen, self.sampling.repetition_penalty)
 
-    def _penalized_along(self, logits: Tensor, drafts: Tensor) -> Tensor:
+    def penalized_along(self, logits: Tensor, drafts: Tensor) -> Tensor:
         """Each position counts the drafts before it as tokens that the text has."""
         if self._seen is None:
             return logits

@@ -101,6 +101,8 @@ def test_bf16_runs(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--repetition-penalty", "0"], "--repetition-penalty 0 must be from 0.001 to 1,000"),
         (["--top-p", "0.5"], "--top-p has no effect at temperature 0"),
         (["--stop", ""], "--stop is empty"),
+        (["--lossy", "top-1"], "--lossy top-1 is no rule; give typical, or top-K"),
+        (["--lossy", "typical", "--compare"], "--lossy gives another text than head 1 alone"),
         (["--tree", "9"], "--tree 9 must be from 0 to 8"),
         (["--tree", "1", "--temperature", "1"], "--tree is for the likeliest tokens alone"),
         (["--stream", "--prompt", "b"], "--stream shows one text as it comes, not 2 prompts"),
@@ -205,6 +207,23 @@ def test_a_tree_prints_the_same_text(export: Path, capsys: pytest.CaptureFixture
     assert forwards[1] <= forwards[0]
 
 
+@pytest.mark.parametrize("rule", ["top-30", "typical"])
+def test_a_lossy_rule_keeps_more_drafts(
+    export: Path, capsys: pytest.CaptureFixture[str], rule: str
+) -> None:
+    """Fewer forwards, and tokens that head 1 finds less likely."""
+    arguments = [str(export), "--prompt", "ab", "--max-new-tokens", "60", "--stats"]
+    pattern = r"(\d+) forwards.*head 1: (-\d+\.\d+)"
+    found = [
+        re.findall(pattern, output(capsys, *arguments, *more), re.S)[0]
+        for more in ([], ["--lossy", rule])
+    ]
+    assert int(found[1][0]) <= int(found[0][0])
+    if rule == "top-30":
+        assert int(found[1][0]) < int(found[0][0])
+        assert float(found[1][1]) < float(found[0][1])
+
+
 def test_no_prompt_is_refused(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As any other mistake of usage is."""
     with pytest.raises(SystemExit, match="2"):
@@ -221,4 +240,7 @@ def test_statistics_add_up(export: Path, capsys: pytest.CaptureFixture[str]) -> 
     tokens, forwards = map(int, re.findall(r"4 heads: (\d+) tokens, (\d+) forwards", out)[0])
     assert len(kept) == 3
     assert sum(kept) == tokens - forwards
+    means = re.findall(r"mean logarithmic probability of a token, by head 1: (-\d+\.\d+)", out)
+    assert len(means) == 2
+    assert len(set(means)) == 1
     assert len(re.findall(r"first token after [\d.]+ ms, then [\d.]+ ms per forward", out)) == 2
