@@ -18,7 +18,6 @@ Write = Callable[..., Path]
 MEASURED_BUILD = """
 import resource, sys
 from data_prep.shard import main
-from tests.support.long_forms import part_of
 status = main(sys.argv[1:])
 print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
