@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.errors import BadRecordsError, DataError
 from data_prep.shards.manifest import Manifest
+from tests.support.long_forms import part_of
 
 Build = Callable[..., Manifest]
 Write = Callable[..., Path]
@@ -17,7 +18,6 @@ Write = Callable[..., Path]
 MEASURED_BUILD = """
 import resource, sys
 from data_prep.shard import main
-from tests.support.long_forms import part_of
 status = main(sys.argv[1:])
 print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
