@@ -40,7 +40,7 @@ hooks: $(installed) ## install git hooks: ruff before each commit, mypy before e
 quickstart: $(installed) ## shards, training, kill, resume, export, generation, report: everything, in minutes
 	$(python) -m pipeline.quickstart
 
-test: $(installed) ## run the tests (11 minutes on 2 cores)
+test: $(installed) ## run the tests (12 minutes on 2 cores)
 	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 stress: $(installed) ## run the long forms of tests (hours): every layout, every point of failure

@@ -39,6 +39,7 @@ def test_the_sizes_are_what_they_are_called() -> None:
         assert least < counts.pop() < most
 
 
+@pytest.mark.stress
 def test_a_call_goes_on_where_the_last_one_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

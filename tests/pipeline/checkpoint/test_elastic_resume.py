@@ -110,7 +110,7 @@ def test_the_curve_goes_on_in_every_layout(saved: Any, pair: tuple[Place, Place]
     _check(saved(pair[0]), pair[1])
 
 
-@pytest.mark.parametrize("pair", part_of(CYCLE, lambda number, _: number % 11 == 2), ids=_name)
+@pytest.mark.parametrize("pair", part_of(CYCLE, lambda number, _: number == 2), ids=_name)
 def test_the_curve_goes_on_in_another_layout_in_bf16(saved: Any, pair: tuple[Place, Place]) -> None:
     """As far from the curve in fp32 as one process in bf16 that was never interrupted.
 

@@ -101,7 +101,7 @@ LAYOUTS = (Case(), Case(world=2), Case(world=2, stages="trunk 0-2|heads 1-3"))
     part_of(
         [replace(layout, zero=zero) for layout in LAYOUTS for zero in (0, 1, 2, 3)],
         # Each level once; level 1, for which DeepSpeed has no way of its own, also in stages.
-        lambda number, _: number in (0, 5, 6, 7, 9),
+        lambda number, _: number in (0, 6, 7, 9),
     ),
     ids=str,
 )
@@ -118,7 +118,7 @@ def test_sums_are_fp32_at_every_level(reference: dict[str, Tensor], case: Case) 
         assert relative_difference(found[name], wanted.float()) < tolerance, name
 
 
-@pytest.mark.parametrize("zero", part_of((0, 1, 2, 3), lambda _, zero: zero in (1, 3)))
+@pytest.mark.parametrize("zero", part_of((0, 1, 2, 3), lambda _, zero: zero == 1))
 def test_reduction_between_ranks_takes_the_precision_that_is_set(
     reference: dict[str, Tensor], zero: int
 ) -> None:
