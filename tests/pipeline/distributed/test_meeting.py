@@ -99,6 +99,7 @@ def test_a_fault_of_one_node_is_said_by_its_rank(
     assert "its own output says why" in outputs[0]
 
 
+@pytest.mark.stress
 def test_what_all_ranks_would_say_is_said_once(
     config: Path, started: list[subprocess.Popen[str]]
 ) -> None:
