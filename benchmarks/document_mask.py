@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from benchmarks.memory_vs_heads import hardware
-from model.attention import attend, attend_blocks
-from model.documents import AttentionMask, bias_within, blocks_within
+from model.operations.attention import attend, attend_blocks
+from model.operations.documents import AttentionMask, bias_within, blocks_within
 
 ATTENTION_HEADS, KV_HEADS, HEAD_DIM, MEAN_DOCUMENT = 8, 2, 64, 512
 MIB = 2**20

@@ -6,9 +6,11 @@ same commit, so that a call that was cut off goes on. The tables come from what 
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__" and not __package__:
     # Run by path, Python puts this folder first; the packages are found from its parent.
@@ -81,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, to try the script")
     parser.add_argument("--minutes", type=float, default=9.5, help="of the whole call")
-    parser.add_argument("--only", nargs="+", metavar="PIECE", help=f"of {', '.join(PIECES)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=PIECES, metavar="PIECE", help=f"of {', '.join(PIECES)}"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", metavar="DIR")
     options = parser.parse_args(arguments)
     folder = options.output / "results" / f"gpu-{options.device}"
@@ -98,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if budget.left_s() < 20:
             print(f"{name}: no time is left; call again to go on", flush=True)
             continue
-        PIECES[name](options.device, size, budget, found, lambda now: _write(path, now))  # noqa: B023
+        PIECES[name](options.device, size, budget, found, functools.partial(_write, path))
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     results = {name: _earlier(folder / f"{name}.json") for name in PIECES}
     section = tables(results, options.device)
@@ -133,30 +137,44 @@ def _write(path: Path, found: Found) -> None:
 Keep = Callable[[Found], None]
 
 
+class Called(NamedTuple):
+    """How a command ended: its exit code, None past the limit, and all that it said."""
+
+    code: int | None
+    output: str
+
+
+def _call(command: Sequence[str], limit_s: float, **variables: str) -> Called:
+    """Run a command; past the limit it ends with all that it started, which may hold the GPU."""
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=max(limit_s, 1))
+            return Called(process.returncode, output)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            return Called(None, output)
+
+
 def _run_tests(device: str, _: str, budget: Budget, found: Found, keep: Keep) -> None:
     """tests/gpu, as many as the time allows."""
-    report = Path(os.environ.get("TMPDIR", "/tmp")) / f"headway-gpu-tests-{os.getpid()}.txt"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=50", "tests/gpu"]
-    with report.open("w") as output:
-        try:
-            code = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"HEADWAY_TEST_DEVICE": device},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=min(240, budget.left_s()),
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-    lines = report.read_text(errors="replace").splitlines()
+    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu"]
+    done = _call(command, min(240, budget.left_s()), HEADWAY_TEST_DEVICE=device)
+    code, lines = done.code, done.output.splitlines()
     print("\n".join(lines[-15:]), flush=True)
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if code not in (0, -1) and not failures:
+    if code not in (0, None) and not failures:
         failures = lines[-1:]
-    summary = lines[-1] if lines and code != -1 else "cut off by the time limit"
-    keep(found | {"summary": summary, "failures": failures, "complete": code != -1})
+    summary = lines[-1] if lines and code is not None else "cut off by the time limit"
+    keep(found | {"summary": summary, "failures": failures, "complete": code is not None})
 
 
 def _train(piece: str) -> Callable[[str, str, Budget, Found, Keep], None]:
@@ -220,21 +238,13 @@ def _script(name: str, *options: str) -> Callable[[str, str, Budget, Found, Keep
     def run(device: str, size: str, budget: Budget, found: Found, keep: Keep) -> None:
         tiny = [options[0]] if size == "tiny" else list(options[1:])
         command = [sys.executable, str(ROOT / "benchmarks" / name), "--device", device, *tiny]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=max(budget.left_s(), 1),
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+        done = _call(command, budget.left_s())
+        print(done.output[-3000:], flush=True)
+        if done.code is None:
             print(f"{name}: cut off by the time limit", flush=True)
             return
-        print(done.stdout[-3000:], flush=True)
-        failures = [] if done.returncode == 0 else [done.stderr.strip()[-500:]]
-        keep(found | {"summary": done.stdout[-6000:], "failures": failures, "complete": True})
+        failures = [] if done.code == 0 else [done.output.strip()[-500:]]
+        keep(found | {"summary": done.output[-6000:], "failures": failures, "complete": True})
 
     return run
 
@@ -242,10 +252,7 @@ def _script(name: str, *options: str) -> Callable[[str, str, Budget, Found, Keep
 def _run_a_run(device: str, size: str, budget: Budget, found: Found, keep: Keep) -> None:
     """A run by the commands people type: the loader and the saves beside the training."""
     with tempfile.TemporaryDirectory(prefix="headway-run-") as folder:
-        try:
-            keep(found | _figures_of_a_run(Path(folder), device, size, budget))
-        except subprocess.TimeoutExpired:
-            print("run: cut off by the time limit", flush=True)
+        keep(found | _figures_of_a_run(Path(folder), device, size, budget))
 
 
 def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> Found:
@@ -254,16 +261,9 @@ def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> F
     def call(*command: str) -> str | None:
         """Run a command; the end of what it said when it failed."""
         nonlocal said
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", *command],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=max(budget.left_s(), 1),
-            check=False,
-        )
-        said = done.stdout
-        return None if done.returncode == 0 else (done.stdout + done.stderr).strip()[-500:]
+        done = _call([sys.executable, "-W", "ignore", *command], budget.left_s())
+        said = done.output
+        return None if done.code == 0 else said.strip()[-500:] or "cut off by the time limit"
 
     layers, hidden = SIZES["tiny" if size == "tiny" else "0.3b"]
     sequence, micro = (64, 2) if size == "tiny" else (4096, 8)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
-from model.rope_scaling import RopeScaling
+from model.operations.rope_scaling import RopeScaling
 
 _FFN_MULTIPLE = 256
 _SHOWN = 200  # letters

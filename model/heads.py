@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from model.layers import Checkpointing, Layer, LayerContext
-from model.rms_norm import rms_norm
+from model.operations.rms_norm import rms_norm
 
 
 class LMHeadWeights(NamedTuple):

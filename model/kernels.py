@@ -4,9 +4,9 @@ import logging
 
 import torch
 
-from model.attention_backend import BackendChoice
 from model.language_model import MultiTokenModel
 from model.loss import product_adds_in_float32
+from model.operations.attention_backend import BackendChoice
 
 logger = logging.getLogger(__name__)
 

@@ -10,22 +10,22 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from model.attention import CoreAttention
-from model.attention_backend import (
+from model.config import ModelConfig
+from model.heads import Heads
+from model.initialization import initial_weight
+from model.layers import Checkpointing, LayerContext, transformer_config
+from model.loss import VocabularyShard
+from model.operations.attention import CoreAttention
+from model.operations.attention_backend import (
     AttentionBackend,
     AttentionShape,
     BackendChoice,
     can_use_on,
     choose_backend,
 )
-from model.config import ModelConfig
-from model.documents import attention_mask, positions_within
-from model.heads import Heads
-from model.initialization import initial_weight
-from model.layers import Checkpointing, LayerContext, transformer_config
-from model.loss import VocabularyShard
+from model.operations.documents import attention_mask, positions_within
+from model.operations.rotary import RotaryTable
 from model.part import ModelPart
-from model.rotary import RotaryTable
 from model.sharding import mark_split_parameters
 from model.trunk import Trunk
 

@@ -15,13 +15,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import CoreAttention
 from model.config import ModelConfig
-from model.documents import AttentionMask
-from model.rms_norm import RMSNorm
-from model.rotary import Rotation
-from model.self_attention import SelfAttention
-from model.swiglu import SwiGLU
+from model.operations.attention import CoreAttention
+from model.operations.documents import AttentionMask
+from model.operations.rms_norm import RMSNorm
+from model.operations.rotary import Rotation
+from model.operations.self_attention import SelfAttention
+from model.operations.swiglu import SwiGLU
 
 Checkpointing = Literal["none", "full", "selective"]
 

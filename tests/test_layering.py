@@ -12,7 +12,7 @@ PACKAGES = ("foundation", "data_prep", "model", "pipeline")
 # The rooms of each package, lowest first: a room imports from itself and from those before it.
 ROOMS = {
     "data_prep": ("tokenization", "inputs", "shards", "workers", "building", "loading"),
-    "model": ("hugging_face", "inference", "decoding"),
+    "model": ("operations", "hugging_face", "inference", "decoding"),
     "pipeline": (
         "distributed",
         "stages",

@@ -23,7 +23,7 @@ from data_prep.building.data_config import _CONFIG, _SOURCE
 from data_prep.building.options import BuildOptions, Source
 from docs.extensions.docstrings import attribute_descriptions
 from docs.extensions.markdown import MarkdownDirective, table
-from model.rope_scaling import RopeScaling
+from model.operations.rope_scaling import RopeScaling
 from pipeline.config.data_section import WeightPhase
 from pipeline.config.run_config import RunConfig
 from pipeline.config.sections import MAX_COUNT

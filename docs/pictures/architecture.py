@@ -44,7 +44,8 @@ ROOMS = {
     "model.decoding": Room(620, 9.1, "decoding/", "drafts, acceptance,\nsampling"),
     "model.inference": Room(620, 10.3, "inference/", "plain torch,\nKV cache"),
     "model.hugging_face": Room(900, 10.9, "hugging_face/", "names, sizes and tensors\nof a Llama"),
-    "model": Room(740, 12.2, "model/", "trunk  heads  backward\nloss  config"),
+    "model": Room(740, 12.0, "model/", "trunk  heads  backward\nloss  config"),
+    "model.operations": Room(740, 13.0, "operations/", "attention, norm,\nrotation, masks"),
     "foundation": Room(
         510, 13.9, "foundation/", "durable files, YAML, safetensors headers, pages of reports"
     ),

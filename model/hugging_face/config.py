@@ -10,7 +10,7 @@ from foundation.json_text import read_json
 from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.rope_scaling import RopeScaling
+from model.operations.rope_scaling import RopeScaling
 
 CONFIG_NAME = "config.json"
 # Ids of special tokens, and what transformers takes where config.json says nothing. An import that

@@ -32,8 +32,8 @@ from model.hugging_face.stored_tensors import (
     open_tensors,
     read_weight_map,
 )
+from model.operations.rope_scaling import RopeScaling
 from model.parameter_shapes import head_of, parameter_shapes
-from model.rope_scaling import RopeScaling
 from model.sharding import placement_of, take_slice
 
 NewHeads = Literal["copy", "fresh"]

@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.inference.cache import WIDTH_STEP, Block, Cache
 from model.inference.norm import RMSNorm
 from model.inference.weights import HeadWeights, LayerWeights, NetworkWeights, Read, read_weights
-from model.rotary import RotaryTable
+from model.operations.rotary import RotaryTable
 
 _FIRST_POSITIONS = 1024
 

@@ -28,9 +28,9 @@ from model.hugging_face.loading import DTYPES
 from model.hugging_face.names import EXTRA_HEADS
 from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, StoredTensors
 from model.layers import Layer, LayerContext, transformer_config
+from model.operations.rotary import RotaryTable
 from model.parameter_shapes import layer_shapes
 from model.process_groups import ensure_single_process
-from model.rotary import RotaryTable
 from pipeline.checkpoint.sharded_tensors import StateFiles
 from pipeline.exporting.whole_model import Parity, parity_tokens
 

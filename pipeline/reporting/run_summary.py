@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from model.activation_memory import layer_activation_bytes
 from model.config import ModelConfig
-from model.documents import takes_blocks
+from model.operations.documents import takes_blocks
 from model.part import ModelPart
 from pipeline.config.run_config import (
     Device,

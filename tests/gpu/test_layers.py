@@ -6,14 +6,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.attention import attend
-from model.attention_backend import AttentionShape, BackendChoice, can_use_on, choose_backend
 from model.errors import ConfigError
 from model.loss import product_adds_in_float32
-from model.rms_norm import rms_norm
-from model.rotary import RotaryTable
-from model.self_attention import split_and_rotate
-from model.swiglu import swiglu
+from model.operations.attention import attend
+from model.operations.attention_backend import (
+    AttentionShape,
+    BackendChoice,
+    can_use_on,
+    choose_backend,
+)
+from model.operations.rms_norm import rms_norm
+from model.operations.rotary import RotaryTable
+from model.operations.self_attention import split_and_rotate
+from model.operations.swiglu import swiglu
 from pipeline.data.batch_order import BatchPosition, StepBatches
 from pipeline.data.device_copies import batches_on
 from tests.support.parity_runs import relative_difference
@@ -64,7 +69,7 @@ def test_swiglu_and_norm_follow_float64(device: torch.device, dtype: torch.dtype
 def test_rotation_follows_float64(
     device: torch.device, dtype: torch.dtype, rows_differ: bool
 ) -> None:
-    """Against a CPU in float64, where tests/model/test_self_attention.py holds it to a Llama's."""
+    """Against a CPU in float64, where tests/model/operations/test_self_attention.py holds it to a Llama's."""
     groups, per_group = 2, 3
     mixed = made(LENGTH, BATCH, groups * (per_group + 2) * WIDTH, dtype=dtype)
     positions = torch.arange(LENGTH)

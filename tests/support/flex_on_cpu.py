@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
-import model.attention
-import model.documents
+import model.operations.attention
+import model.operations.documents
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def blocks_on_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex_attention, "_validate_device", lambda *_: None)
         compiled = torch.compile(flex_attention.flex_attention, backend="aot_eager")
-        patch.setattr(model.attention, "_flex_attention", lambda: compiled)
-        patch.setattr(model.documents, "takes_blocks", lambda *_: True)
+        patch.setattr(model.operations.attention, "_flex_attention", lambda: compiled)
+        patch.setattr(model.operations.documents, "takes_blocks", lambda *_: True)
         yield
     torch.compiler.reset()

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from model.errors import ConfigError
-from model.rope_scaling import RopeScaling
+from model.operations.rope_scaling import RopeScaling
 from pipeline.config.run_config import (
     RunConfig,
     data_parallel_size,

@@ -15,8 +15,8 @@ from megatron.core.transformer.attention import SelfAttention as MegatronSelfAtt
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.documents import AttentionMask
-from model.rotary import Rotation
+from model.operations.documents import AttentionMask
+from model.operations.rotary import Rotation
 
 
 class SelfAttention(MegatronSelfAttention):

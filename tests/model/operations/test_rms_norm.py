@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.saved_tensors import SavedTensorMeter
-from model.rms_norm import rms_norm
+from model.operations.rms_norm import rms_norm
 
 EPS, WIDTH = 1e-5, 96
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.saved_tensors import SavedTensorMeter
-from model.swiglu import swiglu
+from model.operations.swiglu import swiglu
 
 
 def make_input(dtype: torch.dtype) -> Tensor:

@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from benchmarks.saved_tensors import SavedTensorMeter
-from model.attention import attend
 from model.backward import joint_loss, sequential_backward
-from model.documents import (
+from model.language_model import MultiTokenModel
+from model.layers import Checkpointing, LayerContext
+from model.loss import IGNORED
+from model.operations.attention import attend
+from model.operations.documents import (
     BLOCK,
     bias_within,
     blocks_within,
     positions_within,
     visible_within,
 )
-from model.language_model import MultiTokenModel
-from model.layers import Checkpointing, LayerContext
-from model.loss import IGNORED
 from model.sharding import placement_of, take_slice
 from tests.support.flex_on_cpu import blocks_on_cpu
 from tests.support.harness import run_ranks

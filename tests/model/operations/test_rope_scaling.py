@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from model.rope_scaling import RopeScaling
-from model.rotary import RotaryTable
+from model.operations.rope_scaling import RopeScaling
+from model.operations.rotary import RotaryTable
 
 HEAD_DIM, THETA = 64, 500000.0
 LLAMA3: dict[str, Any] = {

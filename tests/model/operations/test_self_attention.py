@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 from benchmarks.saved_tensors import SavedTensorMeter
-from model.rotary import RotaryTable, Rotation
-from model.self_attention import split_and_rotate
+from model.operations.rotary import RotaryTable, Rotation
+from model.operations.self_attention import split_and_rotate
 
 LENGTH, BATCH, GROUPS, WIDTH = 7, 2, 2, 6
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import CoreAttention
+from model.operations.attention import CoreAttention
 
 SEQUENCE, BATCH, HEADS, WIDTH = 9, 2, 4, 8
 TOLERANCE = 1e-12  # float64; the largest difference seen is 1e-15

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.rope_scaling import RopeScaling
+from model.operations.rope_scaling import RopeScaling
 
 
 class Rotation(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from model.rotary import RotaryTable
+from model.operations.rotary import RotaryTable
 
 HEAD_DIM = 8
 # Angles are float32: near position 4000 they are rounded to 2^-12.

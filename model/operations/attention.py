@@ -18,8 +18,8 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from model.attention_backend import AttentionBackend
-from model.documents import AttentionMask
+from model.operations.attention_backend import AttentionBackend
+from model.operations.documents import AttentionMask
 
 
 class CoreAttention(nn.Module):

@@ -1,0 +1,1 @@
+"""What layers compute, without weights: attention, rotation, norm, activation, masks."""
