@@ -138,10 +138,11 @@ Keep = Callable[[Found], None]
 
 
 class Called(NamedTuple):
-    """How a command ended: its exit code, None past the limit, and all that it said."""
+    """How a command ended: its exit code, None past the limit, and what it wrote where."""
 
     code: int | None
     output: str
+    errors: str
 
 
 def _call(command: Sequence[str], limit_s: float, **variables: str) -> Called:
@@ -151,17 +152,16 @@ def _call(command: Sequence[str], limit_s: float, **variables: str) -> Called:
         cwd=ROOT,
         env=os.environ | variables,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=max(limit_s, 1))
-            return Called(process.returncode, output)
+            output, errors = process.communicate(timeout=max(limit_s, 1))
+            return Called(process.returncode, output, errors)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            return Called(None, output)
+            return Called(None, *process.communicate())
 
 
 def _run_tests(device: str, _: str, budget: Budget, found: Found, keep: Keep) -> None:
@@ -243,7 +243,7 @@ def _script(name: str, *options: str) -> Callable[[str, str, Budget, Found, Keep
         if done.code is None:
             print(f"{name}: cut off by the time limit", flush=True)
             return
-        failures = [] if done.code == 0 else [done.output.strip()[-500:]]
+        failures = [] if done.code == 0 else [done.errors.strip()[-500:]]
         keep(found | {"summary": done.output[-6000:], "failures": failures, "complete": True})
 
     return run
@@ -263,7 +263,9 @@ def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> F
         nonlocal said
         done = _call([sys.executable, "-W", "ignore", *command], budget.left_s())
         said = done.output
-        return None if done.code == 0 else said.strip()[-500:] or "cut off by the time limit"
+        if done.code is None:
+            return f"{command[0]} {command[1]}: cut off by the time limit"
+        return None if done.code == 0 else (said + done.errors).strip()[-500:]
 
     layers, hidden = SIZES["tiny" if size == "tiny" else "0.3b"]
     sequence, micro = (64, 2) if size == "tiny" else (4096, 8)

@@ -79,9 +79,8 @@ def transformer_config(
 def layer_spec(config: TransformerConfig) -> Any:
     """The layer's spec: Transformer Engine's modules if the configuration says so, else megatron's.
 
-    Norms, activation, and all of attention but its products are this package's: `model.rms_norm`,
-    `model.swiglu`, `model.self_attention`, `model.attention`. Both kinds of modules give
-    parameters of the same names and shapes, so checkpoints move between them.
+    Norms, activation, and all of attention but its products are those of `model.operations`. Both
+    kinds of modules give parameters of the same names and shapes, so checkpoints move between them.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules

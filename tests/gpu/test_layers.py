@@ -69,7 +69,7 @@ def test_swiglu_and_norm_follow_float64(device: torch.device, dtype: torch.dtype
 def test_rotation_follows_float64(
     device: torch.device, dtype: torch.dtype, rows_differ: bool
 ) -> None:
-    """Against a CPU in float64, where tests/model/operations/test_self_attention.py holds it to a Llama's."""
+    """Against a CPU in float64, which test_self_attention.py holds to a Llama's."""
     groups, per_group = 2, 3
     mixed = made(LENGTH, BATCH, groups * (per_group + 2) * WIDTH, dtype=dtype)
     positions = torch.arange(LENGTH)
