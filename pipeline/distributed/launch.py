@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.distributed.rendezvous import RankInfo, rank_variables, ranks_per_node
+from pipeline.distributed.rendezvous import RankInfo, rank_variables, ranks_per_node, rendezvous
 
 _POLL_S = 1.0
 _START_S = 60.0  # by then a rank of the same host has at least started
@@ -40,6 +40,9 @@ class Launch:
         environment: the launcher's variables.
         orphaned: called once, from the thread, when the launcher is gone; it ends the process.
 
+    Raises:
+        ConfigError: torchrun's variables name no port.
+
     Attributes:
         info: this rank's position.
     """
@@ -56,7 +59,8 @@ class Launch:
         self._parent = os.getppid()
         self._agent: tuple[str, int] | None = None
         if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            self._agent = (environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+            address, port = rendezvous(environment)
+            self._agent = (address, int(port))
         self._refused = 0
         self._started_s = time.monotonic()
         self._met = threading.Event()

@@ -95,15 +95,26 @@ class Meeting:
                 wait_for_workers=False,
                 multi_tenant=self._hosts_store,
             )
-            # A worker group that torchrun starts again meets in the same store.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            prefix = f"headway/meeting/{attempt}"
-            self._wait_for_ranks(dist.PrefixStore(prefix, store))  # type: ignore[attr-defined]
-        except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
             reason = str(error).splitlines()[0]
             raise _refusal(self._info, address, port, reason) from error
+        # A worker group that torchrun starts again meets in the same store.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        prefix = f"headway/meeting/{attempt}"
+        try:
+            self._wait_for_ranks(dist.PrefixStore(prefix, store))  # type: ignore[attr-defined]
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise ConfigError(_gone(self._who_closed_the_store(address, port))) from error
         self._launch.met()
         return store
+
+    def _who_closed_the_store(self, address: str, port: str) -> str:
+        """Why a store that was there is not any more; this host's process table may tell."""
+        for _ in range(20):
+            if (ended := self._launch.ended()) is not None:
+                return ended
+            time.sleep(_POLL_S)
+        return f"rank 0 or its launcher, where the ranks meet ({address}:{port}), has ended"
 
     def _wait_for_store(self, address: str, port: str) -> None:
         """Until something listens there; the store's own wait would end for no other reason."""
@@ -111,7 +122,7 @@ class Meeting:
             try:
                 socket.create_connection((address, int(port)), timeout=5).close()
                 return
-            except (OSError, ValueError, OverflowError) as error:
+            except OSError as error:
                 reason = str(error)
             ended = self._launch.ended() or self._launch.never_here([0])
             if ended is not None:

@@ -121,11 +121,16 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, str]:
     port, so that two jobs that share a node do not meet.
 
     Raises:
-        ConfigError: a step over several nodes whose names cannot be found out.
+        ConfigError: a step over several nodes whose names cannot be found out, or no port.
     """
     job = environment.get("SLURM_JOB_ID", "") if "SLURM_STEP_ID" in environment else ""
     default_port = str(20000 + int(job) % 10000) if job.isdigit() else "29500"
     port = environment.get("MASTER_PORT", default_port)
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
+        raise ConfigError(
+            f"MASTER_PORT={port[:40]!r} in the environment is not a port; set it to a number from "
+            "1 to 65535, or unset it"
+        )
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"], port
     if not job or environment.get("SLURM_STEP_NUM_NODES", "1") == "1":

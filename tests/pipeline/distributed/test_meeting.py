@@ -85,6 +85,31 @@ def test_a_rank_killed_before_the_meeting_is_named(
     assert "MASTER_PORT" not in errors[0]
 
 
+def test_rank_0_killed_while_the_others_wait_is_named(
+    config: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """Its store is gone with it: that says nothing about the port, and the others say who ended."""
+    port = free_port()
+    started += [_train(config, **_rank(rank, 3, port)) for rank in range(2)]
+    deadline = time.monotonic() + 60
+    while _connections(port) < 1:  # rank 1 has come to the store of rank 0; rank 2 never will
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(1.0)
+    started[0].kill()
+    output = started[1].communicate(timeout=60)[0]
+    assert f"error: rank 1/3: rank 0/3 (process {started[0].pid} on" in output, output
+    assert "MASTER_PORT" not in output
+
+
+def _connections(port: int) -> int:
+    """Connections to a port of this host that are established."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    lines = [line for path in tables if path.exists() for line in path.read_text().splitlines()[1:]]
+    fields = [line.split() for line in lines]
+    return sum(f[2].endswith(f":{port:04X}") and f[3] == "01" for f in fields)
+
+
 def test_a_fault_of_one_node_is_said_by_its_rank(
     config: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:

@@ -54,3 +54,10 @@ def test_variables_of_no_job_are_refused(variables: dict[str, str], words: str) 
         rank_info(variables)
     assert str(caught.value).startswith(words)
     check_message(str(caught.value))
+
+
+@pytest.mark.parametrize("port", ["", "http", "0", "65536", "-1", "1e3", "29500 "])
+def test_a_port_that_is_none(port: str) -> None:
+    """It is refused at once, not waited for."""
+    with pytest.raises(ConfigError, match="is not a port; set it to a number from 1 to 65535"):
+        rendezvous({"MASTER_ADDR": "a", "MASTER_PORT": port})
