@@ -29,7 +29,7 @@ def main() -> None:
     # Compares every tensor and every head's logits with the checkpoint before it is done.
     export(given.run, given.output, report=print)
 
-    network, tokenizer, record = load_network(given.output)
+    network, tokenizer, record, _ = load_network(given.output)
     prompt = tokenizer.encode(given.prompt, add_special_tokens=False).ids
     texts = []
     for heads in range(1, record.future_tokens + 1):

@@ -24,20 +24,17 @@ from model.hugging_face.config import first_token
 from model.hugging_face.folder import read_record
 
 if TYPE_CHECKING:
-    import torch
-
     from model.decoding.chain import ChainDecoder
     from model.decoding.generation import Generation, Piece
     from model.decoding.sampling import Sampling
     from model.decoding.stopping import StopStrings
     from model.inference.loading import LoadedNetwork
+    from model.inference.network import Network
 
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 _COMPARE_ROUNDS = 2
-# Below this, threads wait for one another longer than they compute, far longer on a busy machine.
-_ONE_THREAD_PARAMETERS = 30_000_000
 
 
 class Run(NamedTuple):
@@ -45,13 +42,15 @@ class Run(NamedTuple):
 
     Attributes:
         generation: what came out.
-        heads: how many were used.
+        drafts: what drafted: so many heads, head 1 among them, or a second model.
+        most_drafts: tokens that it drafted for each forward.
         seconds: that it took.
         first_s: seconds until the first token of each prompt was there.
     """
 
     generation: "Generation"
-    heads: int
+    drafts: str
+    most_drafts: int
     seconds: float
     first_s: float
 
@@ -64,8 +63,7 @@ class Run(NamedTuple):
         """One line of counts."""
         result = self.generation
         return (
-            f"{self.heads} {'head' if self.heads == 1 else 'heads'}: "
-            f"{result.num_tokens} tokens, {result.forwards} forwards, "
+            f"{self.drafts}: {result.num_tokens} tokens, {result.forwards} forwards, "
             f"{result.tokens_per_forward:.2f} tokens per forward, {self.tokens_per_s:.1f} tokens/s"
         )
 
@@ -79,11 +77,12 @@ class Run(NamedTuple):
             mean = sum(map(sum, result.logprobs)) / result.num_tokens
             lines.append(f"mean logarithmic probability of a token, by head 1: {mean:.4f}")
         sizes = [len(block) for blocks in result.blocks for block in blocks[1:]]
-        for draft in range(1, self.heads):
+        for draft in range(1, self.most_drafts + 1):
             tried = sum(size >= draft for size in sizes)
             kept = sum(size > draft for size in sizes)
             share = f"{kept / tried:.0%}" if tried else "-"
-            lines.append(f"draft of head {draft + 1}: kept {kept} of {tried} times ({share})")
+            name = f"draft of head {draft + 1}" if "head" in self.drafts else f"draft {draft}"
+            lines.append(f"{name}: kept {kept} of {tried} times ({share})")
         return lines
 
 
@@ -111,18 +110,23 @@ def _generate(options: argparse.Namespace) -> int:
     heads = _heads(options.heads, read_record(options.directory).future_tokens)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.hugging_face.loading import DTYPES
-    from model.inference.loading import load_network
+    from model.inference.loading import load_drafter, load_network
+    from model.inference.machine import choose_device, limit_threads
 
-    device = _device(options.device)
+    device = choose_device(options.device)
     dtype = DTYPES[options.dtype] if options.dtype else None
     loaded = load_network(options.directory, dtype, device)
-    begin = first_token(options.directory, loaded.record.description.model.vocab_size)
+    model = loaded.record.description.model
+    begin = first_token(options.directory, model.vocab_size)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
-    _limit_threads(loaded, device)
-    counts = [1, heads] if options.compare else [heads]
+    drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
+    limit_threads(model, device)
+    ways = [_Way(heads, drafter)]
+    if options.compare:
+        ways.insert(0, _Way(1, None))
     # The first run on a machine pays for what is set up once; the faster of two is reported.
     rounds = [
-        [_run(loaded, prompts, count, options) for count in counts]
+        [_run(loaded, prompts, way, options) for way in ways]
         for _ in range(_COMPARE_ROUNDS if options.compare else 1)
     ]
     runs = [min(times, key=lambda run: run.seconds) for times in zip(*rounds, strict=True)]
@@ -134,17 +138,17 @@ def _generate(options: argparse.Namespace) -> int:
     return _print_comparison(*runs) if options.compare else 0
 
 
-def _device(wanted: str) -> "torch.device":
-    import torch
+class _Way(NamedTuple):
+    """What drafts."""
 
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "--device cuda, but this process sees no CUDA device; check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES or use --device cpu"
-        )
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    heads: int
+    drafter: "Network | None"
+
+    def told(self, num_drafts: int) -> str:
+        """Its name in what is printed."""
+        if self.drafter is not None:
+            return f"draft model, {num_drafts} drafts"
+        return f"{self.heads} {'head' if self.heads == 1 else 'heads'}"
 
 
 def _heads(wanted: int | None, available: int) -> int:
@@ -162,8 +166,6 @@ def _encode(
     texts: Sequence[str], max_new_tokens: int, loaded: "LoadedNetwork", begin: int | None
 ) -> list[list[int]]:
     """Ids of each prompt; an empty one becomes the token that begins a text, if there is one."""
-    description = loaded.record.description
-    limit = description.sequence_length
     prompts = []
     for number, text in enumerate(texts, 1):
         if not _is_unicode(text):
@@ -178,13 +180,8 @@ def _encode(
                     "bos_token_id in its config.json is null; give the beginning of one"
                 )
             ids = [begin]
-        if len(ids) >= limit:
-            raise ConfigError(
-                f"prompt {number} has {len(ids)} tokens, the model was trained on sequences of "
-                f"{limit}; shorten it to at most {limit - 1} tokens"
-            )
         prompts.append(ids)
-    longest = max(map(len, prompts))
+    longest, limit = max(map(len, prompts)), loaded.record.description.sequence_length
     if longest + max_new_tokens > limit:
         print(
             f"note: a prompt of {longest} tokens and {max_new_tokens} new ones may pass position "
@@ -201,16 +198,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _limit_threads(loaded: "LoadedNetwork", device: "torch.device") -> None:
-    import torch
-
-    if (
-        device.type == "cpu"
-        and loaded.record.description.model.num_parameters() < _ONE_THREAD_PARAMETERS
-    ):
-        torch.set_num_threads(1)
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
@@ -232,13 +219,24 @@ def _stop(options: argparse.Namespace, loaded: "LoadedNetwork") -> "StopStrings 
 
 
 def _decoder(
-    loaded: "LoadedNetwork", heads: int, options: argparse.Namespace, seeds: list[int]
+    loaded: "LoadedNetwork", way: _Way, options: argparse.Namespace, seeds: list[int]
 ) -> "ChainDecoder":
     from model.decoding.chain import ChainDecoder
+    from model.decoding.draft_model import DraftModelDecoder
     from model.decoding.lossy import LossyDecoder, LossyRule
     from model.decoding.tree import TreeDecoder
 
-    network, logprobs, sampling = loaded.network, options.stats, _sampling(options)
+    network, heads = loaded.network, way.heads
+    logprobs, sampling = options.stats, _sampling(options)
+    if way.drafter is not None:
+        return DraftModelDecoder(
+            network,
+            drafter=way.drafter,
+            drafts=options.drafts,
+            sampling=sampling,
+            seeds=seeds,
+            logprobs=logprobs,
+        )
     if options.tree:
         return TreeDecoder(network, heads=heads, spread=options.tree, logprobs=logprobs)
     if options.lossy is None:
@@ -250,19 +248,19 @@ def _decoder(
 
 
 def _run(
-    loaded: "LoadedNetwork", prompts: list[list[int]], heads: int, options: argparse.Namespace
+    loaded: "LoadedNetwork", prompts: list[list[int]], way: _Way, options: argparse.Namespace
 ) -> Run:
     from model.decoding.generation import collect, stream
 
     seeds = [(options.seed + row) % (1 << 63) for row in range(len(prompts))]
-    decoder = _decoder(loaded, heads, options, seeds)
+    decoder = _decoder(loaded, way, options, seeds)
     start = time.perf_counter()
     try:
         pieces = stream(
             decoder,
             prompts,
             max_new_tokens=options.max_new_tokens,
-            eos_id=loaded.record.description.eos_id,
+            eos_id=loaded.eos_ids,
             stop=_stop(options, loaded),
         )
         first = next(pieces)
@@ -278,7 +276,9 @@ def _run(
             f"--max-new-tokens {options.max_new_tokens}: no memory for the keys and values of so "
             "many tokens; give a smaller number, or fewer prompts"
         ) from error
-    return Run(result, heads, time.perf_counter() - start, first_s)
+    seconds = time.perf_counter() - start
+    most_drafts = options.drafts if way.drafter is not None else way.heads - 1
+    return Run(result, way.told(options.drafts), most_drafts, seconds, first_s)
 
 
 def _shown(
@@ -291,10 +291,9 @@ def _shown(
     from model.decoding.text_stream import TextStream
 
     text = TextStream(loaded.tokenizer, prompt, _stop(options, loaded))
-    eos_id = loaded.record.description.eos_id
     print(options.prompt[0], end="", flush=True)
     for piece in pieces:
-        print(text.add([t for t in piece.tokens if t != eos_id]), end="", flush=True)
+        print(text.add([t for t in piece.tokens if t not in loaded.eos_ids]), end="", flush=True)
         yield piece
     print(text.finish())
 
@@ -302,12 +301,11 @@ def _shown(
 def _print_texts(
     options: argparse.Namespace, loaded: "LoadedNetwork", prompts: list[list[int]], run: Run
 ) -> None:
-    eos_id = loaded.record.description.eos_id
     stop = _stop(options, loaded)
     for text, prompt, new in zip(options.prompt, prompts, run.generation.tokens, strict=True):
         # Decoded together, so that pieces of one character meet; the prompt stays as it was given.
         begin = loaded.tokenizer.decode(prompt, skip_special_tokens=True)
-        kept = [token for token in new if token != eos_id]
+        kept = [token for token in new if token not in loaded.eos_ids]
         whole = loaded.tokenizer.decode(prompt + kept, skip_special_tokens=True)
         if not whole.startswith(begin):
             text = begin = ""

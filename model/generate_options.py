@@ -15,6 +15,8 @@ EXIT_DIFFERENT = 3
 _MOST_NEW_TOKENS = 1 << 20
 _WIDEST_TREE = 8
 _MOST_TOP_K = 1000
+_DRAFTS = 4
+_MOST_DRAFTS = 64
 
 EPILOG = """\
 examples:
@@ -52,6 +54,13 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         metavar="RULE",
         help="keep drafts that head 1 would not have chosen: top-K, such as top-2, or typical",
     )
+    add(
+        "--draft-model",
+        type=Path,
+        metavar="DIR",
+        help="a smaller model of the same tokenizer drafts, instead of the heads",
+    )
+    add("--drafts", type=int, metavar="N", help=f"tokens it drafts per forward ({_DRAFTS})")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (all)")
@@ -95,6 +104,7 @@ def check(options: argparse.Namespace) -> None:
         ConfigError: naming the first option that does not.
     """
     _check_numbers(options)
+    _check_draft_model(options)
     _check_sampling(options)
 
 
@@ -122,6 +132,25 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--compare needs --temperature 0, not {options.temperature:g}: sampled outputs agree "
             "in distribution, not token by token; leave one of the two out"
+        )
+
+
+def _check_draft_model(options: argparse.Namespace) -> None:
+    if options.draft_model is None and options.drafts is not None:
+        raise ConfigError(
+            f"--drafts {options.drafts} is of a --draft-model, and none is given; heads draft one "
+            "token each, so give --heads instead"
+        )
+    options.drafts = _DRAFTS if options.drafts is None else options.drafts
+    if not 1 <= options.drafts <= _MOST_DRAFTS:
+        raise ConfigError(
+            f"--drafts {printable(str(options.drafts))} must be from 1 to {_MOST_DRAFTS}; the "
+            f"default is {_DRAFTS}"
+        )
+    if options.draft_model is not None and (options.heads or options.tree or options.lossy):
+        raise ConfigError(
+            "--draft-model drafts instead of the heads, so it goes without --heads, --tree and "
+            "--lossy; leave these out"
         )
 
 

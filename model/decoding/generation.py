@@ -1,6 +1,6 @@
 """Decodes a batch to its end: rows that have ended leave it, and no row waits for another."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from model.decoding.chain import ChainDecoder, Step
@@ -77,7 +77,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     stop: StopStrings | None = None,
 ) -> Iterator[Piece]:
     """Continue each prompt, giving pieces as they come.
@@ -86,7 +86,7 @@ def stream(
         decoder: a way of decoding.
         prompts: token ids, at least one in each prompt; lengths may differ.
         max_new_tokens: limit for each prompt, at least 1.
-        eos_id: ends a text, wherever in a block it comes; None = no token does.
+        eos_id: token, or tokens, that end a text, wherever in a block; None = no token does.
         stop: ends a text with the token that completes one of its strings.
     """
     assert max_new_tokens >= 1, max_new_tokens
@@ -116,7 +116,7 @@ def generate(
     *,
     heads: int,
     max_new_tokens: int,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
     stop: StopStrings | None = None,
@@ -131,7 +131,7 @@ def generate(
         prompts: token ids, at least one in each prompt; lengths may differ.
         heads: k, how many heads to use; 1 is plain autoregressive decoding.
         max_new_tokens: limit for each prompt, at least 1.
-        eos_id: ends a text, wherever in a block it comes; None = no token does.
+        eos_id: token, or tokens, that end a text, wherever in a block; None = no token does.
         sampling: how tokens are chosen; the likeliest unless given.
         seeds: one for each prompt; its text depends on its own alone.
         stop: strings that end a text.

@@ -1,6 +1,6 @@
 """When a text ends: at the end-of-text token, at a stop string, or at its limit."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import tokenizers
 
@@ -46,7 +46,7 @@ class Ending:
 
     Args:
         max_new_tokens: its limit.
-        eos_id: ends the text; None = no token does.
+        eos_id: token, or tokens, that end the text; None = no token does.
         stop: ends the text; None = no string does.
 
     Attributes:
@@ -54,11 +54,15 @@ class Ending:
     """
 
     def __init__(
-        self, max_new_tokens: int, eos_id: int | None, stop: StopStrings | None = None
+        self,
+        max_new_tokens: int,
+        eos_id: int | Collection[int] | None,
+        stop: StopStrings | None = None,
     ) -> None:
         self.ended = False
         self._room = max_new_tokens
-        self._eos_id = eos_id
+        eos_ids = [eos_id] if isinstance(eos_id, int) else eos_id
+        self._eos_ids = frozenset(eos_ids or ())
         self._stop = stop
         self._tokens: list[int] = []
 
@@ -66,7 +70,7 @@ class Ending:
         """How many of a block's tokens, from the first, belong to the text."""
         for count, token in enumerate(block, 1):
             self._room -= 1
-            self.ended = self._room == 0 or token == self._eos_id
+            self.ended = self._room == 0 or token in self._eos_ids
             if self._stop is not None:
                 self._tokens.append(token)
                 self.ended = self.ended or self._stop.complete(self._tokens)

@@ -124,8 +124,26 @@ class ImportedIdentity(_Part):
     def eos_ids(self) -> set[int]:
         """The ids at which generate() stops."""
         ids = self.json_of(GENERATION_NAME).get("eos_token_id", self.token_ids("eos_token_id"))
-        listed = ids if isinstance(ids, list) else [ids]
-        return {one for one in listed if type(one) is int}
+        return _listed(ids)
+
+
+def ending_tokens(directory: Path, vocab_size: int) -> set[int]:
+    """The tokens of an export at which generate() of transformers stops.
+
+    Raises:
+        CheckpointError: what says so cannot be read.
+    """
+    ids: object = TOKEN_IDS["eos_token_id"]
+    for path in (directory / CONFIG_NAME, directory / GENERATION_NAME):  # the second one wins
+        try:
+            ids = _mapping(read_bounded(path, _MAX_FILE_BYTES)).get("eos_token_id", ids)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({reason(error)}); export again"
+            ) from error
+    return {one for one in _listed(ids) if 0 <= one < vocab_size}
 
 
 def read_identity(
@@ -185,6 +203,12 @@ def load_identity(path: Path) -> ImportedIdentity | None:
         raise CheckpointError(
             f"{path} cannot be read ({reason(error)}); export another checkpoint"
         ) from error
+
+
+def _listed(ids: object) -> set[int]:
+    """The ids that a key names: one, several, or none."""
+    listed = ids if isinstance(ids, list) else [ids]
+    return {one for one in listed if type(one) is int}
 
 
 def _config_keys(content: dict[str, Any], vocab_size: int) -> tuple[dict[str, Any], dict[str, str]]:

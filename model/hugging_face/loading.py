@@ -22,7 +22,7 @@ from model.parameter_shapes import head_of, parameter_shapes
 if TYPE_CHECKING:  # decoding reads exports, too, and need not wait for megatron-core
     from model.language_model import MultiTokenModel
 
-_TOKENIZER_BYTES = 1 << 30
+TOKENIZER_BYTES = 1 << 30
 _FLOATS = ("F32", "F16", "BF16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -109,7 +109,7 @@ def build_model(
 def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizers.Tokenizer:
     path = directory / TOKENIZER_NAME
     try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(read_bounded(path, _TOKENIZER_BYTES))
+        tokenizer = tokenizers.Tokenizer.from_buffer(read_bounded(path, TOKENIZER_BYTES))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(
             f"{path} is not a tokenizer.json ({reason(error)}); export again"

@@ -1,4 +1,4 @@
-"""Loads an export for decoding, straight from its safetensors files."""
+"""Loads an export for decoding, straight from its safetensors files; and models that draft."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,8 +6,14 @@ from typing import NamedTuple
 import tokenizers
 import torch
 
-from model.hugging_face.folder import ExportRecord
-from model.hugging_face.loading import DTYPES, open_export
+from foundation.bounded_files import read_bounded
+from foundation.shown_text import reason
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord
+from model.hugging_face.identity import ending_tokens
+from model.hugging_face.importing import LlamaFolder
+from model.hugging_face.loading import DTYPES, TOKENIZER_BYTES, open_export
 from model.inference.network import Network
 
 
@@ -18,11 +24,14 @@ class LoadedNetwork(NamedTuple):
         network: trunk and all heads.
         tokenizer: encodes text that spells a special token as ordinary text.
         record: what the folder says of itself.
+        eos_ids: tokens that end a text: the one that ended the documents it was trained on, and
+            those at which transformers' generate() stops.
     """
 
     network: Network
     tokenizer: tokenizers.Tokenizer
     record: ExportRecord
+    eos_ids: frozenset[int]
 
 
 def load_network(
@@ -43,4 +52,49 @@ def load_network(
         network = Network.read(
             description.model, export.tensor, dtype or DTYPES[description.dtype], device
         )
-    return LoadedNetwork(network, export.tokenizer, export.record)
+    eos_ids = ending_tokens(directory, description.model.vocab_size) | {description.eos_id}
+    return LoadedNetwork(network, export.tokenizer, export.record, frozenset(eos_ids))
+
+
+def load_drafter(directory: Path, loaded: LoadedNetwork) -> Network:
+    """Load head 1 of a second model, which drafts for a first one.
+
+    Args:
+        directory: an export, or another Llama as transformers saves it.
+        loaded: the first model; it has the same tokenizer and vocabulary.
+
+    Raises:
+        ConfigError: it is no Llama, or does not fit the first model.
+        CheckpointError: a file or a tensor is missing, or one is damaged.
+    """
+    folder = LlamaFolder(directory)
+    folder.verify()
+    sizes, vocab_size = folder.sizes, loaded.record.description.model.vocab_size
+    _check_tokenizer(directory, loaded.tokenizer)
+    if sizes.vocab_size != vocab_size:
+        raise ConfigError(
+            f"--draft-model {directory} has a vocabulary of {sizes.vocab_size}, the model one of "
+            f"{vocab_size}; they must be equal, give a draft model of the same family"
+        )
+    config = ModelConfig.model_validate(
+        {**sizes.keys, "layers": sizes.layers, "vocab_size": vocab_size, "future_tokens": 1}
+    )
+    folder.check(config)
+    network = loaded.network
+    return Network.read(config, folder.tensor, network.dtype, network.device)
+
+
+def _check_tokenizer(directory: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    path = directory / TOKENIZER_NAME
+    try:
+        theirs = tokenizers.Tokenizer.from_buffer(read_bounded(path, TOKENIZER_BYTES))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(
+            f"--draft-model: {path} is not a readable tokenizer.json ({reason(error)}); put the "
+            "tokenizer of the draft model there, to compare it with the model's"
+        ) from error
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"--draft-model {directory} has another tokenizer than the model, so its drafts would "
+            "be other texts; give a draft model with the same one"
+        )

@@ -1,6 +1,7 @@
 """The command that generates text: what it prints, and what it refuses."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from tokenizers import Tokenizer
 
 from model.generate import EXIT_USER_ERROR, main
 from model.hugging_face.folder import read_record
-from tests.support.tiny_export import VOCABULARY, byte_tokenizer, export_tiny
+from pipeline.exporting.writing import write_record
+from tests.support.tiny_export import VOCABULARY, byte_tokenizer, describe, export_tiny
+from tests.support.tiny_llama import save_llama
 from tests.support.tiny_model import greedy_continuation, tiny_config, tiny_model
 
 
@@ -107,7 +110,6 @@ def test_bf16_runs(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--tree", "1", "--temperature", "1"], "--tree is for the likeliest tokens alone"),
         (["--stream", "--prompt", "b"], "--stream shows one text as it comes, not 2 prompts"),
         (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
-        (["--prompt", "x" * 64], "prompt 2 has 64 tokens, the model was trained on sequences of"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -134,11 +136,14 @@ def test_a_folder_that_is_no_export_is_refused(
 def test_a_text_past_the_trained_length_is_noted(
     export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Going past the positions the model was trained on is allowed and said."""
-    assert main([str(export), "--prompt", "x" * 60, "--max-new-tokens", "9"]) == 0
-    assert (
-        "note: a prompt of 60 tokens and 9 new ones may pass position 64" in capsys.readouterr().err
-    )
+    """Going past the positions the model was trained on is allowed and said, by prompts, too."""
+    for length in (60, 64, 90):
+        assert main([str(export), "--prompt", "x" * length, "--max-new-tokens", "9", "--ids"]) == 0
+        captured = capsys.readouterr()
+        said = f"note: a prompt of {length} tokens and 9 new ones may pass position 64"
+        assert said in captured.err
+        prompt = Tokenizer.from_buffer(byte_tokenizer()).encode("x" * length).ids
+        assert printed_ids(captured.out) == [expected_ids(prompt, 9)]
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -244,3 +249,69 @@ def test_statistics_add_up(export: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(means) == 2
     assert len(set(means)) == 1
     assert len(re.findall(r"first token after [\d.]+ ms, then [\d.]+ ms per forward", out)) == 2
+
+
+def draft_model(directory: Path) -> Path:
+    """A plain Llama of the export's vocabulary, as transformers saves it, with its tokenizer."""
+    save_llama(directory, num_hidden_layers=2)
+    (directory / "tokenizer.json").write_bytes(byte_tokenizer())
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["plain Llama", "itself"])
+def test_a_second_model_may_draft(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Texts are those of head 1, whoever drafts; the model's own drafts are all kept."""
+    drafter = export if kind == "itself" else draft_model(tmp_path / "small")
+    arguments = [str(export), "--prompt", "ab", "--prompt", "d", "--max-new-tokens", "31", "--ids"]
+    plain = printed_ids(output(capsys, *arguments, "--heads", "1"))
+    more = ["--draft-model", str(drafter), "--drafts", "3", "--compare", "--stats"]
+    out = output(capsys, *arguments, *more)
+    assert printed_ids(out) == plain
+    assert "outputs are equal" in out
+    forwards = int(re.findall(r"draft model, 3 drafts: 62 tokens, (\d+) forwards", out)[0])
+    assert re.search(r"^  draft 3: kept \d+ of \d+ times", out, re.M)
+    assert forwards == 9 if kind == "itself" else forwards > 9
+
+
+def test_a_draft_model_that_does_not_fit_is_refused(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another vocabulary, another tokenizer, none at all, or options of the heads."""
+    drafter = draft_model(tmp_path / "small")
+
+    def refusal(*options: str) -> str:
+        assert main([str(export), "--prompt", "ab", *options]) == EXIT_USER_ERROR
+        return capsys.readouterr().err
+
+    asked = ("--draft-model", str(drafter))
+    assert "--draft-model drafts instead of the heads" in refusal(*asked, "--heads", "2")
+    assert "--drafts 0 must be from 1 to 64" in refusal(*asked, "--drafts", "0")
+    assert "--drafts 2 is of a --draft-model" in refusal("--drafts", "2")
+    save_llama(drafter, num_hidden_layers=2, vocab_size=300)
+    assert "has a vocabulary of 300, the model one of 260" in refusal(*asked)
+    other = Tokenizer.from_buffer(byte_tokenizer())
+    other.add_tokens(["more"])
+    other.save(str(drafter / "tokenizer.json"))
+    assert "has another tokenizer than the model" in refusal(*asked)
+    (drafter / "tokenizer.json").unlink()
+    assert "is not a readable tokenizer.json" in refusal(*asked)
+
+
+def test_every_end_of_text_of_generation_config_ends_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An imported model's list of them, beside the token that ended documents here."""
+    export_tiny(tmp_path / "export")
+    arguments = [str(tmp_path / "export"), "--prompt", "ab", "--max-new-tokens", "40", "--ids"]
+    [whole] = printed_ids(output(capsys, *arguments))
+    ends = [whole[9], whole[5]]
+    path = tmp_path / "export" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ends}))
+    (tmp_path / "export" / "headway.json").unlink()
+    write_record(tmp_path / "export", describe(tiny_config(vocab_size=VOCABULARY)))
+    [found] = printed_ids(output(capsys, *arguments))
+    first = next(place for place, token in enumerate(whole) if token in ends)
+    assert found == whole[: first + 1]
+    assert first < 9
