@@ -25,8 +25,9 @@ import torch
 import transformers
 
 from benchmarks.tables import machine_line, replace_section
+from model.decoding.batch import Decoder
 from model.decoding.chain import ChainDecoder
-from model.decoding.generation import Decoder, Generation, collect, stream
+from model.decoding.generation import Generation, collect, stream
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.tree import TreeDecoder
 from model.inference.loading import LoadedNetwork, load_network

@@ -24,8 +24,9 @@ from model.hugging_face.config import first_token
 from model.hugging_face.folder import read_record
 
 if TYPE_CHECKING:
+    from model.decoding.batch import Piece
     from model.decoding.chain import ChainDecoder
-    from model.decoding.generation import Generation, Piece
+    from model.decoding.generation import Generation
     from model.decoding.sampling import Sampling
     from model.decoding.stopping import StopStrings
     from model.inference.loading import LoadedNetwork

@@ -4,14 +4,15 @@ Legend: B rows, g drafts, S = g + 1, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from model.decoding.chain import ChainDecoder, Step
+from model.decoding.chain import ChainDecoder, RowOptions, Step
 from model.decoding.choosing import Drafts
 from model.decoding.sampling import GREEDY, Sampling
-from model.inference.cache import wide_enough
+from model.inference.cache import Cache, wide_enough
 from model.inference.network import Network
 from model.inference.prefill import prefill
 
@@ -47,27 +48,41 @@ class DraftModelDecoder(ChainDecoder):
         self.drafter = drafter
         self.num_drafts = drafts
         self.most_pending = drafts + 1
+        self.drafter_cache: Cache
+        self._before: Tensor
 
-    @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Step:
+    def open(self, rows: int, capacity: int) -> None:
+        """Make room in both caches."""
+        super().open(rows, capacity)
+        self.drafter_cache = self.drafter.new_cache(rows, capacity + 2 * self.most_pending + 1)
+        self.drafter_cache.lengths = self.drafter_cache.lengths[:0]
+
+    def _beside(self, rows: int) -> Self:
+        new = super()._beside(rows)
+        new.drafter_cache = self.drafter_cache.beside(rows)
+        return new
+
+    def _absorb(self, new: Self) -> None:
+        self._before = torch.cat([self._before, new._before]) if self._rows else new._before
+        super()._absorb(new)
+        self.drafter_cache.absorb(new.drafter_cache)
+
+    def _read(self, prompts: Sequence[Sequence[int]], rows: Sequence[RowOptions]) -> Step:
         """Both models read the prompts."""
         longest = max(map(len, prompts))
         padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
         device = self.drafter.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.drafter_cache = self.drafter.new_cache(
-            len(prompts), longest + max_new_tokens + 2 * self.most_pending + 1
-        )
         prefill(self.drafter, self.drafter_cache, torch.tensor(padded, device=device), lengths, 1)
         self._before = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-        return super().prefill(prompts, max_new_tokens)
+        return super()._read(prompts, rows)
 
     @torch.inference_mode()
     def keep(self, order: Sequence[int]) -> None:
         """Rows leave both caches."""
         super().keep(order)
         # Its drafts are read already, and will count where they are kept.
-        self.drafter_cache.keep(order, max(self._used) + self.most_pending)
+        self.drafter_cache.keep(order, max(self._used, default=0) + self.most_pending)
         self._before = self._before[list(order)]
 
     def _draft(self, logits: Tensor) -> None:

@@ -1,44 +1,13 @@
-"""Decodes a batch to its end: rows that have ended leave it, and no row waits for another."""
+"""Decodes some prompts to their ends, all of them from the start."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from model.decoding.chain import ChainDecoder, Step
+from model.decoding.batch import Batch, Decoder, Piece, Request
+from model.decoding.chain import ChainDecoder
 from model.decoding.sampling import GREEDY, Sampling
-from model.decoding.stopping import Ending, StopStrings
+from model.decoding.stopping import StopStrings
 from model.inference.network import Network
-
-
-class Decoder(Protocol):
-    """A way of decoding."""
-
-    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Step:
-        """Read the prompts; the first tokens of each row."""
-        ...
-
-    def step(self) -> Step:
-        """One forward; the next tokens of each row, at least one."""
-        ...
-
-    def keep(self, order: Sequence[int]) -> None:
-        """Row `order[i]` becomes row i, the others are gone."""
-        ...
-
-
-class Piece(NamedTuple):
-    """What one forward gave one text.
-
-    Attributes:
-        row: number of its prompt, from 0.
-        tokens: its new tokens, at least one.
-        logprobs: of each; None unless the decoder gives them.
-        forward: number of the forward, from 1; the first one reads the prompts.
-    """
-
-    row: int
-    tokens: list[int]
-    logprobs: list[float] | None
-    forward: int
 
 
 class Generation(NamedTuple):
@@ -91,23 +60,16 @@ def stream(
     """
     assert max_new_tokens >= 1, max_new_tokens
     assert all(len(prompt) >= 1 for prompt in prompts), "empty prompt"
-    endings = [Ending(max_new_tokens, eos_id, stop) for _ in prompts]
-    rows = list(range(len(prompts)))
-    forward = 1
-    step = decoder.prefill(prompts, max_new_tokens)
-    while True:
-        for place, row in enumerate(rows):
-            count = endings[row].take(step.tokens[place])
-            logprobs = None if step.logprobs is None else step.logprobs[place][:count]
-            yield Piece(row, step.tokens[place][:count], logprobs, forward)
-        order = _staying([not endings[row].ended for row in rows])
-        if not order:
-            return
-        if len(order) < len(rows):
-            decoder.keep(order)
-            rows = [rows[place] for place in order]
-        step = decoder.step()
-        forward += 1
+    requests = {
+        row: Request(prompt, max_new_tokens, eos_id, stop, options)
+        for row, (prompt, options) in enumerate(
+            zip(prompts, decoder.options(len(prompts)), strict=True)
+        )
+    }
+    batch = Batch(decoder, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    yield from batch.join(requests)
+    while batch.rows:
+        yield from batch.step()
 
 
 def generate(
@@ -152,20 +114,3 @@ def collect(pieces: Iterator[Piece], num_prompts: int) -> Generation:
         logprobs[piece.row] += piece.logprobs or []
         forwards = piece.forward
     return Generation(blocks, forwards, logprobs if any(logprobs) else None)
-
-
-def _staying(active: Sequence[bool]) -> list[int]:
-    """The order in which rows stay: the last ones take the places of those that leave.
-
-    So that few rows move. Example: of 0 1 2 3 4 the rows 1 and 2 leave: 0 4 3.
-    """
-    order = list(range(len(active)))
-    place = 0
-    while place < len(order):
-        if active[order[place]]:
-            place += 1
-            continue
-        last = order.pop()
-        if place < len(order):
-            order[place] = last
-    return order

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from model.decoding.acceptance import Verdict, accept_top_k, accept_typical
-from model.decoding.chain import ChainDecoder
+from model.decoding.chain import ChainDecoder, RowOptions
 from model.decoding.choosing import Chooser, Drafts
-from model.decoding.sampling import GREEDY, Sampling, distribution, draw
+from model.decoding.sampling import GREEDY, Sampling, draw
 from model.inference.network import Network
 
 
@@ -35,7 +35,7 @@ class LossyChooser(Chooser):
 
     Args:
         rule: the rule.
-        sampling: how tokens that are no drafts are chosen; drafts are the heads' likeliest.
+        samplings: how tokens that are no drafts are chosen; drafts are the heads' likeliest.
         seeds: one for each row.
         vocab_size: V.
         device: where the logits are.
@@ -44,12 +44,12 @@ class LossyChooser(Chooser):
     def __init__(
         self,
         rule: LossyRule,
-        sampling: Sampling,
+        samplings: Sequence[Sampling],
         seeds: Sequence[int],
         vocab_size: int,
         device: torch.device,
     ) -> None:
-        super().__init__(sampling, seeds, vocab_size, device)
+        super().__init__(samplings, seeds, vocab_size, device)
         self.rule = rule
 
     def draft(self, logits: Tensor) -> Drafts:
@@ -59,17 +59,17 @@ class LossyChooser(Chooser):
     def verify(self, logits: Tensor, drafts: Drafts) -> Verdict:
         """Which drafts are kept and what follows them, from head 1's logits `[B, S, V]`."""
         logits = self.penalized_along(logits, drafts.tokens)
-        sampled = not self.sampling.greedy
-        target = distribution(logits, self.sampling if sampled else Sampling(temperature=1.0))
+        target = self.sampling.distributions(logits)
         if self.rule.top_k:
             kept = accept_top_k(logits, drafts.tokens, self.rule.top_k)
         else:
             kept = accept_typical(target, drafts.tokens, self.rule.epsilon, self.rule.delta)
         self.sound = target.sum(-1).isfinite().all(-1)
         rows = torch.arange(len(kept), device=kept.device)
-        if sampled:
-            return Verdict(kept, draw(target[rows, kept], self.uniforms.next(1)[:, 0]))
-        return Verdict(kept, logits[rows, kept].argmax(-1))
+        if self.sampling.greedy:
+            return Verdict(kept, logits[rows, kept].argmax(-1))
+        chosen = self.sampling.chosen_from(logits)
+        return Verdict(kept, draw(chosen[rows, kept], self.uniforms.next(1)[:, 0]))
 
 
 class LossyDecoder(ChainDecoder):
@@ -100,6 +100,7 @@ class LossyDecoder(ChainDecoder):
         super().__init__(network, heads=heads, sampling=sampling, seeds=seeds, logprobs=logprobs)
         self.rule = rule
 
-    def _new_chooser(self, seeds: Sequence[int]) -> Chooser:
+    def _new_chooser(self, rows: Sequence[RowOptions]) -> Chooser:
         vocab_size = self.network.config.vocab_size
-        return LossyChooser(self.rule, self.sampling, seeds, vocab_size, self.network.device)
+        samplings, seeds = [row.sampling for row in rows], [row.seed for row in rows]
+        return LossyChooser(self.rule, samplings, seeds, vocab_size, self.network.device)

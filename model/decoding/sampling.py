@@ -3,7 +3,8 @@
 Legend: B rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,32 +45,106 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
     """Logits `[..., V]` with those of the tokens `seen` `[..., V]` (bool) made less likely."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution `[..., V]` that is drawn from, in fp32 or more; temperature above 0.
+class RowSampling:
+    """The sampling of each row of a batch.
 
-    Logits that are not finite give one that is not finite, either.
+    Every value is a tensor of the rows, though all may be equal: so a row gets the same bits in any
+    company.
+
+    Args:
+        samplings: one for each row.
+        device: where the logits are.
+
+    Attributes:
+        samplings: as given.
+        greedy: whether every row is.
+        penalized: whether any row has a repetition penalty.
     """
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
-    if 0 < sampling.top_k < scaled.shape[-1]:
-        least = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
-    probabilities = torch.softmax(scaled, dim=-1)
-    if sampling.top_p >= 1 and sampling.min_p <= 0:
-        return probabilities
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        # A token stays while those before it have not reached the sum; so the first one always does
-        late = ordered.cumsum(-1) - ordered >= sampling.top_p
-        probabilities = probabilities.masked_fill(late.scatter(-1, order, late), 0)
-    if sampling.min_p > 0:
-        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < least, 0)
-    return probabilities / probabilities.sum(-1, keepdim=True)
+
+    def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
+        self.samplings = list(samplings)
+        self.greedy = all(sampling.greedy for sampling in samplings)
+        self.penalized = any(sampling.repetition_penalty != 1 for sampling in samplings)
+        self._device = device
+        self._columns: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._most_k = max((sampling.top_k for sampling in samplings), default=0)
+        self._some_greedy = any(sampling.greedy for sampling in samplings)
+        self._some_top_p = any(sampling.top_p < 1 for sampling in samplings)
+        self._some_min_p = any(sampling.min_p > 0 for sampling in samplings)
+
+    def penalized_logits(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Logits `[B, S, V]` with those of the tokens `seen` `[B, 1 or S, V]` made less likely."""
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        return penalize(logits.to(kind), seen, self._column("repetition_penalty", kind))
+
+    def chosen_from(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from: of a greedy row all is on its likeliest token, `[B, S, V]`.
+
+        So speculative sampling does to greedy rows what greedy decoding does: a draft is kept if it
+        is that token, and it follows if not.
+        """
+        found = self.distributions(logits)
+        if not self._some_greedy:
+            return found
+        best = torch.zeros_like(found).scatter(-1, logits.argmax(-1, keepdim=True), 1)
+        return torch.where(self._column("greedy", torch.bool), best, found)
+
+    def distributions(self, logits: Tensor) -> Tensor:
+        """The distributions `[B, S, V]` of logits, in fp32 or more; of greedy rows as they are.
+
+        Logits that are not finite give one that is not finite, either.
+        """
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        scaled = logits.to(kind) / self._column("temperature", kind)
+        if self._most_k:
+            scaled = self._of_likeliest(scaled)
+        found = torch.softmax(scaled, dim=-1)
+        if not (self._some_top_p or self._some_min_p):
+            return found
+        kept = found
+        if self._some_top_p:
+            ordered, order = kept.sort(dim=-1, descending=True)
+            # A token stays while those before it have not reached the sum; so the first one does.
+            late = ordered.cumsum(-1) - ordered >= self._column("top_p", kind)
+            kept = kept.masked_fill(late.scatter(-1, order, late), 0)
+        if self._some_min_p:
+            least = self._column("min_p", kind) * kept.amax(-1, keepdim=True)
+            kept = kept.masked_fill(kept < least, 0)
+        kept = kept / kept.sum(-1, keepdim=True)
+        return torch.where(self._column("cut", torch.bool), kept, found)
+
+    def _of_likeliest(self, scaled: Tensor) -> Tensor:
+        """Logits of all but a row's k likeliest tokens made infinitely small."""
+        most = min(self._most_k, scaled.shape[-1])
+        k = self._column("top_k", torch.long)
+        places = (k - 1).clamp(0, most - 1).expand(-1, scaled.shape[1], 1)
+        least = scaled.topk(most, dim=-1).values.gather(-1, places)
+        return scaled.masked_fill((scaled < least) & (k > 0), -torch.inf)
+
+    def _column(self, name: str, kind: torch.dtype) -> Tensor:
+        """One value of every row, `[B, 1, 1]`."""
+        if (name, kind) not in self._columns:
+            values = [_VALUES[name](sampling) for sampling in self.samplings]
+            column = torch.tensor(values, dtype=kind, device=self._device)
+            self._columns[name, kind] = column.view(-1, 1, 1)
+        return self._columns[name, kind]
+
+
+# What a row's column holds; values that change nothing where they do not apply.
+_VALUES: dict[str, Callable[[Sampling], float]] = {
+    "temperature": lambda sampling: 1.0 if sampling.greedy else sampling.temperature,
+    "greedy": lambda sampling: sampling.greedy,
+    "top_k": lambda sampling: sampling.top_k,
+    "top_p": lambda sampling: sampling.top_p if sampling.top_p < 1 else math.inf,
+    "min_p": lambda sampling: sampling.min_p,
+    "cut": lambda sampling: sampling.top_p < 1 or sampling.min_p > 0,
+    "repetition_penalty": lambda sampling: sampling.repetition_penalty,
+}
 
 
 def draw(distributions: Tensor, uniforms: Tensor) -> Tensor:
@@ -103,13 +178,26 @@ class RowUniforms:
     def next(self, count: int) -> Tensor:
         """The next `[B, count]` numbers."""
         if self._ahead.shape[1] < count:
-            fresh = [
-                torch.rand(max(count, _AHEAD), generator=generator, dtype=torch.float64)
-                for generator in self._generators
-            ]
-            self._ahead = torch.cat([self._ahead, torch.stack(fresh)], dim=1)
+            self._make(max(count, _AHEAD))
         numbers, self._ahead = self._ahead[:, :count], self._ahead[:, count:]
         return numbers.to(self._device, non_blocking=True)
+
+    def join(self, other: "RowUniforms") -> None:
+        """Add the rows of another one; each goes on with its own numbers."""
+        behind = self._ahead.shape[1] - other._ahead.shape[1]
+        if behind > 0:
+            other._make(behind)
+        elif behind < 0:
+            self._make(-behind)
+        self._generators = self._generators + other._generators
+        self._ahead = torch.cat([self._ahead, other._ahead])
+
+    def _make(self, count: int) -> None:
+        fresh = [
+            torch.rand(count, generator=generator, dtype=torch.float64)
+            for generator in self._generators
+        ]
+        self._ahead = torch.cat([self._ahead, torch.stack(fresh)], dim=1)
 
     def keep(self, order: Sequence[int]) -> None:
         """Row `order[i]` becomes row i; the others are gone."""

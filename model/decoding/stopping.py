@@ -51,6 +51,7 @@ class Ending:
 
     Attributes:
         ended: whether it gets nothing more.
+        at_limit: whether nothing but its limit ended it.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Ending:
         eos_id: int | Collection[int] | None,
         stop: StopStrings | None = None,
     ) -> None:
-        self.ended = False
+        self.ended = self.at_limit = False
         self._room = max_new_tokens
         eos_ids = [eos_id] if isinstance(eos_id, int) else eos_id
         self._eos_ids = frozenset(eos_ids or ())
@@ -70,10 +71,12 @@ class Ending:
         """How many of a block's tokens, from the first, belong to the text."""
         for count, token in enumerate(block, 1):
             self._room -= 1
-            self.ended = self._room == 0 or token in self._eos_ids
+            said = token in self._eos_ids
             if self._stop is not None:
                 self._tokens.append(token)
-                self.ended = self.ended or self._stop.complete(self._tokens)
+                said = said or self._stop.complete(self._tokens)
+            self.at_limit = self._room == 0 and not said
+            self.ended = said or self.at_limit
             if self.ended:
                 return count
         return len(block)

@@ -114,7 +114,7 @@ class TreeDecoder(ChainDecoder):
         self.cache.lengths = self.cache.lengths + kept + 1
         tokens = pending.gather(1, path.roll(-1, dims=1))
         tokens = tokens.scatter(1, kept.unsqueeze(1), self._following.unsqueeze(1))
-        if self.logprobs:
+        if any(row.likeliest is not None for row in self._rows):
             logits = logits[rows.unsqueeze(1), path]
         step = self._step(tokens, kept + 1, logits)
         self._used = [u + len(n) for u, n in zip(self._used, step.tokens, strict=True)]

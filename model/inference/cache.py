@@ -61,36 +61,50 @@ class Cache:
     forward writes over them. So drafts are forgotten by not counting them in the length.
 
     Args:
-        sizes: G of every buffer, the heads' last.
-        rows: rows at the start; B falls as rows leave.
-        capacity: C.
-        head_dim: D.
-        dtype: of keys and values.
-        device: where they are.
+        buffers: `[rows, C, 2, G, D]` of finite values, the heads' last. At the start every row is
+            in use; B falls as rows leave, and grows as others join.
 
     Attributes:
+        capacity: C.
         lengths: `[B]` tokens of each row that are in the cache.
     """
 
-    def __init__(
-        self,
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        rows, self.capacity = buffers[0].shape[:2]
+        device = buffers[0].device
+        self.buffers = list(buffers)
+        self._flat = [buffer.flatten(0, 1) for buffer in self.buffers]
+        self._views: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self._first_slots = torch.arange(rows, device=device) * self.capacity
+
+    @classmethod
+    def zeros(
+        cls,
         sizes: Sequence[int],
         rows: int,
         capacity: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> None:
-        self.capacity = capacity
+    ) -> "Cache":
+        """A cache of new buffers.
+
+        Args:
+            sizes: G of every buffer.
+            rows: how many there is room for.
+            capacity: C.
+            head_dim: D.
+            dtype: of keys and values.
+            device: where they are.
+        """
         # Zeros: what no mask shows is multiplied by 0, which only finite values bear.
-        self.buffers = [
-            torch.zeros(rows, capacity, 2, size, head_dim, dtype=dtype, device=device)
-            for size in sizes
-        ]
-        self._flat = [buffer.flatten(0, 1) for buffer in self.buffers]
-        self._views: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self._first_slots = torch.arange(rows, device=device) * capacity
+        return cls(
+            [
+                torch.zeros(rows, capacity, 2, size, head_dim, dtype=dtype, device=device)
+                for size in sizes
+            ]
+        )
 
     @property
     def rows(self) -> int:
@@ -127,6 +141,17 @@ class Cache:
             part = self.buffers[layer][: self.rows, :width, :, first:last].transpose(1, 3)
             self._views[wanted] = (part[:, :, 0], part[:, :, 1])
         return self._views[wanted]
+
+    def beside(self, count: int) -> "Cache":
+        """A cache over the same memory of the next `count` rows, which are not in use here."""
+        part = slice(self.rows, self.rows + count)
+        assert part.stop <= len(self._first_slots), (part, len(self._first_slots))
+        return Cache([buffer[part] for buffer in self.buffers])
+
+    def absorb(self, other: "Cache") -> None:
+        """Take the rows of a cache that `beside` gave into use."""
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._views.clear()
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copy places `sources` to `targets`, `[...]` both counted over all rows."""

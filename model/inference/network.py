@@ -66,7 +66,7 @@ class Network:
         capacity = -(-capacity // WIDTH_STEP) * WIDTH_STEP
         groups = self.config.kv_heads
         sizes = [groups] * self.config.trunk_layers + [self.num_heads * groups]
-        return Cache(sizes, rows, capacity, self.config.head_dim, self.dtype, self.device)
+        return Cache.zeros(sizes, rows, capacity, self.config.head_dim, self.dtype, self.device)
 
     def block(
         self, cache: Cache, positions: Tensor, places: Tensor, mask: Tensor | None, width: int

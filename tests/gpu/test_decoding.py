@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from model.decoding.acceptance import accept_greedy
+from model.decoding.batch import Decoder
 from model.decoding.chain import ChainDecoder
-from model.decoding.generation import Decoder, collect, generate, stream
+from model.decoding.generation import collect, generate, stream
 from model.decoding.sampling import Sampling
 from model.decoding.tree import TreeDecoder
 from model.hugging_face.names import hf_names, split

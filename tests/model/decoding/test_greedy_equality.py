@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
+from model.decoding.batch import Decoder
 from model.decoding.chain import ChainDecoder
-from model.decoding.generation import Decoder, collect, stream
+from model.decoding.generation import collect, stream
 from model.decoding.tree import TreeDecoder
 from model.inference.loading import load_network
 from model.inference.network import Network

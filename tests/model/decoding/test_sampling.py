@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from model.decoding.generation import generate
-from model.decoding.sampling import RowUniforms, Sampling, distribution, draw, penalize
+from model.decoding.sampling import RowSampling, RowUniforms, Sampling, draw, penalize
 from tests.support.tiny_model import (
     head_logits,
     tiny_config,
@@ -32,6 +32,12 @@ CASES = [
 ]
 
 
+def distribution(logits: torch.Tensor, *samplings: Sampling) -> torch.Tensor:
+    """What is drawn from `[B, V]` logits, by one sampling for all rows or one for each."""
+    each = samplings if len(samplings) > 1 else samplings * len(logits)
+    return RowSampling(each, logits.device).chosen_from(logits.unsqueeze(1)).squeeze(1)
+
+
 @pytest.mark.parametrize("sampling", CASES)
 def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
     """All filters, alone and together, keep the same tokens with the same probabilities."""
@@ -48,10 +54,23 @@ def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
         warpers.append(MinPLogitsWarper(sampling.min_p))
     expected = torch.softmax(warpers(text, logits.clone()), dim=-1)
     seen = torch.zeros(40, 30, dtype=torch.bool).scatter(1, text, True)
-    found = distribution(penalize(logits, seen, sampling.repetition_penalty), sampling)
+    penalized = penalize(logits, seen, sampling.repetition_penalty)
+    found = distribution(penalized, sampling)
     assert torch.equal(found > 0, expected > 0)
     torch.testing.assert_close(found, expected)
     assert (found != distribution(logits, Sampling(temperature=1.1))).any()
+
+
+def test_a_row_has_its_own_distribution_in_any_company() -> None:
+    """Rows of every sampling, greedy ones among them, get the bits that they get alone."""
+    samplings = [*CASES, Sampling(), Sampling(temperature=2.0), Sampling(top_k=3)]
+    logits = 2 * torch.randn(len(samplings), 30, generator=torch.Generator().manual_seed(0))
+    together = distribution(logits, *samplings)
+    for row, sampling in enumerate(samplings):
+        assert torch.equal(together[row], distribution(logits[row : row + 1], sampling)[0])
+        if sampling.greedy:
+            assert int(together[row].argmax()) == int(logits[row].argmax())
+            assert sorted(set(together[row].tolist())) == [0, 1]
 
 
 def test_draws_divide_the_line_by_probability() -> None:
@@ -79,6 +98,21 @@ def test_rows_keep_their_numbers() -> None:
     assert float(expected.min()) >= 0
     assert float(expected.max()) < 1
     assert abs(float(expected.mean()) - 0.5) < 0.06  # five standard deviations of 600 numbers
+
+
+def test_rows_that_join_keep_their_numbers() -> None:
+    """At any time, whoever has used more of them."""
+    device = torch.device("cpu")
+    for used, later in ((0, 3), (250, 0), (3, 700), (300, 5)):
+        expected = [RowUniforms([seed], device).next(2000)[0] for seed in (5, 6)]
+        uniforms, other = RowUniforms([5], device), RowUniforms([6], device)
+        for count in (used, used // 3):
+            uniforms.next(count)
+        other.next(later)
+        uniforms.join(other)
+        found = torch.cat([uniforms.next(7) for _ in range(100)], dim=1)
+        assert torch.equal(found[0], expected[0][used + used // 3 :][:700])
+        assert torch.equal(found[1], expected[1][later:][:700])
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4])
