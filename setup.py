@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("foundation", "data_prep", "model", "pipeline")
+SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 
 
 def _version() -> str:
@@ -77,15 +78,18 @@ setup(
             "mpich>=5.0",
             "mypy>=1.15",
             "myst-parser>=4.0",
+            "openai>=1.60",
             "pre-commit>=4.0",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "sphinx>=8.0",
+            *SERVE,
             "types-PyYAML>=6.0",
             "types-docutils>=0.21",
             "types-setuptools>=75",
         ],
+        "serve": SERVE,
         "wandb": ["wandb>=0.19"],
     },
 )

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from foundation.shown_text import printable, told
+from foundation.shown_text import told
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import (
+    AUTO,
     EXIT_DIFFERENT,
     check,
     check_stream,
+    choose_number,
     lossy_top_k,
     parse,
     read_prompt,
@@ -108,8 +110,9 @@ def _generate(options: argparse.Namespace) -> int:
     if options.prompt_file is not None:
         options.prompt.append(read_prompt(options.prompt_file))
     check_stream(options)
-    heads = _heads(options.heads, read_record(options.directory).future_tokens)
+    heads = choose_number(options.heads, read_record(options.directory).future_tokens)
     # Imported here so that --help and mistakes do not wait for torch.
+    from model.decoding.head_choice import automatic_heads
     from model.hugging_face.loading import DTYPES
     from model.inference.loading import load_drafter, load_network
     from model.inference.machine import choose_device, limit_threads
@@ -122,6 +125,9 @@ def _generate(options: argparse.Namespace) -> int:
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
     limit_threads(model, device)
+    if options.heads == AUTO:
+        sizes = [len(prompts)]
+        heads = automatic_heads(options.directory, loaded.network, sizes, _note).most
     ways = [_Way(heads, drafter)]
     if options.compare:
         ways.insert(0, _Way(1, None))
@@ -152,15 +158,8 @@ class _Way(NamedTuple):
         return f"{self.heads} {'head' if self.heads == 1 else 'heads'}"
 
 
-def _heads(wanted: int | None, available: int) -> int:
-    if wanted is None:
-        return available
-    if wanted > available:
-        raise ConfigError(
-            f"--heads {printable(str(wanted))}, but this export has {available}; use 1 to "
-            f"{available}"
-        )
-    return wanted
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _encode(

@@ -18,6 +18,9 @@ _MOST_TOP_K = 1000
 _DRAFTS = 4
 _MOST_DRAFTS = 64
 
+AUTO = "auto"
+HEADS_HELP = "heads to use, 1 = plain decoding, auto = as many as pay on this machine (all)"
+
 EPILOG = """\
 examples:
   PROG export --prompt "def main():"
@@ -41,7 +44,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("directory", type=Path, metavar="DIR", help="what python -m pipeline.export has written")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given many times")
     add("--prompt-file", type=Path, metavar="FILE", help="one more prompt from a file, - = stdin")
-    add("--heads", type=int, metavar="K", help="heads to use, 1 = plain decoding (all)")
+    add("--heads", type=heads_option, metavar="K", help=HEADS_HELP)
     add(
         "--tree",
         type=int,
@@ -97,6 +100,27 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     return options
 
 
+def heads_option(text: str) -> int | str:
+    """`auto`, or a number."""
+    return AUTO if text == AUTO else int(text)
+
+
+def choose_number(wanted: int | str | None, available: int) -> int:
+    """The number of heads of an option `--heads`; all that there are, unless it says a number.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    if not isinstance(wanted, int):
+        return available
+    if not 1 <= wanted <= available:
+        raise ConfigError(
+            f"--heads {printable(str(wanted))}, but this export has {available}; use 1 to "
+            f"{available}"
+        )
+    return wanted
+
+
 def check(options: argparse.Namespace) -> None:
     """See that the numbers make sense.
 
@@ -109,7 +133,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    if options.heads is not None and options.heads < 1:
+    if isinstance(options.heads, int) and options.heads < 1:
         raise ConfigError(f"--heads {options.heads} must be at least 1; 1 is plain decoding")
     if not 1 <= options.max_new_tokens <= _MOST_NEW_TOKENS:
         raise ConfigError(

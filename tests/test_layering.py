@@ -12,7 +12,7 @@ PACKAGES = ("foundation", "data_prep", "model", "pipeline")
 # The rooms of each package, lowest first: a room imports from itself and from those before it.
 ROOMS = {
     "data_prep": ("tokenization", "inputs", "shards", "workers", "building", "loading"),
-    "model": ("operations", "hugging_face", "inference", "decoding"),
+    "model": ("operations", "hugging_face", "inference", "decoding", "serving"),
     "pipeline": (
         "distributed",
         "stages",
@@ -83,14 +83,14 @@ def _room(module: str) -> str | None:
     return parts[1] if parts[0] in ROOMS and len(parts) > 2 else None
 
 
-# What runs as `python -m`: every file at the top of data_prep and pipeline, and generate.
+# What runs as `python -m`: every file at the top of data_prep and pipeline, generate and serve.
 COMMANDS = {
     name
     for name in MODULES
     if name.count(".") == 1
     and _package(name) in ("data_prep", "pipeline")
     and not name.endswith(".errors")
-} | {"model.generate"}
+} | {"model.generate", "model.serve"}
 
 
 def test_there_are_modules_to_look_at() -> None:

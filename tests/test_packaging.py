@@ -16,7 +16,8 @@ from pipeline import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("foundation", "data_prep", "model", "pipeline")
-OPTIONAL = {"wandb", "liger_kernel", "transformer_engine"}  # used when they are there
+# Used when they are there, or by a command that is an extra.
+OPTIONAL = {"wandb", "liger_kernel", "transformer_engine", "starlette", "uvicorn"}
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,8 @@ ROOMS = {
     "data_prep.inputs": Room(160, 12.4, "inputs/", "files to\nrecords"),
     "data_prep.tokenization": Room(340, 12.4, "tokenization/", "text to\ntokens"),
     "model.generate": Room(620, 8, "generate", "text from an export"),
+    "model.serve": Room(880, 8, "serve", "texts over HTTP"),
+    "model.serving": Room(880, 9.1, "serving/", "queue, batch thread,\nOpenAI's API"),
     "model.decoding": Room(620, 9.1, "decoding/", "drafts, acceptance,\nsampling"),
     "model.inference": Room(620, 10.3, "inference/", "plain torch,\nKV cache"),
     "model.hugging_face": Room(900, 10.9, "hugging_face/", "names, sizes and tensors\nof a Llama"),
@@ -114,7 +116,13 @@ def _goes_up(arrow: Arrow) -> bool:
 
 
 def _width(name: str) -> float:
-    wide = {"pipeline": 250, "data_prep": 190, "foundation": 980, "model.generate": 140}
+    wide = {
+        "pipeline": 250,
+        "data_prep": 190,
+        "foundation": 980,
+        "model.generate": 140,
+        "model.serve": 140,
+    }
     return wide.get(name, 170 if name.startswith("model") else 114)
 
 

@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from data_prep.errors import DataError
 from data_prep.shards.manifest import load_manifest
 from data_prep.tokenization.tokenizer import Tokenizer
 from foundation.bounded_files import read_bounded
 from model.errors import CheckpointError
+from model.hugging_face.acceptance import ACCEPTANCE_NAME
 from model.hugging_face.folder import ExportDescription
 from model.hugging_face.identity import ImportedIdentity, load_identity
 from pipeline.checkpoint.file_names import IMPORTED, TOKENIZER, WEIGHTS
@@ -18,6 +21,7 @@ from pipeline.checkpoint.folder import read_config
 from pipeline.checkpoint.sharded_tensors import StateFiles, read_weights
 from pipeline.checkpoint.train_state import TrainState, read_state
 from pipeline.config.run_config import RunConfig
+from pipeline.exporting.acceptance import measure_acceptance
 from pipeline.exporting.identity import Identity, kept_identity, own_identity
 from pipeline.exporting.layer_by_layer import compare_layers
 from pipeline.exporting.model_card import metrics_until, model_card
@@ -25,7 +29,7 @@ from pipeline.exporting.tensors import check_names, check_values
 from pipeline.exporting.whole_model import RELATIVE_TOLERANCE, Parity, compare
 from pipeline.exporting.writing import write_export
 
-# Models of more bytes in fp32 are compared layer by layer only.
+# Models of more bytes in fp32 are compared layer by layer only, and never whole in memory.
 WHOLE_MODEL_BYTES = 2 << 30
 _TOKENIZER_BYTES = 1 << 30
 
@@ -52,6 +56,7 @@ def export_checkpoint(
     """Export a checkpoint and compare the result with it; see `pipeline.export.export`."""
     trained = _read(checkpoint_path(checkpoint), dtype, eos_token)
     results: list[Parity] = []
+    agreement: list[str] = []
     records = metrics_until(trained.checkpoint.absolute().parents[1], trained.state.step)
     write_export(
         directory,
@@ -62,6 +67,7 @@ def export_checkpoint(
         card=model_card(
             trained.config, trained.state, trained.description, records, trained.identity.card
         ),
+        add=lambda folder: agreement.extend(_add_acceptance(folder, trained)),
         check=lambda folder: results.extend(_checked(folder, trained)),
     )
     report(
@@ -70,8 +76,8 @@ def export_checkpoint(
         f"{trained.config.model.future_tokens} heads"
     )
     report("every tensor is the checkpoint's, names and shapes are those of transformers' classes")
-    for parity in results:
-        report(parity.summary())
+    for line in (*(parity.summary() for parity in results), *agreement):
+        report(line)
     return tuple(results)
 
 
@@ -117,6 +123,29 @@ def _identity(
     return own
 
 
+def _add_acceptance(folder: Path, trained: _Trained) -> Iterator[str]:
+    """Write down how often the heads are right on held-out text, and say it, or why not."""
+    heads = trained.config.model.future_tokens
+    if heads == 1:
+        return
+    try:
+        if _is_large(trained.description):
+            raise CheckpointError("the model has more than 2 GiB in fp32; give a number of heads")
+        found = measure_acceptance(
+            folder, trained.config, trained.description, trained.tokenizer.content
+        )
+    except (CheckpointError, DataError, ValidationError) as error:
+        why = "no position can be compared" if isinstance(error, ValidationError) else error
+        yield f"agreement of the heads is not measured, so --heads auto takes all: {why}"
+        return
+    (folder / ACCEPTANCE_NAME).write_text(found.model_dump_json(indent=1) + "\n", "utf-8")
+    expected = ", ".join(f"{found.tokens_per_forward(k):.2f}" for k in range(1, heads + 1))
+    yield (
+        f"on {found.agreed[0]:,} held-out positions 1 to {heads} heads give {expected} expected "
+        "tokens per forward"
+    )
+
+
 def _checked(folder: Path, trained: _Trained) -> Iterator[Parity]:
     """Check a finished folder's tensors, then its logits in one or two ways.
 
@@ -137,8 +166,12 @@ def _compared(folder: Path, description: ExportDescription, weights: Path) -> It
     check_names(folder)
     check_values(folder, description, files)
     yield compare_layers(folder, description, files)
-    if 4 * description.model.num_parameters() <= WHOLE_MODEL_BYTES:
+    if not _is_large(description):
         yield compare(folder, description, read_weights(weights, description.model))
+
+
+def _is_large(description: ExportDescription) -> bool:
+    return 4 * description.model.num_parameters() > WHOLE_MODEL_BYTES
 
 
 def _tokenizer(path: Path, config: RunConfig, eos_token: str | None) -> Tokenizer:

@@ -38,6 +38,7 @@ def write_export(
     tokenizer: bytes,
     identity: Identity | None = None,
     card: str = "",
+    add: Callable[[Path], None] | None = None,
     check: Callable[[Path], None] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
@@ -50,6 +51,7 @@ def write_export(
         tokenizer: content of the shards' tokenizer.json.
         identity: what it says beside its weights; None = what a model trained from nothing does.
         card: the model card; left out when empty.
+        add: called with the folder before its record is written; may add files.
         check: called with the finished folder before it gets its name; raises to refuse it.
         max_file_bytes: the model is spread over files of about this size.
 
@@ -67,6 +69,8 @@ def write_export(
         (folder / _CODE.name).write_bytes(_CODE.read_bytes())
         if card:
             (folder / CARD_NAME).write_text(card, "utf-8")
+        if add is not None:
+            add(folder)
         write_record(folder, description)
         if check is not None:
             check(folder)

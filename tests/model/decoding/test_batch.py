@@ -112,7 +112,8 @@ def test_a_row_gets_what_it_gets_alone(kind: str) -> None:
             cancelled.add(batch.rows[-1])
             batch.leave(batch.rows[-1:])
     assert len(sizes) > 3
-    assert any(len(p.tokens) > 1 for found in pieces.values() for p in found) == (kind != "1 head")
+    several = any(len(piece.tokens) > 1 for found in pieces.values() for piece in found)
+    assert several or kind in ("1 head", "draft model")
     assert 0 < len(cancelled) < 8
     for number, request in enumerate(requests):
         expected = alone(DECODERS[kind](), request)

@@ -1,0 +1,124 @@
+"""How many heads pay: expected tokens per forward over what a forward costs on this machine."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from model.decoding.chain import ChainDecoder, RowOptions
+from model.hugging_face.acceptance import ACCEPTANCE_NAME, Acceptance, read_acceptance
+from model.inference.network import Network
+
+_PROMPT_TOKENS = 32
+_ROUNDS = 4
+# Another number of heads has to promise so much more than fewer do: costs are measured in a moment.
+_LEAST_GAIN = 1.03
+
+
+class HeadChoice(NamedTuple):
+    """Heads to use, by rows in the batch.
+
+    Attributes:
+        heads: for each measured number of rows, rising; a batch takes the first one that is not
+            smaller than itself, or the last.
+    """
+
+    heads: dict[int, int]
+
+    @property
+    def most(self) -> int:
+        """The largest number of heads that is used."""
+        return max(self.heads.values())
+
+    def of(self, rows: int) -> int:
+        """Heads for a batch of so many rows."""
+        return next(
+            (k for size, k in self.heads.items() if size >= rows), [*self.heads.values()][-1]
+        )
+
+    def told(self) -> str:
+        """For people: heads, or heads by batch."""
+        if len(set(self.heads.values())) == 1:
+            return f"{self.most} {'head' if self.most == 1 else 'heads'}"
+        return ", ".join(f"{k} up to {size}" for size, k in self.heads.items()) + " texts"
+
+
+def automatic_heads(
+    directory: Path, network: Network, sizes: Sequence[int], note: Callable[[str], None]
+) -> HeadChoice:
+    """Heads that pay for an export on this machine; all of them where nothing was measured.
+
+    Args:
+        directory: the export.
+        network: its model.
+        sizes: numbers of rows that a batch may have.
+        note: told when nothing was measured.
+
+    Raises:
+        CheckpointError: the measured figures are damaged.
+    """
+    acceptance = read_acceptance(directory)
+    if acceptance is None:
+        note(
+            f"note: {directory} has no {ACCEPTANCE_NAME}, so --heads auto takes all "
+            f"{network.num_heads} heads; an export made again where the run's shards are has one"
+        )
+        return HeadChoice(dict.fromkeys(sizes, network.num_heads))
+    return choose_heads(network, acceptance, sizes)
+
+
+def choose_heads(network: Network, acceptance: Acceptance, sizes: Sequence[int]) -> HeadChoice:
+    """Measure forwards with 1 to n heads and choose, for each size of the batch.
+
+    Args:
+        network: the model; it has as many heads as `acceptance` speaks of, or more.
+        acceptance: how often drafts are right.
+        sizes: numbers of rows.
+    """
+    most = min(network.num_heads, len(acceptance.agreed))
+    heads = {}
+    for size in sorted(set(sizes)):
+        costs = forward_seconds(network, size, most)
+        heads[size] = best_heads(acceptance, costs)
+    return HeadChoice(heads)
+
+
+def best_heads(acceptance: Acceptance, seconds: Sequence[float]) -> int:
+    """The number of heads, from 1, with the most expected tokens per second.
+
+    Args:
+        acceptance: how often drafts are right.
+        seconds: of a forward with 1, 2, .. heads.
+    """
+    best, speed = 1, 1 / seconds[0]
+    for heads in range(2, len(seconds) + 1):
+        found = acceptance.tokens_per_forward(heads) / seconds[heads - 1]
+        if found > speed * _LEAST_GAIN:
+            best, speed = heads, found
+    return best
+
+
+def forward_seconds(network: Network, rows: int, most: int) -> list[float]:
+    """Seconds of a forward with 1 to `most` heads, the best of some rounds in turn."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = network.config.vocab_size
+    prompts = torch.randint(vocab_size, (rows, _PROMPT_TOKENS), generator=generator).tolist()
+    decoders = []
+    for heads in range(1, most + 1):
+        decoder = ChainDecoder(network, heads=heads)
+        decoder.open(rows, _PROMPT_TOKENS + (_ROUNDS + 1) * heads)
+        decoder.join(prompts, [RowOptions()] * rows)
+        decoder.step()  # the first one makes what is made once
+        decoders.append(decoder)
+    best = [float("inf")] * most
+    # Of one thread the time it computes counts, on which other work has less influence.
+    alone = network.device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
+    for _ in range(_ROUNDS):
+        for place, decoder in enumerate(decoders):
+            start_s = clock()
+            decoder.step()
+            best[place] = min(best[place], clock() - start_s)
+    return best

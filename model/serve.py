@@ -1,0 +1,200 @@
+"""Command line: an HTTP server of an export, `python -m model.serve DIR`, like OpenAI's.
+
+Texts of many clients are decoded as one batch that they join and leave; the heads draft for all.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foundation.shown_text import printable, told
+from model.errors import CheckpointError, ConfigError
+from model.generate_options import AUTO, HEADS_HELP, choose_number, heads_option
+from model.hugging_face.config import first_token
+from model.hugging_face.folder import read_record
+
+if TYPE_CHECKING:
+    from model.serving.app import Served
+
+EXIT_USER_ERROR = 1
+KEY_VARIABLE = "HEADWAY_API_KEY"
+
+_BODY_BYTES = 8 << 20
+_SIZES = (1, 4, 16, 64, 256)  # of batches for which a number of heads is chosen
+_MOST_ROWS = 1024
+_MOST_POSITIONS = 1 << 20
+
+EPILOG = f"""\
+examples:
+  PROG export
+  PROG export --port 8080 --heads 3 --max-batch 32
+  {KEY_VARIABLE}=secret PROG export --host 0.0.0.0
+
+SIGTERM or Ctrl-C: texts that run are finished, within --grace seconds; new ones are refused.
+exit status: 0 stopped by a signal, 1 the model or an option cannot be used (in one line), 2 wrong
+arguments
+"""
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.serve") -> int:
+    """Run the command; give its exit status."""
+    options = parse(arguments, prog)
+    try:
+        check(options)
+        _serve(options)
+    except (CheckpointError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"error: {told(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """The options of a command line; exits where they cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Serve an exported model over HTTP, in the form of OpenAI's API.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG.replace("PROG", prog),
+    )
+    add = parser.add_argument
+    add("directory", type=Path, metavar="DIR", help="what python -m pipeline.export has written")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = all (127.0.0.1)")
+    add("--port", type=int, default=8000, help="0 = any free one (8000)")
+    add("--name", metavar="NAME", help="of the model, for clients (name of the run)")
+    add("--heads", type=heads_option, metavar="K", help=HEADS_HELP)
+    add("--max-batch", type=int, default=16, metavar="B", help="texts that run at once (16)")
+    add("--queue", type=int, default=128, metavar="Q", help="texts that may wait for room (128)")
+    add(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its continuation (as the model was trained on)",
+    )
+    add("--api-key", metavar="KEY", help=f"that clients must send (${KEY_VARIABLE}, else none)")
+    add("--grace", type=float, default=30.0, metavar="S", help="seconds to finish texts in (30)")
+    add("--dtype", choices=("fp32", "bf16"), help="arithmetic (as exported)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (auto)")
+    return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace) -> None:
+    """See that the values make sense; the key may come from the environment.
+
+    Raises:
+        ConfigError: naming the first option that does not.
+    """
+    limits = {
+        "port": (0, 65535),
+        "max_batch": (1, _MOST_ROWS),
+        "queue": (0, 1 << 20),
+        "max_model_len": (2, _MOST_POSITIONS),
+        "grace": (0, 86400),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {printable(f'{value}')} must be from {least} to {most}"
+            )
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE, "")
+    if not (key.isascii() and key.isprintable()) or " " in key or options.api_key == "":
+        raise ConfigError(
+            f"--api-key or {KEY_VARIABLE} must be letters, digits and signs of ASCII without "
+            "blanks, as it goes into a header; choose another key"
+        )
+    options.api_key = key
+
+
+def _serve(options: argparse.Namespace) -> None:
+    heads = choose_number(options.heads, read_record(options.directory).future_tokens)
+    try:
+        # Here, so that --help and mistakes do not wait for torch.
+        from model.serving.running import Server, address, listen
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"model.serve needs {error.name}, which is not installed; pip install 'headway[serve]'"
+        ) from error
+    with listen(options.host, options.port) as listening:
+        served, told_heads = load(options, heads)
+        where = f"serving {served.name} ({told_heads}) at {address(listening)}/v1"
+        server = Server(served, grace_s=options.grace, ready=lambda: print(where, flush=True))
+        server.run_on(listening)
+    print("stopped", flush=True)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
+    """Load what the options name; also what is said of its heads."""
+    from model.decoding.batch import Batch
+    from model.decoding.chain import ChainDecoder
+    from model.decoding.head_choice import HeadChoice, automatic_heads
+    from model.hugging_face.loading import DTYPES
+    from model.inference.loading import load_network
+    from model.inference.machine import choose_device, limit_threads
+    from model.serving.app import Served
+    from model.serving.bodies import Limits
+    from model.serving.engine import Engine
+    from model.serving.metrics import Metrics
+    from model.serving.prompts import Prompts
+
+    device = choose_device(options.device)
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    loaded = load_network(options.directory, dtype, device)
+    description = loaded.record.description
+    limit_threads(description.model, device)
+    positions = options.max_model_len or description.sequence_length
+    if positions > description.sequence_length:
+        _note(
+            f"note: --max-model-len {positions} passes position {description.sequence_length}, the "
+            "last one the model was trained on; texts may get worse from there"
+        )
+    begin = first_token(options.directory, description.model.vocab_size)
+    prompts = Prompts(
+        options.directory, loaded.tokenizer, description.model.vocab_size, begin, positions
+    )
+
+    sizes = [size for size in _SIZES if size < options.max_batch] + [options.max_batch]
+    choice = HeadChoice(dict.fromkeys(sizes, heads))
+    if options.heads == AUTO:
+        choice = automatic_heads(options.directory, loaded.network, sizes, _note)
+
+    def new_batch() -> Batch:
+        decoder = ChainDecoder(loaded.network, heads=choice.most)
+        return Batch(
+            decoder, options.max_batch, positions, lambda n: decoder.use_heads(choice.of(n))
+        )
+
+    metrics = Metrics()
+    try:
+        engine = Engine(new_batch, options.queue, metrics)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"--max-batch {options.max_batch} and --max-model-len {positions}: no memory for the "
+            "keys and values of so many tokens; lower one of them"
+        ) from error
+    served = Served(
+        name=options.name or description.run,
+        tokenizer=loaded.tokenizer,
+        eos_ids=loaded.eos_ids,
+        prompts=prompts,
+        engine=engine,
+        metrics=metrics,
+        limits=Limits(_BODY_BYTES, positions, options.max_batch),
+        api_key=options.api_key,
+    )
+    return served, choice.told()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""An HTTP server over a running batch, in the form of OpenAI's API."""

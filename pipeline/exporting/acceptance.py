@@ -1,0 +1,80 @@
+"""How often the exported heads agree with head 1 on the run's held-out text.
+
+The form of the model that decodes runs over held-out sequences, all positions at once; documents of
+a sequence see one another. It is whole in memory, so larger models go without.
+
+Legend: n heads, B batch, S sequence, H hidden.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_prep.shards.shard_set import ShardSet
+from model.errors import CheckpointError
+from model.hugging_face.acceptance import Acceptance
+from model.hugging_face.folder import TOKENIZER_NAME, ExportDescription
+from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, StoredTensors
+from model.inference.network import Network
+from model.loss import IGNORED
+from pipeline.config.run_config import RunConfig
+from pipeline.data.validation import ValidationSamples
+from pipeline.engine.evaluation import agreement_counts
+
+_POSITIONS = 4096
+_LOGIT_ROWS = 256  # positions whose logits exist at once
+
+
+def measure_acceptance(
+    folder: Path, config: RunConfig, description: ExportDescription, tokenizer: bytes
+) -> Acceptance:
+    """Agreement of the heads of a written folder on held-out sequences.
+
+    Args:
+        folder: with the written tensors.
+        config: the run, whose shards have the sequences.
+        description: what the export is of.
+        tokenizer: the checkpoint's tokenizer.json.
+
+    Raises:
+        CheckpointError: the checkpoint's tokenizer is not that of the shards.
+        DataError: the shards are gone, or have no such split.
+    """
+    shards = ShardSet.open(config.data.shards, config.data.eval_split)
+    if shards.manifest.tokenizer.sha256 != hashlib.sha256(tokenizer).hexdigest():
+        raise CheckpointError(
+            f"{config.data.shards} has another {TOKENIZER_NAME} by now; export "
+            "where the shards of the run are"
+        )
+    tensors = StoredTensors(folder, ALL_HEADS_INDEX_NAME)
+    network = Network.read(description.model, tensors.whole, torch.float32)
+    counts = torch.zeros(description.model.future_tokens, dtype=torch.long)
+    compared = 0
+    for batch in ValidationSamples(config, shards, data_rank=0, data_size=1):
+        valid = (batch.labels != IGNORED).transpose(1, 2)
+        counts += agreement_counts(head_predictions(network, batch.tokens), valid)
+        compared += batch.tokens.numel()
+        if compared >= _POSITIONS:
+            break
+    return Acceptance(agreed=tuple(counts.tolist()))
+
+
+@torch.inference_mode()
+def head_predictions(network: Network, tokens: Tensor) -> Tensor:
+    """The likeliest token of every head at every position, `[n, S, B]`.
+
+    Args:
+        network: the model.
+        tokens: `[B, S]`.
+    """
+    rows, length = tokens.shape
+    cache = network.new_cache(rows, length)
+    positions = torch.arange(length).expand(rows, -1)
+    block = network.block(cache, positions, positions, None, cache.capacity)
+    trunk_output = network.trunk(tokens, cache, block)
+    network.fill_heads(trunk_output, network.num_heads, cache, block)
+    hidden = network.heads(trunk_output, 1, network.num_heads, cache, block)
+    best = [network.logits(part).argmax(-1) for part in hidden.split(_LOGIT_ROWS, dim=1)]
+    return torch.cat(best, dim=1).unflatten(1, (rows, length)).transpose(1, 2)
