@@ -18,7 +18,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,21 +75,28 @@ class Server:
         self._model = model
         self._url = f"http://127.0.0.1:{port}/v1"
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + _START_S
-        while True:
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise SystemExit(f"{name} did not start: {' '.join(command)}")
-            time.sleep(0.2)
+        with tempfile.TemporaryFile() as log:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+            deadline = time.monotonic() + _START_S
+            while not self._answers(port):
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self.stop()
+                    log.seek(0)
+                    said = log.read().decode(errors="replace")
+                    raise SystemExit(f"{name} did not start: {' '.join(command)}\n{said}")
+                time.sleep(0.2)
+
+    @staticmethod
+    def _answers(port: int) -> bool:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return True
+        return False
 
     def turn(self, requests: int, clients: int, tokens: int) -> Round:
         """Let it answer some requests."""
