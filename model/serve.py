@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from model.serving.app import Served
 
 EXIT_USER_ERROR = 1
+EXIT_INTERRUPTED = 130
 KEY_VARIABLE = "HEADWAY_API_KEY"
 
 _BODY_BYTES = 8 << 20
@@ -35,7 +36,7 @@ examples:
 
 SIGTERM or Ctrl-C: texts that run are finished, within --grace seconds; new ones are refused.
 exit status: 0 stopped by a signal, 1 the model or an option cannot be used (in one line), 2 wrong
-arguments
+arguments, 130 after Ctrl-C while the model was loaded
 """
 
 
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.se
     except OSError as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:  # before requests are taken; then the server ends by itself
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 
