@@ -34,6 +34,7 @@ _EFFECTS = {
     "parallel": _SUMS,
     "parallel.reduce_bucket_size": _SUMS,
     "parallel.reduce_precision": "rounding of the gradients of every later step",
+    "parallel.zero_hpz_partition_size": _SPEED,
     "batch": _STEP_SIZE,
     "train": _NEXT_STEP,
     "train.steps": _SCHEDULE + "; the schedule is this long",

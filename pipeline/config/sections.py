@@ -104,6 +104,10 @@ class ParallelSection(Section):
         reduce_bucket_size: gradient elements that ZeRO reduces at once.
         reduce_precision: in which data-parallel ranks add up gradients in a bf16 run; auto = bf16
             below 64 of them, fp32 from there on.
+        zero_hpz_partition_size: ZeRO-3 with one stage: so many neighboring data-parallel ranks keep
+            a copy of the weights among them between a step's first forward and its end, and gather
+            there instead of over the network (GPUs of a node / tensor); must divide the
+            data-parallel ranks; 1 = no copy.
     """
 
     tensor: PositiveInt = 1
@@ -111,6 +115,7 @@ class ParallelSection(Section):
     stages: StagesSetting = 1
     reduce_bucket_size: PositiveInt = 500_000_000
     reduce_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    zero_hpz_partition_size: PositiveInt = 1
 
     @field_validator("stages", mode="before")
     @classmethod

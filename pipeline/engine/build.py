@@ -22,6 +22,7 @@ from pipeline.distributed.topology import Topology
 from pipeline.engine.deepspeed_config import deepspeed_config, optimizer_level
 from pipeline.engine.deepspeed_internals import (
     fp32_sums_at_level_1,
+    gather_weights_within,
     keep_off_shared_memory,
     share_of,
 )
@@ -122,9 +123,12 @@ def _build_model(
     partitioned = config.parallel.zero == 3
     context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if partitioned:
+        neighbors = topology.neighbors(config.parallel.zero_hpz_partition_size)
+        gather_weights_within(neighbors)
         context = deepspeed.zero.Init(
             data_parallel_group=topology.get_data_parallel_group(),
             config_dict_or_path=settings,
+            zero_param_parallel_group=neighbors,
             dtype=None,  # from the settings; given here, a CPU without fp16 turns it into bf16
             mpu=topology,
         )

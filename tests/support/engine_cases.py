@@ -23,6 +23,7 @@ class Case:
 
     Attributes:
         stages: `1`, or what each stage holds, as in `trunk 0-1|trunk 2|heads 1-2|heads 3`.
+        neighbors: `parallel.zero_hpz_partition_size`.
     """
 
     world: int = 1
@@ -35,6 +36,7 @@ class Case:
     documents: bool = False
     freeze: str = "none"
     stages: str = "1"
+    neighbors: int = 1
     precision: Precision = "fp32"
 
     @property
@@ -73,6 +75,7 @@ def engine_config(case: Case) -> RunConfig:
                 "zero": case.zero,
                 "reduce_bucket_size": case.bucket,
                 "stages": _stages(case.stages),
+                "zero_hpz_partition_size": case.neighbors,
             },
             "batch": {
                 "micro_size": GLOBAL_BATCH // (case.data_size * case.accumulation),
