@@ -44,6 +44,7 @@ _EFFECTS = {
     "train.head_backward": _SUMS,
     "train.activation_checkpointing": _SPEED,
     "train.attention": _SUMS,
+    "train.compile": _SUMS,
     "train.loss_chunk_tokens": _SUMS,
     "train.transformer_engine": _SUMS,
     "train.deterministic": _SUMS,

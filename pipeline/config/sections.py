@@ -156,6 +156,8 @@ class TrainSection(Section):
             attention again.
         attention: torch's kernel for causal attention on GPUs: cudnn, flash, efficient or math;
             auto = the first of them that can be used. On a CPU torch chooses.
+        compile: let torch.compile make the kernels of norms and activations; needs a C++ compiler,
+            on a GPU Triton, and some seconds of every process's start.
         loss_chunk_tokens: tokens of a micro-batch whose logits exist at once; auto = 4096 on a GPU,
             1024 on a CPU.
         transformer_engine: use its layers on GPUs where it is installed.
@@ -178,6 +180,7 @@ class TrainSection(Section):
     head_backward: Literal["sequential", "joint"] = "sequential"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    compile: bool = False
     loss_chunk_tokens: PositiveInt | Literal["auto"] = "auto"
     transformer_engine: bool = False
     deterministic: bool = False

@@ -49,8 +49,8 @@ def build_engine(
         imported: initial weights from elsewhere (`model.hugging_face`); None = all fresh.
 
     Raises:
-        ConfigError: this version of DeepSpeed is not supported, or this GPU has not the attention
-            that `train.attention` names.
+        ConfigError: this version of DeepSpeed is not supported, this GPU has not the attention that
+            `train.attention` names, or `train.compile` finds no compiler.
         TrainingError: what the ranks would save does not cover the model.
     """
     settings = deepspeed_config(
@@ -62,7 +62,12 @@ def build_engine(
     _prepare_communication(topology)
     dtype = DTYPES[precision]
     model = _build_model(config, topology, dtype, settings, imported)
-    choose_kernels(model, config.train.attention, topology.device)
+    choose_kernels(
+        model,
+        config.train.attention,
+        topology.device,
+        compile_elementwise=config.train.compile,
+    )
     with fp32_sums_at_level_1():
         wrapped, *_ = deepspeed.initialize(
             model=model,
