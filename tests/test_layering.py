@@ -19,6 +19,7 @@ ROOMS = {
         "config",
         "checkpoint",
         "data",
+        "guard",
         "engine",
         "reporting",
         "exporting",

@@ -28,6 +28,7 @@ ROOMS = {
     "pipeline.reporting": Room(620, 1.65, "reporting/", "metrics, logs,\nsummaries"),
     "pipeline.exporting": Room(925, 1.0, "exporting/", "a checkpoint to\na Llama folder"),
     "pipeline.data": Room(200, 2.4, "data/", "samples of a run,\nbatch order"),
+    "pipeline.guard": Room(60, 1.3, "guard/", "bad steps and\nwhat follows"),
     "pipeline.engine": Room(830, 2.75, "engine/", "a step, around\nDeepSpeed"),
     "pipeline.checkpoint": Room(440, 3.6, "checkpoint/", "saved, verified,\nfound, kept"),
     "pipeline.config": Room(440, 4.65, "config/", "one YAML file,\ntyped"),

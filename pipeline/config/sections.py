@@ -165,7 +165,15 @@ class TrainSection(Section):
             without it a resume repeats to rounding. CPUs always repeat.
         timeout_s: after this an unanswered collective fails.
         heartbeat_timeout_s: silence after which a rank counts as dead.
-        max_skipped_steps: steps in a row with gradients that are not finite before giving up.
+        max_skipped_steps: steps in a row that are not taken before giving up.
+        on_nonfinite: a step whose loss or gradients are not finite is never taken; then: skip = go
+            on with the next; rollback = go back to the last checkpoint and leave out the batches
+            since then; stop = end the run.
+        on_spike: the same for a step whose loss is too high; ignore = take it.
+        spike_sigmas: robust standard deviations above the median of the last losses from which on
+            a loss is too high.
+        spike_window: how many losses that are; until half of them are known none is too high.
+        max_rollbacks: returns in the whole run before giving up.
         init_from: folder of a Hugging Face Llama, or of an export of Headway, whose weights a new
             run begins with; without effect on a resumed one.
         init_heads: heads that the folder lacks: copy = of its last layer; fresh = untrained.
@@ -187,6 +195,11 @@ class TrainSection(Section):
     timeout_s: float = Field(default=600.0, ge=1, le=_YEAR_S)
     heartbeat_timeout_s: float = Field(default=40.0, ge=_MIN_HEARTBEAT_S, le=_YEAR_S)
     max_skipped_steps: Count = 5
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    on_spike: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
+    spike_sigmas: float = Field(default=8.0, gt=0, le=1e6)
+    spike_window: int = Field(default=100, ge=4, le=10_000)
+    max_rollbacks: Count = 3
     init_from: FilePath | None = None
     init_heads: Literal["copy", "fresh"] = "copy"
     freeze: Literal["none", "trunk"] = "none"

@@ -23,7 +23,7 @@ def _results(function: Callable[..., Tensor], inputs: list[Tensor], *rest: Any) 
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     value = function(*leaves, *rest)
     weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)
-    value.backward(weights)  # type: ignore[no-untyped-call]
+    value.backward(weights)
     return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
