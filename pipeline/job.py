@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from typing import NamedTuple
 
@@ -41,6 +42,8 @@ from pipeline.engine.build import build_engine
 from pipeline.engine.engine import Engine
 from pipeline.engine.init_from import imported_identity, imported_weights
 from pipeline.guard.policy import GoBack
+from pipeline.guard.progress import Progress
+from pipeline.guard.stall import StallWatch
 from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
 from pipeline.reporting.run_summary import summarize_run
@@ -49,6 +52,9 @@ from pipeline.stages.plan import plan_text
 from pipeline.trainer import Collaborators, Trainer
 
 logger = logging.getLogger(__name__)
+
+# Starting and the first of its kind have no bound to learn from: a model may be read for long.
+_UNKNOWN_PHASES = 6
 
 
 class Data(NamedTuple):
@@ -97,6 +103,10 @@ class Job:
         self._lease = Lease(config.run.dir, os.environ, lost=self._abort)
         self._stop = StopRequest()
         self._watchdog: Watchdog | None = None
+        self._progress = Progress(
+            least_s=config.train.stall_timeout_s, unknown_s=_UNKNOWN_PHASES * config.train.timeout_s
+        )
+        self._stall_watch: StallWatch | None = None
         self._engine: Engine | None = None
         self._state: TrainState | None = None
         self._changes: list[Change] = []
@@ -160,6 +170,13 @@ class Job:
             timeout_s=config.train.heartbeat_timeout_s,
             step=lambda: self._state.step if self._state else None,
             waiting_for=self._waiting_for,
+            abort=self._abort,
+        )
+        self._stall_watch = StallWatch(
+            topology,
+            self._progress,
+            host=socket.gethostname(),
+            run_dir=config.run.dir,
             abort=self._abort,
         )
         self._lease.acquire()
@@ -263,6 +280,7 @@ class Job:
                 ),
                 throughput=Throughput(config, topology),
                 stop=self._stop,
+                progress=self._progress,
             ),
         )
 
@@ -281,6 +299,8 @@ class Job:
                 "again to go on",
                 EXIT_STOPPED,
             )
+        if self._stall_watch is not None:
+            self._stall_watch.close()
         if self._watchdog is not None:
             self._watchdog.close()
         dist.barrier()

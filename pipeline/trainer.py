@@ -24,6 +24,7 @@ from pipeline.distributed.signals import StopRequest
 from pipeline.engine.engine import Engine, StepResult
 from pipeline.engine.schedule import learning_rate
 from pipeline.guard.policy import GoBack, Guard
+from pipeline.guard.progress import Progress
 from pipeline.reporting.metrics import MetricsLog, Record
 from pipeline.reporting.throughput import Throughput
 
@@ -41,6 +42,7 @@ class Collaborators(NamedTuple):
         metrics: where figures go.
         throughput: times steps and measures memory.
         stop: signals, agreed over ranks.
+        progress: told what is being done.
     """
 
     engine: Engine
@@ -50,6 +52,7 @@ class Collaborators(NamedTuple):
     metrics: MetricsLog
     throughput: Throughput
     stop: StopRequest
+    progress: Progress
 
 
 class Trainer:
@@ -82,6 +85,7 @@ class Trainer:
         try:
             with closing(self._read_steps()) as steps:
                 while self.state.step < self.config.last_step and stopped_by is None:
+                    self.parts.progress.enter("step")
                     result = self._step(next(steps))
                     evaluation = self._evaluate_if_due()
                     self._record(result, evaluation)
@@ -202,6 +206,7 @@ class Trainer:
         due = self.state.step % (self.config.eval.every_steps or 1) == 0 or self._is_last_planned
         if self.parts.validation is None or not due:
             return {}
+        self.parts.progress.enter("evaluation")
         result = self.parts.engine.evaluate(self.parts.validation)
         weights = self.config.model.loss_weights
         losses = result.head_losses
@@ -218,6 +223,7 @@ class Trainer:
         self.parts.saver.advance(all_done=result.agreed.save_done)
         every = self.config.checkpoint.every_steps
         if every and self.state.step % every == 0:
+            self.parts.progress.enter("save")
             self._begin_save(asynchronous=self.config.checkpoint.asynchronous)
 
     def _begin_save(self, *, asynchronous: bool, last: bool = False) -> None:
@@ -241,6 +247,7 @@ class Trainer:
             CheckpointError: it cannot be saved.
         """
         saver = self.parts.saver
+        self.parts.progress.enter("save")
         saver.finish("the run ends")
         if saver.saved_step != self.state.step:
             self._begin_save(asynchronous=False, last=True)

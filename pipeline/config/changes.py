@@ -51,6 +51,7 @@ _EFFECTS = {
     "train.deterministic": _SUMS,
     "train.timeout_s": _NOT_TRAINING,
     "train.heartbeat_timeout_s": _NOT_TRAINING,
+    "train.stall_timeout_s": _NOT_TRAINING,
     "train.max_skipped_steps": "when the run gives up",
     "train.on_nonfinite": _BAD_STEPS,
     "train.on_spike": _BAD_STEPS,

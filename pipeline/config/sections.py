@@ -165,6 +165,8 @@ class TrainSection(Section):
             without it a resume repeats to rounding. CPUs always repeat.
         timeout_s: after this an unanswered collective fails.
         heartbeat_timeout_s: silence after which a rank counts as dead.
+        stall_timeout_s: a step, an evaluation or a save hangs after this time, or after ten times
+            the longest of the last ones of its kind where that is more.
         max_skipped_steps: steps in a row that are not taken before giving up.
         on_nonfinite: a step whose loss or gradients are not finite is never taken; then: skip = go
             on with the next; rollback = go back to the last checkpoint and leave out the batches
@@ -194,6 +196,7 @@ class TrainSection(Section):
     deterministic: bool = False
     timeout_s: float = Field(default=600.0, ge=1, le=_YEAR_S)
     heartbeat_timeout_s: float = Field(default=40.0, ge=_MIN_HEARTBEAT_S, le=_YEAR_S)
+    stall_timeout_s: float = Field(default=60.0, ge=1, le=_YEAR_S)
     max_skipped_steps: Count = 5
     on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
     on_spike: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
