@@ -21,7 +21,7 @@ from model.generate_options import (
     read_prompt,
 )
 from model.hugging_face.config import first_token
-from model.hugging_face.folder import read_record
+from model.hugging_face.saved_folder import read_any_record
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ def _generate(options: argparse.Namespace) -> int:
     if options.prompt_file is not None:
         options.prompt.append(read_prompt(options.prompt_file))
     check_stream(options)
-    heads = _heads(options.heads, read_record(options.directory).future_tokens)
+    heads = _heads(options.heads, read_any_record(options.directory).future_tokens)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.hugging_face.loading import DTYPES
     from model.inference.loading import load_network
