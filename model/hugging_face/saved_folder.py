@@ -14,6 +14,7 @@ from foundation.shown_text import printable
 from model.errors import CheckpointError
 from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS, read_llama_config
 from model.hugging_face.folder import RECORD_NAME, ExportDescription, ExportRecord, read_record
+from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME
 
 _SETTINGS_NAME = "tokenizer_config.json"
 _POSITIONS = 2048  # what transformers takes where config.json says nothing
@@ -28,7 +29,9 @@ def read_any_record(directory: Path) -> ExportRecord:
     """
     config = _mapping(directory / CONFIG_NAME)
     heads = config.get("future_tokens")
-    if (directory / RECORD_NAME).exists() or type(heads) is not int or heads < 2:
+    # An export's own index without its record: an export that has lost it.
+    exported = any((directory / name).exists() for name in (RECORD_NAME, ALL_HEADS_INDEX_NAME))
+    if exported or type(heads) is not int or heads < 2:
         return read_record(directory)
     path = directory / CONFIG_NAME
     sizes = read_llama_config(directory)
