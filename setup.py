@@ -86,6 +86,7 @@ setup(
             "types-docutils>=0.21",
             "types-setuptools>=75",
         ],
+        "evaluate": ["lm-eval[hf]>=0.4.9"],
         "wandb": ["wandb>=0.19"],
     },
 )

@@ -24,8 +24,6 @@ from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
 
 if TYPE_CHECKING:
-    import torch
-
     from model.decoding.chain import ChainDecoder
     from model.decoding.generation import Generation, Piece
     from model.decoding.sampling import Sampling
@@ -36,8 +34,6 @@ EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 _COMPARE_ROUNDS = 2
-# Below this, threads wait for one another longer than they compute, far longer on a busy machine.
-_ONE_THREAD_PARAMETERS = 30_000_000
 
 
 class Run(NamedTuple):
@@ -111,14 +107,14 @@ def _generate(options: argparse.Namespace) -> int:
     heads = _heads(options.heads, read_any_record(options.directory).future_tokens)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.hugging_face.loading import DTYPES
-    from model.inference.loading import load_network
+    from model.inference.loading import choose_device, limit_threads, load_network
 
-    device = _device(options.device)
+    device = choose_device(options.device)
     dtype = DTYPES[options.dtype] if options.dtype else None
     loaded = load_network(options.directory, dtype, device)
     begin = first_token(options.directory, loaded.record.description.model.vocab_size)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
-    _limit_threads(loaded, device)
+    limit_threads(loaded.network)
     counts = [1, heads] if options.compare else [heads]
     # The first run on a machine pays for what is set up once; the faster of two is reported.
     rounds = [
@@ -132,19 +128,6 @@ def _generate(options: argparse.Namespace) -> int:
         if options.stats:
             print(*(f"  {line}" for line in run.statistics()), sep="\n")
     return _print_comparison(*runs) if options.compare else 0
-
-
-def _device(wanted: str) -> "torch.device":
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "--device cuda, but this process sees no CUDA device; check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES or use --device cpu"
-        )
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
 
 
 def _heads(wanted: int | None, available: int) -> int:
@@ -201,16 +184,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _limit_threads(loaded: "LoadedNetwork", device: "torch.device") -> None:
-    import torch
-
-    if (
-        device.type == "cpu"
-        and loaded.record.description.model.num_parameters() < _ONE_THREAD_PARAMETERS
-    ):
-        torch.set_num_threads(1)
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":

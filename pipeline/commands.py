@@ -53,6 +53,7 @@ COMMANDS = {
     "train": Command("pretrain, or resume from a checkpoint", ("pipeline.train",), "run"),
     "export": Command("write a checkpoint as a Hugging Face model", ("pipeline.export",)),
     "generate": Command("generate text from an export", ("model.generate",)),
+    "evaluate": Command("measure what a model is worth", ("pipeline.evaluate",)),
     "quickstart": Command("run everything once, in minutes", ("pipeline.quickstart",)),
 }
 

@@ -23,6 +23,8 @@ ROOMS = {
         "engine",
         "reporting",
         "exporting",
+        "sandbox",
+        "evaluating",
     ),
 }
 ABSENT_ON_A_CPU = ("triton", "flash_attn", "transformer_engine", "liger_kernel", "apex", "wandb")

@@ -86,7 +86,7 @@ def open_export(directory: Path) -> Iterator[OpenExport]:
     record = read_any_record(directory)
     verify_files(directory, record)
     config = record.description.model
-    tokenizer = _load_tokenizer(directory, config)
+    tokenizer = load_tokenizer(directory, config.vocab_size)
     if not record.files:
         yield OpenExport(record, tokenizer, _saved_tensors(directory, config))
         return
@@ -124,7 +124,12 @@ def _saved_tensors(directory: Path, config: ModelConfig) -> Callable[[str], Tens
     return folder.tensor
 
 
-def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizers.Tokenizer:
+def load_tokenizer(directory: Path, vocab_size: int) -> tokenizers.Tokenizer:
+    """The tokenizer of an export or of a Llama's folder.
+
+    Raises:
+        CheckpointError: there is none, or it gives ids that the model does not have.
+    """
     path = directory / TOKENIZER_NAME
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(read_bounded(path, _TOKENIZER_BYTES))
@@ -133,9 +138,9 @@ def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizers.Tokenize
             f"{path} is not a tokenizer.json ({reason(error)}); export again"
         ) from error
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if largest >= config.vocab_size:
+    if largest >= vocab_size:
         raise CheckpointError(
-            f"{path} gives ids up to {largest}, the model has {config.vocab_size} tokens; "
+            f"{path} gives ids up to {largest}, the model has {vocab_size} tokens; "
             "put the tokenizer that the model was trained with there and export again"
         )
     tokenizer.encode_special_tokens = True
