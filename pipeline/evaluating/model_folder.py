@@ -60,7 +60,8 @@ def open_model(directory: Path, dtype: str | None, device: torch.device) -> Eval
         ConfigError: it is not a model that can be run here.
     """
     wanted = DTYPES[dtype] if dtype else None
-    if (directory / RECORD_NAME).is_file():
+    # Without a record, but with heads: saved by transformers.
+    if (directory / RECORD_NAME).is_file() or LlamaFolder(directory).heads > 1:
         loaded = load_network(directory, wanted, device)
         description = loaded.record.description
         begin = first_token(directory, description.model.vocab_size)
