@@ -90,6 +90,7 @@ setup(
             "types-setuptools>=75",
         ],
         "serve": SERVE,
+        "evaluate": ["lm-eval[hf]>=0.4.9"],
         "wandb": ["wandb>=0.19"],
     },
 )

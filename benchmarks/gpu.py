@@ -51,6 +51,7 @@ def points(piece: str, size: str) -> list[Point]:
         "checkpointing": [replace(base, checkpointing=mode) for mode in ("selective", "full")],
         "attention": [replace(base, attention=name) for name in ("cudnn", "flash", "efficient")],
         "chunk": [replace(base, chunk=tokens) for tokens in (1024, 2048, 8192)],
+        "compile": [replace(base, compiled=compiled) for compiled in (True, False)],
         "documents": [replace(base, documents=True)],
     }[piece]
     if size == "tiny":
@@ -314,6 +315,7 @@ PIECES: dict[str, Callable[[str, str, Budget, Found, Keep], None]] = {
     "memory": _train("memory"),
     "zero": _train("zero"),
     "attention": _train("attention"),
+    "compile": _train("compile"),
     "chunk": _train("chunk"),
     "joint": _train("joint"),
     "checkpointing": _train("checkpointing"),

@@ -30,6 +30,7 @@ class Point:
         backward: of the heads.
         attention: kernel.
         chunk: tokens whose logits exist at once; 0 = auto.
+        compiled: whether torch.compile makes the kernels of norms and activations.
         documents: whether documents are kept apart.
         steps: that are timed, after two that warm up.
     """
@@ -45,6 +46,7 @@ class Point:
     backward: str = "sequential"
     attention: str = "auto"
     chunk: int = 0
+    compiled: bool = False
     documents: bool = False
     steps: int = 3
 
@@ -73,6 +75,7 @@ class Point:
                 "activation_checkpointing": self.checkpointing,
                 "head_backward": self.backward,
                 "attention": self.attention,
+                "compile": self.compiled,
                 "loss_chunk_tokens": self.chunk or "auto",
             },
             "optimizer": {"learning_rate": 1e-4},

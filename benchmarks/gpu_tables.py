@@ -35,9 +35,9 @@ def tables(results: dict[str, Found], device: str) -> str:
         lines = [
             f"*{name}*",
             "",
-            "| size | n | ZeRO | micro-batch | recomputation | backward | attention | V | chunk "
-            "| documents | tokens/s | MFU | peak, GiB |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| size | n | ZeRO | micro-batch | recomputation | backward | attention | compiled | V "
+            "| chunk | documents | tokens/s | MFU | peak, GiB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_row(row) for row in rows]
         parts.append("\n".join(lines))
@@ -62,7 +62,8 @@ def tables(results: dict[str, Found], device: str) -> str:
 
 def _row(row: Found) -> str:
     cells = [row["size"], row["heads"], row["zero"], f"{row['micro']} x {row['sequence']}"]
-    cells += [row["checkpointing"], row["backward"], row["attention"], row["vocabulary"]]
+    cells += [row["checkpointing"], row["backward"], row["attention"]]
+    cells += ["yes" if row["compiled"] else "-", row["vocabulary"]]
     cells += [row["chunk"] or "auto", "apart" if row["documents"] else "-"]
     if "error" in row:
         cells += [row["error"].replace("|", "/"), "", ""]

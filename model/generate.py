@@ -23,7 +23,7 @@ from model.generate_options import (
     read_prompt,
 )
 from model.hugging_face.config import first_token
-from model.hugging_face.folder import read_record
+from model.hugging_face.saved_folder import read_any_record
 
 if TYPE_CHECKING:
     from model.decoding.batch import Piece
@@ -110,12 +110,11 @@ def _generate(options: argparse.Namespace) -> int:
     if options.prompt_file is not None:
         options.prompt.append(read_prompt(options.prompt_file))
     check_stream(options)
-    heads = choose_number(options.heads, read_record(options.directory).future_tokens)
+    heads = choose_number(options.heads, read_any_record(options.directory).future_tokens)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.decoding.head_choice import automatic_heads
     from model.hugging_face.loading import DTYPES
-    from model.inference.loading import load_drafter, load_network
-    from model.inference.machine import choose_device, limit_threads
+    from model.inference.loading import choose_device, limit_threads, load_drafter, load_network
 
     device = choose_device(options.device)
     dtype = DTYPES[options.dtype] if options.dtype else None
@@ -124,7 +123,7 @@ def _generate(options: argparse.Namespace) -> int:
     begin = first_token(options.directory, model.vocab_size)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
-    limit_threads(model, device)
+    limit_threads(loaded.network)
     if options.heads == AUTO:
         sizes = [len(prompts)]
         heads = automatic_heads(options.directory, loaded.network, sizes, _note).most

@@ -14,7 +14,7 @@ from foundation.shown_text import printable, told
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import AUTO, HEADS_HELP, choose_number, heads_option
 from model.hugging_face.config import first_token
-from model.hugging_face.folder import read_record
+from model.hugging_face.saved_folder import read_any_record
 
 if TYPE_CHECKING:
     from model.serving.app import Served
@@ -116,7 +116,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    heads = choose_number(options.heads, read_record(options.directory).future_tokens)
+    heads = choose_number(options.heads, read_any_record(options.directory).future_tokens)
     try:
         # Here, so that --help and mistakes do not wait for torch.
         from model.serving.running import Server, address, listen
@@ -142,8 +142,7 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
     from model.decoding.chain import ChainDecoder
     from model.decoding.head_choice import HeadChoice, automatic_heads
     from model.hugging_face.loading import DTYPES
-    from model.inference.loading import load_network
-    from model.inference.machine import choose_device, limit_threads
+    from model.inference.loading import choose_device, limit_threads, load_network
     from model.serving.app import Served
     from model.serving.bodies import Limits
     from model.serving.engine import Engine
@@ -154,7 +153,7 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
     dtype = DTYPES[options.dtype] if options.dtype else None
     loaded = load_network(options.directory, dtype, device)
     description = loaded.record.description
-    limit_threads(description.model, device)
+    limit_threads(loaded.network)
     positions = options.max_model_len or description.sequence_length
     if positions > description.sequence_length:
         _note(

@@ -54,6 +54,7 @@ COMMANDS = {
     "export": Command("write a checkpoint as a Hugging Face model", ("pipeline.export",)),
     "generate": Command("generate text from an export", ("model.generate",)),
     "serve": Command("serve an export over HTTP, like OpenAI's API", ("model.serve",)),
+    "evaluate": Command("measure what a model is worth", ("pipeline.evaluate",)),
     "quickstart": Command("run everything once, in minutes", ("pipeline.quickstart",)),
 }
 

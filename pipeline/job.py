@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from typing import NamedTuple
 
@@ -12,12 +13,12 @@ from data_prep.errors import DataError
 from data_prep.loading.data_summary import summarize
 from data_prep.loading.loader import TokenLoader
 from data_prep.shards.shard_set import ShardSet
-from model.errors import ConfigError
+from model.errors import ConfigError, TrainingError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.resume_point import ResumePoint, find_resume_point
 from pipeline.checkpoint.saving import Saver
-from pipeline.checkpoint.train_state import Layout, TrainState
+from pipeline.checkpoint.train_state import Layout, Rollback, TrainState
 from pipeline.config.changes import Change, config_changes
 from pipeline.config.run_config import Device, Precision, RunConfig, to_yaml
 from pipeline.data.mixture_plan import plan_mixture
@@ -40,6 +41,9 @@ from pipeline.distributed.watchdog import Watchdog
 from pipeline.engine.build import build_engine
 from pipeline.engine.engine import Engine
 from pipeline.engine.init_from import imported_identity, imported_weights
+from pipeline.guard.policy import GoBack
+from pipeline.guard.progress import Progress
+from pipeline.guard.stall import StallWatch
 from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
 from pipeline.reporting.run_summary import summarize_run
@@ -48,6 +52,9 @@ from pipeline.stages.plan import plan_text
 from pipeline.trainer import Collaborators, Trainer
 
 logger = logging.getLogger(__name__)
+
+# Starting and the first of its kind have no bound to learn from: a model may be read for long.
+_UNKNOWN_PHASES = 6
 
 
 class Data(NamedTuple):
@@ -96,6 +103,10 @@ class Job:
         self._lease = Lease(config.run.dir, os.environ, lost=self._abort)
         self._stop = StopRequest()
         self._watchdog: Watchdog | None = None
+        self._progress = Progress(
+            least_s=config.train.stall_timeout_s, unknown_s=_UNKNOWN_PHASES * config.train.timeout_s
+        )
+        self._stall_watch: StallWatch | None = None
         self._engine: Engine | None = None
         self._state: TrainState | None = None
         self._changes: list[Change] = []
@@ -119,13 +130,17 @@ class Job:
         """All that happens while this job holds the run's folder."""
         data = self._open_data(topology)
         engine, state = self._restore(topology, data)
-        trainer = self._wire(topology, data, engine, state)
-        try:
-            stopped_by = trainer.fit()
-        finally:
-            trainer.parts.metrics.close()
-        self._leave(state, stopped_by)
-        return stopped_by
+        while True:
+            trainer = self._wire(topology, data, engine, state)
+            try:
+                stopped_by = trainer.fit()
+            except GoBack as wish:
+                state = self._go_back(topology, data, engine, state, wish)
+            else:
+                self._leave(state, stopped_by)
+                return stopped_by
+            finally:
+                trainer.parts.metrics.close()
 
     def _join(self) -> Topology:
         """Meet the other ranks; from here on a rank that is gone is noticed."""
@@ -157,6 +172,13 @@ class Job:
             waiting_for=self._waiting_for,
             abort=self._abort,
         )
+        self._stall_watch = StallWatch(
+            topology,
+            self._progress,
+            host=socket.gethostname(),
+            run_dir=config.run.dir,
+            abort=self._abort,
+        )
         self._lease.acquire()
         return topology
 
@@ -181,19 +203,56 @@ class Job:
         engine = self._engine = build_engine(config, topology, self.precision, imported)
         state = fresh
         if point is not None:
-            engine.load(point.weights)
-            state = point.state_now(fresh)
+            state = self._load(engine, point, fresh)
             self._changes = config_changes(point.config, config)
-            self._checkpoints.set_aside_after(state.step)
+        self._begin_at(state, data)
+        if topology.is_main:
+            self._announce(state, point, describe_samples(config, data.training, state))
+        return engine, state
+
+    def _load(self, engine: Engine, point: ResumePoint, fresh: TrainState) -> TrainState:
+        """Put the engine where a checkpoint was; the progress it had."""
+        engine.load(point.weights)
+        state = point.state_now(fresh)
+        self._checkpoints.set_aside_after(state.step)
+        return state
+
+    def _begin_at(self, state: TrainState, data: Data) -> None:
+        """Let the data go on from here."""
         self._state = state
-        mixture = plan_mixture(data.training, weight_phases(config, data.training), state)
+        mixture = plan_mixture(data.training, weight_phases(self.config, data.training), state)
         if mixture is not None:
             data.training.mixture = mixture
             state.mixture = list(mixture.segments)
             state.samples_by_source = mixture.counts(state.next_sample)
-        if topology.is_main:
-            self._announce(state, point, describe_samples(config, data.training, state))
-        return engine, state
+
+    def _go_back(
+        self, topology: Topology, data: Data, engine: Engine, left: TrainState, wish: GoBack
+    ) -> TrainState:
+        """Put everything where the last checkpoint was; the batches since then are left out."""
+        fresh = self._new_state(data.shards, topology)
+        point = find_resume_point(self._checkpoints, "auto", self.config, fresh)
+        if point is None:
+            raise TrainingError(
+                f"{wish}, and the checkpoint to go back to is gone from "
+                f"{self._checkpoints.directory}; start the run again with --resume PATH"
+            )
+        state = self._load(engine, point, fresh)
+        batches = (state.batches + 1, wish.last_batch)
+        rollback = Rollback(step=wish.step, batches=batches, reason=wish.reason)
+        # The checkpoint does not know of those since it was saved.
+        state.rollbacks = [*left.rollbacks, rollback]
+        self._begin_at(state, data)
+        logger.warning(
+            "rolled back from step %d to step %d: %s; batches %d to %d are left out",
+            wish.step,
+            state.step,
+            wish.reason,
+            *batches,
+        )
+        then, now = ([list(r.batches) for r in s.rollbacks] for s in (left, state))
+        self._changes = [Change("rollbacks", then, now, f"batches left out: {wish}")]
+        return state
 
     def _wire(self, topology: Topology, data: Data, engine: Engine, state: TrainState) -> Trainer:
         """The loop, with everything that it drives."""
@@ -221,6 +280,7 @@ class Job:
                 ),
                 throughput=Throughput(config, topology),
                 stop=self._stop,
+                progress=self._progress,
             ),
         )
 
@@ -239,6 +299,8 @@ class Job:
                 "again to go on",
                 EXIT_STOPPED,
             )
+        if self._stall_watch is not None:
+            self._stall_watch.close()
         if self._watchdog is not None:
             self._watchdog.close()
         dist.barrier()

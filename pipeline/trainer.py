@@ -13,7 +13,6 @@ from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
 from pipeline.data.batch_order import (
-    BatchPosition,
     StepBatches,
     batch_positions,
     read_steps,
@@ -24,6 +23,8 @@ from pipeline.distributed.agreement import RankFlags
 from pipeline.distributed.signals import StopRequest
 from pipeline.engine.engine import Engine, StepResult
 from pipeline.engine.schedule import learning_rate
+from pipeline.guard.policy import GoBack, Guard
+from pipeline.guard.progress import Progress
 from pipeline.reporting.metrics import MetricsLog, Record
 from pipeline.reporting.throughput import Throughput
 
@@ -41,6 +42,7 @@ class Collaborators(NamedTuple):
         metrics: where figures go.
         throughput: times steps and measures memory.
         stop: signals, agreed over ranks.
+        progress: told what is being done.
     """
 
     engine: Engine
@@ -50,6 +52,7 @@ class Collaborators(NamedTuple):
     metrics: MetricsLog
     throughput: Throughput
     stop: StopRequest
+    progress: Progress
 
 
 class Trainer:
@@ -65,7 +68,7 @@ class Trainer:
         self.config = config
         self.state = state
         self.parts = parts
-        self._skipped_in_a_row = 0
+        self._guard = Guard(config.train, state)
 
     def fit(self) -> str | None:
         """Train to the last step.
@@ -74,19 +77,21 @@ class Trainer:
             The name of the signal that stopped the run before its last step, or None.
 
         Raises:
-            TrainingError: too many steps in a row had gradients that were not finite.
+            TrainingError: bad steps end the run, see `pipeline.guard`.
+            GoBack: the run is to go on from its last checkpoint.
             CheckpointError: the last save failed, or any with `checkpoint.on_error: stop`.
         """
         stopped_by = None
         try:
             with closing(self._read_steps()) as steps:
                 while self.state.step < self.config.last_step and stopped_by is None:
+                    self.parts.progress.enter("step")
                     result = self._step(next(steps))
                     evaluation = self._evaluate_if_due()
                     self._record(result, evaluation)
                     self._save_if_due(result)
                     stopped_by = result.agreed.signal
-        except TrainingError:
+        except (TrainingError, GoBack):
             self.parts.saver.finish("the run ends")  # what was begun before still counts
             raise
         self._save_last()
@@ -99,7 +104,10 @@ class Trainer:
             batches_behind=self.state.batches,
             next_sample=self.state.next_sample,
             batch_samples=self.parts.loader.global_batch_size,
-            skip=self.config.data.skip_batches,
+            skip=(
+                *self.config.data.skip_batches,
+                *(rollback.batches for rollback in self.state.rollbacks),
+            ),
         )
         steps = read_steps(self.parts.loader, positions, self.config.data.prefetch_steps)
         return batches_on(self.parts.engine.topology.device, steps)
@@ -109,20 +117,26 @@ class Trainer:
         position = batches.position
         if position.skipped:
             logger.info(
-                "batches %d to %d skipped, as data.skip_batches says",
+                "batches %d to %d skipped, as data.skip_batches or a rollback says",
                 position.batch - position.skipped,
                 position.batch - 1,
             )
         rate = self._learning_rate(self.state.step + 1)
         self.parts.throughput.start()
-        result = self.parts.engine.train_step(batches.micro_batches, rate, self._flags)
+        limit = self._guard.loss_limit
+        result = self.parts.engine.train_step(batches.micro_batches, rate, self._flags, limit)
         self.parts.throughput.stop()
         self.state.advance(
             samples=self.parts.loader.global_batch_size,
             applied=result.applied,
             skipped_batches=position.skipped,
         )
-        self._check_skips(result, position)
+        loss = functools.partial(self._loss, result)
+        if result.applied:
+            self._guard.taken(loss)
+        else:
+            can_go_back = self.parts.saver.saved_step is not None
+            self._guard.left_out(loss(), limit, position, can_go_back=can_go_back)
         return result
 
     def _flags(self) -> RankFlags:
@@ -137,27 +151,10 @@ class Trainer:
             total_steps=self.config.train.steps,
         )
 
-    def _check_skips(self, result: StepResult, position: BatchPosition) -> None:
-        """Say which step was left out, and give up when it does not stop."""
-        if result.applied:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_in_a_row += 1
-        limit = self.config.train.max_skipped_steps
-        logger.warning(
-            "step %d skipped: loss or gradients are not finite (batch %d, samples %d to %d); "
-            "weights and optimizer are unchanged",
-            self.state.step,
-            position.batch,
-            position.first_sample,
-            self.state.next_sample - 1,
-        )
-        if self._skipped_in_a_row > limit:
-            raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row had gradients that are not finite, more "
-                f"than train.max_skipped_steps={limit}; lower optimizer.learning_rate, or resume "
-                "from an earlier checkpoint"
-            )
+    def _loss(self, result: StepResult) -> float:
+        """The weighted loss of a step."""
+        losses, weights = result.head_losses.tolist(), self.config.model.loss_weights
+        return sum(w * loss for w, loss in zip(weights, losses, strict=True))
 
     def _record(self, result: StepResult, evaluation: Record) -> None:
         """Write this step's figures when they are due, with those of an evaluation if any."""
@@ -166,11 +163,10 @@ class Trainer:
         if not (due or evaluation or not result.applied):
             return
         losses = result.head_losses.tolist()
-        weights = options.model.loss_weights
         record: Record = {
             "step": step,
             "tokens": self.state.tokens,
-            "loss": sum(w * loss for w, loss in zip(weights, losses, strict=True)),
+            "loss": self._loss(result),
             **{f"loss_head_{k}": loss for k, loss in enumerate(losses, start=1)},
             "grad_norm": result.grad_norm,
             "learning_rate": self._learning_rate(step),
@@ -182,6 +178,8 @@ class Trainer:
             record["stage_idle_fraction"] = idle
         if not result.applied:
             record["skipped"] = 1
+        if self.state.rollbacks:
+            record["rollbacks"] = len(self.state.rollbacks)
         self.parts.metrics.write(record | evaluation)
 
     @property
@@ -208,6 +206,7 @@ class Trainer:
         due = self.state.step % (self.config.eval.every_steps or 1) == 0 or self._is_last_planned
         if self.parts.validation is None or not due:
             return {}
+        self.parts.progress.enter("evaluation")
         result = self.parts.engine.evaluate(self.parts.validation)
         weights = self.config.model.loss_weights
         losses = result.head_losses
@@ -224,6 +223,7 @@ class Trainer:
         self.parts.saver.advance(all_done=result.agreed.save_done)
         every = self.config.checkpoint.every_steps
         if every and self.state.step % every == 0:
+            self.parts.progress.enter("save")
             self._begin_save(asynchronous=self.config.checkpoint.asynchronous)
 
     def _begin_save(self, *, asynchronous: bool, last: bool = False) -> None:
@@ -247,6 +247,7 @@ class Trainer:
             CheckpointError: it cannot be saved.
         """
         saver = self.parts.saver
+        self.parts.progress.enter("save")
         saver.finish("the run ends")
         if saver.saved_step != self.state.step:
             self._begin_save(asynchronous=False, last=True)

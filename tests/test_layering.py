@@ -19,9 +19,12 @@ ROOMS = {
         "config",
         "checkpoint",
         "data",
+        "guard",
         "engine",
         "reporting",
         "exporting",
+        "sandbox",
+        "evaluating",
     ),
 }
 ABSENT_ON_A_CPU = ("triton", "flash_attn", "transformer_engine", "liger_kernel", "apex", "wandb")

@@ -24,19 +24,24 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "pipeline": Room(480, 0, "pipeline/", "train  job  trainer\nexport inspect report quickstart"),
-    "pipeline.reporting": Room(620, 1.65, "reporting/", "metrics, logs,\nsummaries"),
+    "pipeline": Room(
+        480, 0, "pipeline/", "train  job  trainer  export\ninspect report evaluate quickstart"
+    ),
+    "pipeline.evaluating": Room(560, 2.2, "evaluating/", "loss, tokens per\nforward, pass@k"),
+    "pipeline.sandbox": Room(500, 6.5, "sandbox/", "programs nobody\nhas read"),
+    "pipeline.reporting": Room(710, 1.5, "reporting/", "metrics, logs,\nsummaries"),
     "pipeline.exporting": Room(925, 1.0, "exporting/", "a checkpoint to\na Llama folder"),
-    "pipeline.data": Room(200, 2.4, "data/", "samples of a run,\nbatch order"),
+    "pipeline.data": Room(180, 2.4, "data/", "samples of a run,\nbatch order"),
+    "pipeline.guard": Room(85, 1.3, "guard/", "bad steps and\nwhat follows"),
     "pipeline.engine": Room(830, 2.75, "engine/", "a step, around\nDeepSpeed"),
-    "pipeline.checkpoint": Room(440, 3.6, "checkpoint/", "saved, verified,\nfound, kept"),
-    "pipeline.config": Room(440, 4.65, "config/", "one YAML file,\ntyped"),
-    "pipeline.stages": Room(390, 5.7, "stages/", "pipeline plan,\n1F1B, transfers"),
-    "pipeline.distributed": Room(740, 6.2, "distributed/", "ranks, agreement,\nwatchdog"),
+    "pipeline.checkpoint": Room(330, 3.6, "checkpoint/", "saved, verified,\nfound, kept"),
+    "pipeline.config": Room(330, 4.65, "config/", "one YAML file,\ntyped"),
+    "pipeline.stages": Room(330, 5.7, "stages/", "pipeline plan,\n1F1B, transfers"),
+    "pipeline.distributed": Room(782, 6.2, "distributed/", "ranks, agreement,\nwatchdog"),
     "data_prep": Room(250, 8, "data_prep/", "shard  verify  inspect\nreport  export_megatron"),
     "data_prep.building": Room(110, 9.1, "building/", "a job, its units,\nthe commit"),
     "data_prep.workers": Room(110, 10.2, "workers/", "processes, MPI,\narray tasks"),
-    "data_prep.loading": Room(390, 9.6, "loading/", "order, mixture,\nbatches"),
+    "data_prep.loading": Room(415, 9.6, "loading/", "order, mixture,\nbatches"),
     "data_prep.shards": Room(250, 11.3, "shards/", "Arrow files,\nmanifest"),
     "data_prep.inputs": Room(160, 12.4, "inputs/", "files to\nrecords"),
     "data_prep.tokenization": Room(340, 12.4, "tokenization/", "text to\ntokens"),

@@ -4,7 +4,8 @@
     embed_tokens, norm, lm_head         embedding, final norm, unembedding
     layers 0 .. N-2                     trunk layers 0 .. N-2
     layer N-1, the last one             head 1
-    extra_heads.k (Headway exports)     head k, as many as the folder has
+    extra_heads.k                       head k, as many as the folder has: an export, or what
+                                        transformers saved of one
                                         further heads: copies of layer N-1, or fresh ones
 
 So a Llama of N layers starts a run of N - 1 + n layers. Tensors are read one at a time, each rank
@@ -12,7 +13,7 @@ keeps its tensor-parallel slice. Of a vocabulary larger than the file's the last
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ NewHeads = Literal["copy", "fresh"]
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # buffers that older files carry along
+_OF_A_HEAD = re.compile(rf"{EXTRA_HEADS}\.(\d{{1,9}})\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -52,7 +54,7 @@ class LlamaFolder:
     Attributes:
         directory: the folder.
         sizes: what its config.json says.
-        heads: how many heads it holds; 1 unless it is a Headway export.
+        heads: how many heads it holds; 1 unless it is a Headway export, or was one.
 
     Raises:
         ConfigError: it is not a Llama that can be imported.
@@ -62,18 +64,19 @@ class LlamaFolder:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.sizes = read_llama_config(directory)
-        self.heads = 1
         if self.sizes.layers < 2:
             raise ConfigError(
                 f"{directory} has 1 layer, which becomes head 1 and leaves no trunk; give a model "
                 "of at least 2 layers"
             )
         files = _model_files(directory)
+        heads = None
         if (directory / RECORD_NAME).is_file():
             record = read_record(directory)
-            self.heads = record.future_tokens
+            heads = record.future_tokens
             files += [directory / name for name in record.files if name.startswith(EXTRA_HEADS)]
         self._files = {name: path for path in files for name in _tensor_names(path)}
+        self.heads = heads or _last_head(self._files)
 
     @property
     def trunk_layers(self) -> int:
@@ -231,6 +234,12 @@ class ImportedWeights:
         rows = stored[start : start + fresh.shape[0]]
         fresh[: rows.shape[0]] = rows.to(fresh.dtype)
         return fresh
+
+
+def _last_head(names: Iterable[str]) -> int:
+    """The number of the last head that has a tensor of its own; 1 where none has."""
+    found = (_OF_A_HEAD.match(name) for name in names)
+    return max((int(match[1]) for match in found if match), default=1)
 
 
 def _model_files(directory: Path) -> list[Path]:

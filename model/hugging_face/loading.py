@@ -14,8 +14,10 @@ from foundation.bounded_files import read_bounded
 from foundation.shown_text import reason
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord, read_record, verify_files
+from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord, verify_files
+from model.hugging_face.importing import LlamaFolder
 from model.hugging_face.names import hf_names, hf_shapes, join
+from model.hugging_face.saved_folder import read_any_record
 from model.hugging_face.stored_tensors import open_tensors
 from model.parameter_shapes import head_of, parameter_shapes
 
@@ -75,15 +77,19 @@ def load_export(directory: Path, dtype: torch.dtype | None = None) -> LoadedExpo
 
 @contextmanager
 def open_export(directory: Path) -> Iterator[OpenExport]:
-    """Verify an export and open its files.
+    """Verify an export and open its files; or a folder that transformers saved, all heads in it.
 
     Raises:
         CheckpointError: a file, a head or a tensor is missing, or one is damaged.
+        ConfigError: it was saved by transformers, and its sizes are not those of its config.json.
     """
-    record = read_record(directory)
+    record = read_any_record(directory)
     verify_files(directory, record)
     config = record.description.model
-    tokenizer = _load_tokenizer(directory, config)
+    tokenizer = load_tokenizer(directory, config.vocab_size)
+    if not record.files:
+        yield OpenExport(record, tokenizer, _saved_tensors(directory, config))
+        return
     with ExitStack() as stack:
         files = _open_tensors(directory, record, stack)
         _check_shapes(directory, config, files)  # before room is made for what they may not be
@@ -106,7 +112,24 @@ def build_model(
     return model
 
 
-def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizers.Tokenizer:
+def _saved_tensors(directory: Path, config: ModelConfig) -> Callable[[str], Tensor]:
+    """Reads the tensors of a folder that transformers saved, once all are known to be there."""
+    folder = LlamaFolder(directory)
+    if folder.heads < config.future_tokens:
+        raise CheckpointError(
+            f"{directory} has {folder.heads} of the {config.future_tokens} heads that its "
+            "config.json names; load the model with trust_remote_code=True before it is saved"
+        )
+    folder.check(config)
+    return folder.tensor
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> tokenizers.Tokenizer:
+    """The tokenizer of an export or of a Llama's folder.
+
+    Raises:
+        CheckpointError: there is none, or it gives ids that the model does not have.
+    """
     path = directory / TOKENIZER_NAME
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(read_bounded(path, TOKENIZER_BYTES))
@@ -115,9 +138,9 @@ def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizers.Tokenize
             f"{path} is not a tokenizer.json ({reason(error)}); export again"
         ) from error
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if largest >= config.vocab_size:
+    if largest >= vocab_size:
         raise CheckpointError(
-            f"{path} gives ids up to {largest}, the model has {config.vocab_size} tokens; "
+            f"{path} gives ids up to {largest}, the model has {vocab_size} tokens; "
             "put the tokenizer that the model was trained with there and export again"
         )
     tokenizer.encode_special_tokens = True

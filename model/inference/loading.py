@@ -16,6 +16,9 @@ from model.hugging_face.importing import LlamaFolder
 from model.hugging_face.loading import DTYPES, TOKENIZER_BYTES, open_export
 from model.inference.network import Network
 
+# Below this, threads wait for one another longer than they compute, far longer on a busy machine.
+_ONE_THREAD_PARAMETERS = 30_000_000
+
 
 class LoadedNetwork(NamedTuple):
     """An export, ready to decode with.
@@ -98,3 +101,26 @@ def _check_tokenizer(directory: Path, tokenizer: tokenizers.Tokenizer) -> None:
             f"--draft-model {directory} has another tokenizer than the model, so its drafts would "
             "be other texts; give a draft model with the same one"
         )
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that an option `--device auto|cpu|cuda` stands for.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda, but this process sees no CUDA device; check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES or use --device cpu"
+        )
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def limit_threads(network: Network) -> None:
+    """Let a small model decode on one thread of the CPU, from here to the end of the process."""
+    small = network.config.num_parameters() < _ONE_THREAD_PARAMETERS
+    if network.device.type == "cpu" and small:
+        torch.set_num_threads(1)

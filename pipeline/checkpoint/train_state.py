@@ -37,6 +37,22 @@ class Layout(BaseModel):
     precision: Text
 
 
+class Rollback(BaseModel):
+    """A return to a checkpoint.
+
+    Attributes:
+        step: the step that was not taken and led to it.
+        batches: first and last batch that are left out since.
+        reason: why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: Count
+    batches: tuple[Count, Count]
+    reason: Text
+
+
 class TrainState(BaseModel):
     """Progress of a run; the same on all ranks.
 
@@ -49,7 +65,9 @@ class TrainState(BaseModel):
         data_seed: seed of the order that `next_sample` counts in.
         sequence_length: length of the sequences that `next_sample` counts.
         packing: how those sequences are cut.
-        skipped_batches: batches jumped over by data.skip_batches.
+        skipped_batches: batches jumped over by data.skip_batches and after rollbacks.
+        rollbacks: returns to a checkpoint, oldest first.
+        recent_losses: of the last steps, newest last; kept if train.on_spike needs them.
         mixture: shares of the sources, from the first sample on; empty with one source.
         samples_by_source: samples of each source before `next_sample`, skipped ones included.
         data: what the training split is, to tell another one from it.
@@ -71,6 +89,8 @@ class TrainState(BaseModel):
     skipped_batches: Count = 0
     mixture: list[MixtureSegment] = []
     samples_by_source: dict[Text, Count] = {}
+    rollbacks: list[Rollback] = []
+    recent_losses: list[float] = []
     data: DataSummary | None = None
     layout: Layout
     eval_loss: float | None = None

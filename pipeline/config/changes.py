@@ -12,6 +12,7 @@ _SCHEDULE = "the learning rate of every later step"
 _STEP_SIZE = "samples and tokens of every later step"
 _SUMS = "sums in another order: losses may differ in their last digits"
 _SPEED = "speed and memory, not the result"
+_BAD_STEPS = "which later steps are not taken, and what follows"
 _VALIDATION = "validation losses before and after are of other sequences"
 
 # The effect of a key, else that of its section.
@@ -34,6 +35,7 @@ _EFFECTS = {
     "parallel": _SUMS,
     "parallel.reduce_bucket_size": _SUMS,
     "parallel.reduce_precision": "rounding of the gradients of every later step",
+    "parallel.zero_hpz_partition_size": _SPEED,
     "batch": _STEP_SIZE,
     "train": _NEXT_STEP,
     "train.steps": _SCHEDULE + "; the schedule is this long",
@@ -43,12 +45,19 @@ _EFFECTS = {
     "train.head_backward": _SUMS,
     "train.activation_checkpointing": _SPEED,
     "train.attention": _SUMS,
+    "train.compile": _SUMS,
     "train.loss_chunk_tokens": _SUMS,
     "train.transformer_engine": _SUMS,
     "train.deterministic": _SUMS,
     "train.timeout_s": _NOT_TRAINING,
     "train.heartbeat_timeout_s": _NOT_TRAINING,
+    "train.stall_timeout_s": _NOT_TRAINING,
     "train.max_skipped_steps": "when the run gives up",
+    "train.on_nonfinite": _BAD_STEPS,
+    "train.on_spike": _BAD_STEPS,
+    "train.spike_sigmas": _BAD_STEPS,
+    "train.spike_window": _BAD_STEPS,
+    "train.max_rollbacks": "when the run gives up",
     "train.init_from": _NONE_AFTER_START,
     "train.init_heads": _NONE_AFTER_START,
     "optimizer": _NEXT_STEP,

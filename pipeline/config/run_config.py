@@ -1,10 +1,10 @@
-"""The configuration of a run: typed sections, the rules between them, and the file they come from.
+"""The configuration of a run: its sections, and the file they come from.
 
 One YAML file is one run. Values are never changed after they were read; what depends on the machine
 (device, precision, data-parallel size) is a function of the configuration and of that machine.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +16,7 @@ from model.errors import ConfigError
 from model.part import ModelPart
 from pipeline.config.data_section import DataSection
 from pipeline.config.problems import MOST_PROBLEMS, listed, plain_problems, shown, unknown_key
+from pipeline.config.rules import problems_between
 from pipeline.config.sections import (
     BatchSection,
     CheckpointSection,
@@ -34,7 +35,7 @@ from pipeline.config.versions import (
     leave_out_unknown,
     of_this_version,
 )
-from pipeline.stages.plan import num_stages, plan_problems, stage_plan
+from pipeline.stages.plan import num_stages, stage_plan
 
 # Keys whose value is itself a mapping.
 _MAPPINGS = ("data.weights", "model.rope_scaling")
@@ -60,7 +61,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
-        if problems := _problems_between({name: getattr(self, name) for name in _sections()}):
+        if problems := problems_between({name: getattr(self, name) for name in _sections()}):
             raise ValueError("\n".join(problems))
         return self
 
@@ -88,106 +89,6 @@ class RunConfig(Section):
     def tokens_per_step(self, data_parallel_size: int) -> int:
         """Input tokens of one optimizer step over all ranks."""
         return self.global_batch_size(data_parallel_size) * self.data.sequence_length
-
-
-def _tensor_parallel_problems(model: ModelConfig, parallel: ParallelSection) -> list[str]:
-    smaller = [size for size in model.tensor_parallel_sizes if size < parallel.tensor]
-    listed = " or ".join(str(size) for size in smaller[-3:])
-    return [
-        f"model.{problem}; or set parallel.tensor to {listed}"
-        for problem in model.check_tensor_parallel(parallel.tensor)
-    ]
-
-
-def _window_problems(model: ModelConfig, data: DataSection) -> list[str]:
-    if model.future_tokens < data.sequence_length:
-        return []
-    return [
-        f"data.sequence_length={data.sequence_length} must be greater than model.future_tokens="
-        f"{model.future_tokens}; raise it to at least {model.future_tokens + 1}"
-    ]
-
-
-def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[str]:
-    if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > train.steps:
-        return [
-            f"schedule.decay_steps={schedule.decay_steps} and schedule.warmup_steps="
-            f"{schedule.warmup_steps} take more than train.steps={train.steps}; lower decay_steps "
-            f"to at most {train.steps - schedule.warmup_steps} or raise train.steps"
-        ]
-    return []
-
-
-def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
-    if train.freeze == "none" or model.future_tokens > 1:
-        return []
-    return [
-        "train.freeze=trunk leaves nothing to train with model.future_tokens=1, since head 1 "
-        "belongs to the frozen model; set model.future_tokens to 2 or more, or train.freeze=none"
-    ]
-
-
-def _stage_problems(model: ModelConfig, parallel: ParallelSection) -> list[str]:
-    return plan_problems(parallel.stages, model)
-
-
-def _staged_backward_problems(parallel: ParallelSection, train: TrainSection) -> list[str]:
-    if train.head_backward == "sequential" or num_stages(parallel.stages) == 1:
-        return []
-    return [
-        "train.head_backward=joint is the reference of runs with one stage, and this run has "
-        f"{num_stages(parallel.stages)}; set train.head_backward=sequential or parallel.stages=1"
-    ]
-
-
-def _frozen_stages_problems(parallel: ParallelSection, train: TrainSection) -> list[str]:
-    if train.freeze == "none" or num_stages(parallel.stages) == 1:
-        return []
-    return [
-        f"train.freeze={train.freeze} leaves the trunk's stages nothing to train, and each of the "
-        f"{num_stages(parallel.stages)} stages has an optimizer; set parallel.stages=1"
-    ]
-
-
-def _best_checkpoint_problems(evaluation: EvalSection, checkpoint: CheckpointSection) -> list[str]:
-    if not checkpoint.keep_best:
-        return []
-    best, saves, validations = (
-        f"checkpoint.keep_best={checkpoint.keep_best}",
-        checkpoint.every_steps,
-        evaluation.every_steps,
-    )
-    if not validations:
-        return [
-            f"{best} needs validation losses, and eval.every_steps=0 makes none; set "
-            "eval.every_steps, or keep_best=0"
-        ]
-    if saves % validations:
-        return [
-            f"{best} compares validation losses of saved weights, but steps of "
-            f"checkpoint.every_steps={saves} are not all validated with eval.every_steps="
-            f"{validations}; make every_steps a multiple of it, or set keep_best=0"
-        ]
-    return []
-
-
-def _problems_between(sections: Mapping[str, Any]) -> list[str]:
-    """Broken rules between sections; a rule waits until the sections it needs are sound."""
-    rules: tuple[tuple[Callable[..., list[str]], tuple[str, str]], ...] = (
-        (_tensor_parallel_problems, ("model", "parallel")),
-        (_stage_problems, ("model", "parallel")),
-        (_staged_backward_problems, ("parallel", "train")),
-        (_frozen_stages_problems, ("parallel", "train")),
-        (_window_problems, ("model", "data")),
-        (_schedule_problems, ("train", "schedule")),
-        (_freeze_problems, ("model", "train")),
-        (_best_checkpoint_problems, ("eval", "checkpoint")),
-    )
-    problems = []
-    for rule, needed in rules:
-        if all(name in sections for name in needed):
-            problems += rule(*(sections[name] for name in needed))
-    return problems
 
 
 def _sections() -> dict[str, type[BaseModel]]:
@@ -237,7 +138,7 @@ def load_config(
             sections[name] = kind.model_validate({} if values is None else values)
         except ValidationError as error:
             problems += plain_problems(name, error, keys)
-    problems += _problems_between(sections)
+    problems += problems_between(sections)
     if problems:
         raise ConfigError(f"{path}: {listed(problems)}")
     return RunConfig.model_validate(sections)
@@ -295,7 +196,7 @@ def world_problems(config: RunConfig, world_size: int) -> list[str]:
     tensor, stages = config.parallel.tensor, num_stages(config.parallel.stages)
     copy = tensor * stages  # ranks that hold the model once
     if world_size % copy == 0:
-        return []
+        return _copy_problems(config, world_size // copy)
     below, above = world_size // copy * copy, -(-world_size // copy) * copy
     counts = " or ".join(str(count) for count in (below, above) if count)
     if stages == 1:
@@ -307,6 +208,17 @@ def world_problems(config: RunConfig, world_size: int) -> list[str]:
         f"{stages} stages (parallel.stages) x parallel.tensor={tensor} = {copy} ranks do not "
         f"divide the world size of {world_size} ranks; start {counts} ranks, or choose stages and "
         f"parallel.tensor whose product divides {world_size}"
+    ]
+
+
+def _copy_problems(config: RunConfig, data_size: int) -> list[str]:
+    size = config.parallel.zero_hpz_partition_size
+    if data_size % size == 0:
+        return []
+    return [
+        f"parallel.zero_hpz_partition_size={size} does not divide the {data_size} data-parallel "
+        f"ranks; set it to a divisor of {data_size}, such as the GPUs of a node divided by "
+        f"parallel.tensor={config.parallel.tensor}"
     ]
 
 

@@ -104,6 +104,10 @@ class ParallelSection(Section):
         reduce_bucket_size: gradient elements that ZeRO reduces at once.
         reduce_precision: in which data-parallel ranks add up gradients in a bf16 run; auto = bf16
             below 64 of them, fp32 from there on.
+        zero_hpz_partition_size: ZeRO-3 with one stage: so many neighboring data-parallel ranks keep
+            a copy of the weights among them between a step's first forward and its end, and gather
+            there instead of over the network (GPUs of a node / tensor); must divide the
+            data-parallel ranks; 1 = no copy.
     """
 
     tensor: PositiveInt = 1
@@ -111,6 +115,7 @@ class ParallelSection(Section):
     stages: StagesSetting = 1
     reduce_bucket_size: PositiveInt = 500_000_000
     reduce_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    zero_hpz_partition_size: PositiveInt = 1
 
     @field_validator("stages", mode="before")
     @classmethod
@@ -151,6 +156,8 @@ class TrainSection(Section):
             attention again.
         attention: torch's kernel for causal attention on GPUs: cudnn, flash, efficient or math;
             auto = the first of them that can be used. On a CPU torch chooses.
+        compile: let torch.compile make the kernels of norms and activations; needs a C++ compiler,
+            on a GPU Triton, and some seconds of every process's start.
         loss_chunk_tokens: tokens of a micro-batch whose logits exist at once; auto = 4096 on a GPU,
             1024 on a CPU.
         transformer_engine: use its layers on GPUs where it is installed.
@@ -158,7 +165,17 @@ class TrainSection(Section):
             without it a resume repeats to rounding. CPUs always repeat.
         timeout_s: after this an unanswered collective fails.
         heartbeat_timeout_s: silence after which a rank counts as dead.
-        max_skipped_steps: steps in a row with gradients that are not finite before giving up.
+        stall_timeout_s: a step, an evaluation or a save hangs after this time, or after ten times
+            the longest of the last ones of its kind where that is more.
+        max_skipped_steps: steps in a row that are not taken before giving up.
+        on_nonfinite: a step whose loss or gradients are not finite is never taken; then: skip = go
+            on with the next; rollback = go back to the last checkpoint and leave out the batches
+            since then; stop = end the run.
+        on_spike: the same for a step whose loss is too high; ignore = take it.
+        spike_sigmas: robust standard deviations above the median of the last losses from which on
+            a loss is too high.
+        spike_window: how many losses that are; until half of them are known none is too high.
+        max_rollbacks: returns in the whole run before giving up.
         init_from: folder of a Hugging Face Llama, or of an export of Headway, whose weights a new
             run begins with; without effect on a resumed one.
         init_heads: heads that the folder lacks: copy = of its last layer; fresh = untrained.
@@ -173,12 +190,19 @@ class TrainSection(Section):
     head_backward: Literal["sequential", "joint"] = "sequential"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    compile: bool = False
     loss_chunk_tokens: PositiveInt | Literal["auto"] = "auto"
     transformer_engine: bool = False
     deterministic: bool = False
     timeout_s: float = Field(default=600.0, ge=1, le=_YEAR_S)
     heartbeat_timeout_s: float = Field(default=40.0, ge=_MIN_HEARTBEAT_S, le=_YEAR_S)
+    stall_timeout_s: float = Field(default=60.0, ge=1, le=_YEAR_S)
     max_skipped_steps: Count = 5
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    on_spike: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
+    spike_sigmas: float = Field(default=8.0, gt=0, le=1e6)
+    spike_window: int = Field(default=100, ge=4, le=10_000)
+    max_rollbacks: Count = 3
     init_from: FilePath | None = None
     init_heads: Literal["copy", "fresh"] = "copy"
     freeze: Literal["none", "trunk"] = "none"

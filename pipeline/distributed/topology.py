@@ -57,6 +57,7 @@ class Topology:
         self.tensor_size = tensor_size
         self.plan = tuple(plan) if len(plan) > 1 else ()
         self.num_stages = max(len(self.plan), 1)
+        self._timeout = timedelta(seconds=timeout_s)
         self.data_size = info.world_size // (tensor_size * self.num_stages)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_size,
@@ -71,23 +72,46 @@ class Topology:
         self.gradient_group: dist.ProcessGroup | None = None
         self.head_group: dist.ProcessGroup | None = None
         if self.plan:
-            self._make_chain_groups(timedelta(seconds=timeout_s))
+            self._make_chain_groups()
 
-    def _make_chain_groups(self, timeout: timedelta) -> None:
+    def _make_chain_groups(self) -> None:
         """The groups of every chain; all ranks make all of them, in the same order."""
         column_size = self.data_size * self.tensor_size
         heads = [stage for stage, part in enumerate(self.plan) if part.heads]
         for column in range(column_size):
             chain = [stage * column_size + column for stage in range(self.num_stages)]
             for name in ("activation_group", "gradient_group"):
-                group = dist.new_group(chain, timeout=timeout)
+                group = dist.new_group(chain, timeout=self._timeout)
                 if self.info.rank in chain:
                     setattr(self, name, group)
             if len(heads) > 1:
                 members = [chain[stage] for stage in heads]
-                group = dist.new_group(members, timeout=timeout)
+                group = dist.new_group(members, timeout=self._timeout)
                 if self.info.rank in members:
                     self.head_group = group
+
+    def neighbors(self, size: int) -> dist.ProcessGroup | None:
+        """A new group of this rank and the data-parallel ranks beside it; None for one alone.
+
+        A collective: every rank makes the groups of all.
+
+        Args:
+            size: ranks of a group; divides the data-parallel size.
+        """
+        if size == 1:
+            return None
+        mine = None
+        for column in range(self.num_stages * self.tensor_size):
+            stage, tensor = divmod(column, self.tensor_size)
+            for first in range(0, self.data_size, size):
+                ranks = [
+                    (stage * self.data_size + data) * self.tensor_size + tensor
+                    for data in range(first, first + size)
+                ]
+                group = dist.new_group(ranks, timeout=self._timeout)
+                if self.info.rank in ranks:
+                    mine = group
+        return mine
 
     @property
     def stage(self) -> int:

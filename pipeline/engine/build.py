@@ -22,6 +22,7 @@ from pipeline.distributed.topology import Topology
 from pipeline.engine.deepspeed_config import deepspeed_config, optimizer_level
 from pipeline.engine.deepspeed_internals import (
     fp32_sums_at_level_1,
+    gather_weights_within,
     keep_off_shared_memory,
     share_of,
 )
@@ -48,8 +49,8 @@ def build_engine(
         imported: initial weights from elsewhere (`model.hugging_face`); None = all fresh.
 
     Raises:
-        ConfigError: this version of DeepSpeed is not supported, or this GPU has not the attention
-            that `train.attention` names.
+        ConfigError: this version of DeepSpeed is not supported, this GPU has not the attention that
+            `train.attention` names, or `train.compile` finds no compiler.
         TrainingError: what the ranks would save does not cover the model.
     """
     settings = deepspeed_config(
@@ -61,7 +62,12 @@ def build_engine(
     _prepare_communication(topology)
     dtype = DTYPES[precision]
     model = _build_model(config, topology, dtype, settings, imported)
-    choose_kernels(model, config.train.attention, topology.device)
+    choose_kernels(
+        model,
+        config.train.attention,
+        topology.device,
+        compile_elementwise=config.train.compile,
+    )
     with fp32_sums_at_level_1():
         wrapped, *_ = deepspeed.initialize(
             model=model,
@@ -122,9 +128,12 @@ def _build_model(
     partitioned = config.parallel.zero == 3
     context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if partitioned:
+        neighbors = topology.neighbors(config.parallel.zero_hpz_partition_size)
+        gather_weights_within(neighbors)
         context = deepspeed.zero.Init(
             data_parallel_group=topology.get_data_parallel_group(),
             config_dict_or_path=settings,
+            zero_param_parallel_group=neighbors,
             dtype=None,  # from the settings; given here, a CPU without fp16 turns it into bf16
             mpu=topology,
         )

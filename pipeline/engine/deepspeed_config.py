@@ -120,7 +120,7 @@ def _zero_optimization(config: RunConfig, level: int, device: Device) -> dict[st
         "stage3_gather_16bit_weights_on_model_save": False,
         "stage3_module_granularity_threshold": 0,
         "stage3_use_all_reduce_for_fetch_params": False,
-        "zero_hpz_partition_size": 1,
+        "zero_hpz_partition_size": config.parallel.zero_hpz_partition_size,
         "zero_quantized_weights": False,
         "zero_quantized_gradients": False,
         "log_trace_cache_warnings": False,

@@ -23,7 +23,11 @@ import torch.distributed as dist
 from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from deepspeed.runtime.zero import partitioned_param_coordinator
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils import (
+    groups,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+)
 from torch import Tensor, nn
 
 from model.errors import ConfigError
@@ -153,8 +157,14 @@ class _ShardedParameters(OptimizerShare):
             if parameter.requires_grad:
                 master = safe_get_local_fp32_param(parameter)
                 _private(parameter, "ds_tensor").data.copy_(master.data)
-        if whole := _private(self._optimizer, "persistent_parameters"):
+        whole = _private(self._optimizer, "persistent_parameters")
+        if whole:
             _private(whole[0], "partition")(whole)
+        for parameter in self._model.parameters():
+            # The copy among neighbors (`gather_weights_within`), which the next forward makes anew.
+            _private(parameter, "ds_secondary_tensor")
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+        if whole:
             _private(whole[0], "all_gather")(whole)
 
     def gradients(self) -> Iterator[Tensor]:
@@ -252,6 +262,16 @@ def fp32_sums_at_level_1() -> Iterator[None]:
         yield
     finally:
         deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+def gather_weights_within(neighbors: dist.ProcessGroup | None) -> None:
+    """Let ZeRO-3 keep a copy of the weights among these data-parallel ranks; None = no copy.
+
+    DeepSpeed's own groups count over the world's ranks, so that they would join tensor-parallel
+    ones, whose weights are not the same.
+    """
+    _private(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP")
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = neighbors
 
 
 def keep_off_shared_memory() -> None:

@@ -34,7 +34,8 @@ class StepResult(NamedTuple):
     Attributes:
         head_losses: `[n]` mean loss of each head over its valid targets, on the device.
         grad_norm: global gradient norm before clipping.
-        applied: False when gradients were not finite and the weights were left alone.
+        applied: False when gradients were not finite or the loss above its limit, and the weights
+            were left alone.
         agreed: what all ranks agreed on before the weights moved.
     """
 
@@ -110,7 +111,11 @@ class Engine:
         self._weights = torch.tensor(config.model.loss_weights, device=topology.device)
 
     def train_step(
-        self, batches: list[Batch], learning_rate: float, flags: Callable[[], RankFlags] = RankFlags
+        self,
+        batches: list[Batch],
+        learning_rate: float,
+        flags: Callable[[], RankFlags] = RankFlags,
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
@@ -118,6 +123,7 @@ class Engine:
             batches: the rank's micro-batches of the step, `batch.accumulation` of them.
             learning_rate: for this step.
             flags: what else this rank tells the others with the step; asked as late as possible.
+            loss_limit: a weighted loss above it is not stepped on.
         """
         batches = [batch.to(self.topology.device) for batch in batches]
         counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
@@ -126,6 +132,7 @@ class Engine:
         sums = self.execution.run(batches, scales)
         head_losses = self._global_sum(sums) / counts.clamp(min=1)
         finite = head_losses.isfinite().all()
+        finite &= (self._weights * head_losses).sum() <= loss_limit
         finite &= self._share.gradients_finite(self.topology.device)
         agreed = agree(finite, flags())
         norm = self._apply(learning_rate) if agreed.finite else None

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
+from model.agreement import agreement_counts
 from model.language_model import MultiTokenModel
 from model.loss import IGNORED, loss_and_predictions
 
@@ -79,30 +80,3 @@ def evaluate_heads(
     if model.part.owns_lm_head:
         sums[2] = agreement_counts(predictions, (batch.labels != IGNORED).transpose(1, 2))
     return sums.flatten()
-
-
-def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
-    """Positions where the first k heads all predict what head 1 predicts in their place.
-
-    Head k at position t and head 1 at position t + k - 1 predict the same token t + k. With three
-    heads, position t counts for k = 3 when head 2 at t equals head 1 at t+1 and head 3 at t equals
-    head 1 at t+2. Positions whose comparison would leave the window are left out. A token past the
-    end of the position's document is no agreement: decoding stops there.
-
-    Args:
-        predictions: `[n, S, B]` most likely tokens.
-        valid: `[n, S, B]` bool, whether head k has a target at t: false for padding, and with
-            masked documents past the document's end.
-
-    Returns:
-        `[n]` counts, never rising; the first is the number of positions compared.
-    """
-    heads, length = predictions.shape[0], predictions.shape[1]
-    compared = length - heads + 1
-    agree = valid[0, :compared].clone()
-    counts = []
-    for index in range(heads):
-        agree &= valid[index, :compared]
-        agree &= predictions[index, :compared] == predictions[0, index : index + compared]
-        counts.append(agree.sum())
-    return torch.stack(counts)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shards.shard_set import ShardSet
+from model.agreement import agreement_counts
 from model.errors import CheckpointError
 from model.hugging_face.acceptance import Acceptance
 from model.hugging_face.folder import TOKENIZER_NAME, ExportDescription
@@ -21,7 +22,6 @@ from model.inference.network import Network
 from model.loss import IGNORED
 from pipeline.config.run_config import RunConfig
 from pipeline.data.validation import ValidationSamples
-from pipeline.engine.evaluation import agreement_counts
 
 _POSITIONS = 4096
 _LOGIT_ROWS = 256  # positions whose logits exist at once

@@ -37,17 +37,32 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 ```
 
-With all heads; `generate` stays that of the plain Llama:
+With all heads:
 
 ```python
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+input_ids = tokenizer("The", return_tensors="pt").input_ids
 logits = model.all_head_logits(input_ids)  # [batch, seq, {n}, {vocabulary}]
 ```
 
-With the heads as drafts, the same greedy text in fewer forwards, by Headway itself:
+With the heads as drafts, the same greedy text in fewer forwards; without `num_heads`, `generate` is
+that of the plain Llama:
+
+```python
+text = model.generate(input_ids, num_heads={n}, max_new_tokens=32, do_sample=False)
+```
+
+or, faster, by Headway itself:
 
 ```
 python -m model.generate folder --prompt "..." --compare
+```
+
+To train on, pass `labels`: the loss is that of all heads, for `transformers.Trainer` and adapters.
+`save_pretrained` keeps the heads.
+
+```python
+loss = model(input_ids, labels=input_ids).loss
 ```
 
 ## Model

@@ -78,12 +78,14 @@ def write_export(
 
 def hf_config(description: ExportDescription) -> dict[str, Any]:
     """`config.json`, but for what concerns tokens."""
+    weights = description.model.head_weights
     return llama_config(
         description.model,
         sequence_length=description.sequence_length,
         dtype=_HF_DTYPES[description.dtype],
     ) | {
         "future_tokens": description.model.future_tokens,
+        **({} if weights is None else {"head_weights": list(weights)}),
         "auto_map": {"AutoModelForCausalLM": _CLASS},
     }
 

@@ -19,7 +19,7 @@ def test_every_point_is_a_valid_run() -> None:
     for size in ("1b", "tiny"):
         for piece in (
             *("heads", "memory", "zero", "checkpointing", "chunk", "documents", "joint"),
-            "attention",
+            *("attention", "compile"),
         ):
             found = points(piece, size)
             assert found or (piece, size) == ("attention", "tiny")

@@ -23,6 +23,8 @@ class Case:
 
     Attributes:
         stages: `1`, or what each stage holds, as in `trunk 0-1|trunk 2|heads 1-2|heads 3`.
+        neighbors: `parallel.zero_hpz_partition_size`.
+        compiled: `train.compile`.
     """
 
     world: int = 1
@@ -35,6 +37,8 @@ class Case:
     documents: bool = False
     freeze: str = "none"
     stages: str = "1"
+    neighbors: int = 1
+    compiled: bool = False
     precision: Precision = "fp32"
 
     @property
@@ -73,6 +77,7 @@ def engine_config(case: Case) -> RunConfig:
                 "zero": case.zero,
                 "reduce_bucket_size": case.bucket,
                 "stages": _stages(case.stages),
+                "zero_hpz_partition_size": case.neighbors,
             },
             "batch": {
                 "micro_size": GLOBAL_BATCH // (case.data_size * case.accumulation),
@@ -85,6 +90,7 @@ def engine_config(case: Case) -> RunConfig:
                 "head_backward": case.backward,
                 "activation_checkpointing": case.checkpointing,
                 "loss_chunk_tokens": 16,
+                "compile": case.compiled,
                 "freeze": case.freeze,
                 # A frozen model must come from somewhere; engines are given the weights, or none.
                 "init_from": None if case.freeze == "none" else "unused",

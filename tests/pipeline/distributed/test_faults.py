@@ -59,6 +59,7 @@ def test_loss_that_stays_infinite_ends_the_run(config: Path, tmp_path: Path) -> 
     outcome = run_job(tmp_path, [str(config), "--set", *settings], world=2)
     assert outcome.codes == [2, 2]
     assert outcome.output[0].count("skipped: loss or gradients are not finite") == 3
+    assert "3 steps in a row were skipped" in outcome.errors[0]
     assert "train.max_skipped_steps=2" in outcome.errors[0]
     assert "lower optimizer.learning_rate" in outcome.errors[0]
 

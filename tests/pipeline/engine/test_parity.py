@@ -64,6 +64,19 @@ FROZEN_CASES = [
     )
 ]
 
+# Weights gathered from a copy among neighbors, of all data-parallel ranks and of some of them.
+NEIGHBOR_CASES = [
+    Case(world=2, zero=3, accumulation=2, neighbors=2),
+    Case(world=2, zero=3, accumulation=2, neighbors=2, checkpointing="full", freeze="trunk"),
+    Case(world=4, zero=3, accumulation=2, neighbors=2, bucket=TINY_BUCKET),
+    Case(world=8, tensor=2, zero=3, neighbors=2),
+]
+
+COMPILED_CASES = [
+    Case(world=2, zero=3, accumulation=2, compiled=True, checkpointing="full"),
+    Case(world=2, tensor=2, zero=1, accumulation=2, compiled=True),
+]
+
 
 def _name(case: Case) -> str:
     bucket = "tiny" if case.bucket == TINY_BUCKET else "default"
@@ -71,6 +84,8 @@ def _name(case: Case) -> str:
         f"world{case.world}-tp{case.tensor}-zero{case.zero}-acc{case.accumulation}-{bucket}"
         f"-{case.backward}-{case.checkpointing}{'-documents' * case.documents}"
         + ("" if case.freeze == "none" else "-frozen")
+        + ("" if case.neighbors == 1 else f"-neighbors{case.neighbors}")
+        + "-compiled" * case.compiled
     )
 
 
@@ -82,11 +97,14 @@ def _reference(documents: bool, freeze: str) -> Course:
 
 # Four ranks once in `make test`; masked documents and frozen trunks on four in `make stress`, and
 # so are tiny buckets of one rank.
-SLOW_CASES = [case for case in DOCUMENT_CASES + FROZEN_CASES if case.world == 4]
+SLOW_CASES = [case for case in DOCUMENT_CASES + FROZEN_CASES + NEIGHBOR_CASES if case.world >= 4]
+SLOW_CASES += COMPILED_CASES
 SLOW_CASES += [case for case in ZERO_CASES if case.world == 1 and case.bucket == TINY_BUCKET]
 CASES = [
     case
-    for case in ZERO_CASES + TENSOR_CASES + OTHER_CASES + DOCUMENT_CASES + FROZEN_CASES
+    for case in (
+        ZERO_CASES + TENSOR_CASES + OTHER_CASES + DOCUMENT_CASES + FROZEN_CASES + NEIGHBOR_CASES
+    )
     if case not in SLOW_CASES
 ]
 

@@ -1,7 +1,10 @@
 """The model card: true to the run, to the step that is exported, and complete without metrics."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from model.hugging_face.folder import read_record, verify_files
@@ -37,8 +40,34 @@ def test_it_has_the_figures_of_the_exported_step(config: Path, tmp_path: Path) -
     ):
         assert words in card
     assert "{" not in re.sub(r"```.*?```", "", card, flags=re.DOTALL)
+    _run_examples(card, tmp_path)
     (tmp_path / "export" / "README.md").write_text("edited")  # as people do
     verify_files(tmp_path / "export", read_record(tmp_path / "export"))
+
+
+def _run_examples(card: str, tmp_path: Path) -> None:
+    """Its Python as one program, with the folder, as a reader types it."""
+    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(blocks) == 4
+    code = "\n".join(["folder = 'export'", *blocks, "print(logits.shape, text.shape, loss.shape)"])
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shapes = re.findall(r"Size\(\[(.*?)\]\)", done.stdout)
+    (_, length, heads, vocabulary), (_, new_length) = (map(int, s.split(", ")) for s in shapes[:2])
+    assert (heads, vocabulary, shapes[2]) == (3, 260, "")
+    assert length < new_length <= length + 32
 
 
 def test_it_says_where_the_model_came_from_and_what_is_not_known(

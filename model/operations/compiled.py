@@ -1,0 +1,41 @@
+"""Elementwise operations as kernels that torch.compile makes of their plain definitions.
+
+Each reads its inputs once and writes its result once, in forward and in backward, where eager
+operations go through memory several times. In exchange every process compiles at its start.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model.errors import ConfigError
+
+
+@functools.cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, compiled when it is first called."""
+    # In this process: a pool of compilers in every rank would outlive their little work.
+    return torch.compile(function, options={"compile_threads": 1})
+
+
+def check_compiler(device: torch.device) -> None:
+    """See that something can be compiled for this device.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    ones = torch.ones(2, 2, device=device)
+    try:
+        compiled(_double)(ones)
+    except Exception as error:  # torch has no common class for what can go wrong here
+        what = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"train.compile=true, but torch.compile fails on this machine ({what}); install a C++ "
+            "compiler (for a GPU, Triton as well), or set train.compile=false"
+        ) from None
+
+
+def _double(numbers: Tensor) -> Tensor:
+    return numbers * 2

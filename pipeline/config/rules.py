@@ -1,0 +1,127 @@
+"""The rules between the sections of a run configuration."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from model.config import ModelConfig
+from pipeline.config.data_section import DataSection
+from pipeline.config.sections import (
+    CheckpointSection,
+    EvalSection,
+    ParallelSection,
+    ScheduleSection,
+    TrainSection,
+)
+from pipeline.stages.plan import num_stages, plan_problems
+
+
+def problems_between(sections: Mapping[str, Any]) -> list[str]:
+    """Broken rules between sections; a rule waits until the sections it needs are sound."""
+    rules: tuple[tuple[Callable[..., list[str]], tuple[str, ...]], ...] = (
+        (_tensor_parallel_problems, ("model", "parallel")),
+        (_stage_problems, ("model", "parallel")),
+        (_staged_backward_problems, ("parallel", "train")),
+        (_partition_problems, ("parallel",)),
+        (_frozen_stages_problems, ("parallel", "train")),
+        (_window_problems, ("model", "data")),
+        (_schedule_problems, ("train", "schedule")),
+        (_freeze_problems, ("model", "train")),
+        (_best_checkpoint_problems, ("eval", "checkpoint")),
+    )
+    problems = []
+    for rule, needed in rules:
+        if all(name in sections for name in needed):
+            problems += rule(*(sections[name] for name in needed))
+    return problems
+
+
+def _tensor_parallel_problems(model: ModelConfig, parallel: ParallelSection) -> list[str]:
+    smaller = [size for size in model.tensor_parallel_sizes if size < parallel.tensor]
+    listed = " or ".join(str(size) for size in smaller[-3:])
+    return [
+        f"model.{problem}; or set parallel.tensor to {listed}"
+        for problem in model.check_tensor_parallel(parallel.tensor)
+    ]
+
+
+def _window_problems(model: ModelConfig, data: DataSection) -> list[str]:
+    if model.future_tokens < data.sequence_length:
+        return []
+    return [
+        f"data.sequence_length={data.sequence_length} must be greater than model.future_tokens="
+        f"{model.future_tokens}; raise it to at least {model.future_tokens + 1}"
+    ]
+
+
+def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[str]:
+    if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > train.steps:
+        return [
+            f"schedule.decay_steps={schedule.decay_steps} and schedule.warmup_steps="
+            f"{schedule.warmup_steps} take more than train.steps={train.steps}; lower decay_steps "
+            f"to at most {train.steps - schedule.warmup_steps} or raise train.steps"
+        ]
+    return []
+
+
+def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
+    if train.freeze == "none" or model.future_tokens > 1:
+        return []
+    return [
+        "train.freeze=trunk leaves nothing to train with model.future_tokens=1, since head 1 "
+        "belongs to the frozen model; set model.future_tokens to 2 or more, or train.freeze=none"
+    ]
+
+
+def _stage_problems(model: ModelConfig, parallel: ParallelSection) -> list[str]:
+    return plan_problems(parallel.stages, model)
+
+
+def _staged_backward_problems(parallel: ParallelSection, train: TrainSection) -> list[str]:
+    if train.head_backward == "sequential" or num_stages(parallel.stages) == 1:
+        return []
+    return [
+        "train.head_backward=joint is the reference of runs with one stage, and this run has "
+        f"{num_stages(parallel.stages)}; set train.head_backward=sequential or parallel.stages=1"
+    ]
+
+
+def _frozen_stages_problems(parallel: ParallelSection, train: TrainSection) -> list[str]:
+    if train.freeze == "none" or num_stages(parallel.stages) == 1:
+        return []
+    return [
+        f"train.freeze={train.freeze} leaves the trunk's stages nothing to train, and each of the "
+        f"{num_stages(parallel.stages)} stages has an optimizer; set parallel.stages=1"
+    ]
+
+
+def _partition_problems(parallel: ParallelSection) -> list[str]:
+    size = parallel.zero_hpz_partition_size
+    if size == 1 or (parallel.zero == 3 and num_stages(parallel.stages) == 1):
+        return []
+    return [
+        f"parallel.zero_hpz_partition_size={size} is for ZeRO-3 with one stage, here are "
+        f"parallel.zero={parallel.zero} and {num_stages(parallel.stages)} stages; set it to 1, or "
+        "parallel.zero=3 and parallel.stages=1"
+    ]
+
+
+def _best_checkpoint_problems(evaluation: EvalSection, checkpoint: CheckpointSection) -> list[str]:
+    if not checkpoint.keep_best:
+        return []
+    best, saves, validations = (
+        f"checkpoint.keep_best={checkpoint.keep_best}",
+        checkpoint.every_steps,
+        evaluation.every_steps,
+    )
+    if not validations:
+        return [
+            f"{best} needs validation losses, and eval.every_steps=0 makes none; set "
+            "eval.every_steps, or keep_best=0"
+        ]
+    if saves % validations:
+        return [
+            f"{best} compares validation losses of saved weights, but steps of "
+            f"checkpoint.every_steps={saves} are not all validated with eval.every_steps="
+            f"{validations}; make every_steps a multiple of it, or set keep_best=0"
+        ]
+    return []

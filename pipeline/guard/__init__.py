@@ -1,0 +1,1 @@
+"""Steps that would do harm: how they are found, and what follows."""

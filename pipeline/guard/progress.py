@@ -1,0 +1,65 @@
+"""What a rank's main thread is doing, and how long that may take, by what it took before."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+Phase = Literal["start", "step", "evaluation", "save"]
+_FACTOR = 10
+_REMEMBERED = 100
+
+
+class Doing(NamedTuple):
+    """A phase that is going on.
+
+    Attributes:
+        phase: what kind.
+        number: of phases before it, of all kinds; the same on ranks that do the same.
+        since_s: when it began, by the clock.
+    """
+
+    phase: Phase
+    number: int
+    since_s: float
+
+
+class Progress:
+    """Told by the main thread, read by the thread that watches it.
+
+    Args:
+        least_s: no phase counts as hung before.
+        unknown_s: the bound of a phase of which none has ended yet.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, *, least_s: float, unknown_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._least_s = least_s
+        self._unknown_s = unknown_s
+        self._clock = clock
+        self._took: dict[Phase, deque[float]] = {}
+        self.doing: Doing | None = Doing("start", 0, clock())
+
+    def enter(self, phase: Phase) -> None:
+        """The phase before has ended, another one begins."""
+        now, before = self._clock(), self.doing
+        if before is not None:
+            took = self._took.setdefault(before.phase, deque(maxlen=_REMEMBERED))
+            took.append(now - before.since_s)
+        number = 0 if before is None else before.number + 1
+        self.doing = Doing(phase, number, now)
+
+    def leave(self) -> None:
+        """Nothing more is to be watched."""
+        self.doing = None
+
+    def bound_s(self, phase: Phase) -> float:
+        """Ten times the longest of the last phases of this kind, within the limits."""
+        took = tuple(self._took.get(phase, ()))
+        return max(self._least_s, _FACTOR * max(took)) if took else self._unknown_s
+
+    def learned(self, phase: Phase) -> int:
+        """From how many phases the bound comes."""
+        return len(self._took.get(phase, ()))

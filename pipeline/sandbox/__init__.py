@@ -1,0 +1,1 @@
+"""Runs programs that nobody has read: time, memory, files, processes and network are limited."""

@@ -1,0 +1,66 @@
+"""Kernels that torch.compile makes, against the functions that are there without it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.errors import ConfigError
+from model.operations.compiled import check_compiler, compiled
+from model.operations.rms_norm import plain_rms_norm, rms_norm
+from model.operations.swiglu import plain_swiglu, swiglu
+
+CPU = torch.device("cpu")
+# A rounding or two of the result; in bf16 the eager functions round between operations as well.
+TOLERANCE = {torch.float32: 4 * 2.0**-24, torch.bfloat16: 4 * 2.0**-8}
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.stress)]
+
+
+def _results(function: Callable[..., Tensor], inputs: list[Tensor], *rest: Any) -> list[Tensor]:
+    """The value, and the gradient of every input."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    value = function(*leaves, *rest)
+    weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)
+    value.backward(weights)
+    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["rms_norm", "swiglu"])
+def test_a_compiled_kernel_computes_the_same(kind: str, dtype: torch.dtype) -> None:
+    """Value and gradients, in the dtype of the input, to rounding."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(5, 2, 32, generator=generator).to(dtype)
+    weight = torch.rand(32, generator=generator).to(dtype)
+    if kind == "rms_norm":
+        found = _results(compiled(plain_rms_norm), [hidden, weight], 1e-5)
+        wanted = _results(rms_norm, [hidden, weight], 1e-5)
+    else:
+        found = _results(compiled(plain_swiglu), [hidden])
+        wanted = _results(swiglu, [hidden])
+    assert len(found) == len(wanted)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == theirs.dtype == dtype
+        error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < TOLERANCE[dtype]
+
+
+def test_without_a_compiler_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its start, in one line, with the way out."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        def run(_: Tensor) -> Tensor:
+            raise RuntimeError("No working C++ compiler found\nin $PATH")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compiled.cache_clear()
+    with pytest.raises(ConfigError) as caught:
+        check_compiler(CPU)
+    compiled.cache_clear()
+    message = str(caught.value)
+    assert "No working C++ compiler found in $PATH" in message
+    assert message.endswith("or set train.compile=false")
