@@ -24,14 +24,15 @@ class Settings(NamedTuple):
         gpu_type: named in `--gpus=TYPE:N`.
         slurmd_timeout_s: silence after which the controller takes a node for down. Slurm's own
             default is 300.
-        requeue_pause_s: between a job's end and its next start. Slurm's own default is 120.
+        requeue_pause_s: between a job's end and its next start. Slurm's own default is 120, which
+            it also takes for less than 5.
         grace_s: what preemption leaves a job of the partition `graced`.
     """
 
     nodes: tuple[Node, ...] = (Node(),) * 4
     gpu_type: str = "h100"
     slurmd_timeout_s: int = 5
-    requeue_pause_s: int = 2
+    requeue_pause_s: int = 5
     grace_s: int = 30
 
 

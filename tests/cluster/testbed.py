@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.cluster.settings import Settings, node_name, slurm_files
@@ -114,11 +114,11 @@ class Cluster:
         folder = str(self.folder).encode()
         return [pid for pid in _pids() if pid != os.getpid() and folder in _written_on(pid)]
 
-    def run(self, *command: str, check: bool = True, **environment: str) -> str:
+    def run(self, *command: str, check: bool = True, environment: Mapping[str, str] = {}) -> str:
         """Run one of Slurm's commands as a user does; its output."""
         done = subprocess.run(
             command,
-            env=self.environment | environment,
+            env={**self.environment, **environment},
             capture_output=True,
             text=True,
             timeout=60,
@@ -175,8 +175,9 @@ class Cluster:
             self.start_controller()
         self.run("scancel", "--user=root", check=False)
         for name in self.nodes:
-            self.join(name)
-            if name not in self._processes:
+            if name in self._processes:
+                self.join(name)
+            else:
                 self.boot(name)
         self.wait(lambda: not self.run("squeue", "--noheader"), "no job is left", 90)
         self.wait(lambda: self._usable("idle") == len(self.nodes), "all nodes are idle", 60)
