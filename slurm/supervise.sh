@@ -80,7 +80,7 @@ run_step() { run_supervised USR1 srun "${srun_options[@]}" "$@"; }
 # run_supervised SIGNAL COMMAND...: runs a launcher and waits for it; USR1 and TERM reach it as SIGNAL.
 # Sets `status` to its exit status.
 run_supervised() {
-  local interrupted=0 copier signal=$1
+  local interrupted=0 copier watcher signal=$1
   shift
   status=0
   # srun hands USR1 on to every task; TERM would make it end the step itself, after the grace period.
@@ -99,19 +99,32 @@ run_supervised() {
   copier=$!
   "$@" 2>&3 3>&- &
   launcher_pid=$!
+  end_hanging_step "$launcher_pid" 3>&- &
+  watcher=$!
   [ "$interrupted" = 0 ] || forward_signal # it came before there was a step
   while :; do
     interrupted=0 status=0
-    wait "$launcher_pid" || status=$?
+    wait "$launcher_pid" 2>/dev/null || status=$?
     [ "$interrupted" = 1 ] || break # a trap ends `wait` early, with the signal's status
   done
   launcher_pid=""
+  kill "$watcher" 2>/dev/null || true
   exec 3>&-
   for _ in 1 2 3 4 5 6 7 8 9 10; do # what the launcher left behind may hold the other end for long
     kill -0 "$copier" 2>/dev/null || break
     sleep 0.1
   done
   say "${1##*/} ended with status $status"
+}
+
+# Ends a launcher that goes on for a minute after the run has ended: srun waits for the tasks of a node
+# that is gone, until Slurm has noticed that, too.
+end_hanging_step() {
+  trap - USR1 TERM
+  while [ -z "$(verdict_value outcome)" ]; do sleep 5; done
+  sleep 60
+  say "the run has ended, but some tasks do not answer: the step is given up"
+  kill -KILL "$1"
 }
 
 forward_signal() {
@@ -154,6 +167,7 @@ finish_job() {
   fi
   outcome=$(verdict_value outcome) message=$(verdict_value message)
   [ "$warned$cancelled" != 01 ] || leave_to_slurm
+  [ "$outcome" != "done" ] || exit 0 # whatever became of a task that had nothing left to do
   # Of the tasks that srun ends after one has failed some report 75: what the run says comes first.
   if [ "$outcome" = failed ] || [ "$outcome" = refused ]; then
     echo "error: $message"

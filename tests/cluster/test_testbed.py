@@ -26,6 +26,7 @@ def test_nodes_are_machines_of_their_own(cluster: Cluster) -> None:
     assert not list(cluster.local_folder.iterdir())
 
 
+@pytest.mark.stress
 def test_a_node_can_be_switched_off_and_on(cluster: Cluster) -> None:
     """Slurm notices the power cut by itself, and takes the node back."""
     cluster.crash("node3")

@@ -58,6 +58,7 @@ def test_submitted_run_trains_on_four_nodes(cluster: Cluster, config: Path, tmp_
     assert (_verdict(tmp_path / "run")["outcome"], last_step(tmp_path / "run")) == ("done", 12), log
 
 
+@pytest.mark.stress
 def test_a_folder_that_is_not_shared_is_refused(
     cluster: Cluster, config: Path, tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_folder_that_is_not_shared_is_refused(
     assert "step 1" not in job.log
 
 
+@pytest.mark.stress
 def test_a_node_with_another_file_is_refused(
     cluster: Cluster, config: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.launching.verdict import Verdict
 
 STEP_S = 0.1
+LOST = "lost"  # a file in the run's folder that names a node: rank 0 blames it, as a watchdog does
 
 
 def main(arguments: list[str]) -> int:
@@ -49,6 +50,13 @@ def _train(options: dict[str, object], run_dir: Path, rank: int) -> int:
             message = f"rank {rank}: ValueError: a bug"
             print(f"error: {message}", file=sys.stderr, flush=True)
             Verdict(run_dir, os.environ, rank).record("failed", message, exit_code=1)
+            return 1
+        if rank == 0 and (run_dir / LOST).exists():
+            host = (run_dir / LOST).read_text()
+            message = f"rank 0: stopping, because rank 2 has not answered (process 7 on {host})"
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            (run_dir / LOST).unlink()
+            Verdict(run_dir, os.environ, rank).record("lost", message, exit_code=1, host=host)
             return 1
         if rank == 0:
             with (run_dir / "steps").open("a", encoding="utf-8") as file:
