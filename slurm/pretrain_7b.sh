@@ -14,7 +14,7 @@
 # Environment:
 #   CONFIG             run configuration, if none is given as argument (configs/7b.yaml)
 #   ARGS               more arguments for pipeline.train, split at blanks
-#   PYTHON             interpreter (.venv/bin/python of the working folder or the checkout, else python3)
+#   PYTHON             interpreter (.venv/bin/python of the checkout or the working folder, else python3)
 #   RANKS_PER_NODE     processes on each node (--ntasks-per-node, else the GPUs that torch sees on the first
 #                      node, else 1)
 #   SRUN_ARGS          more options of srun, split at blanks

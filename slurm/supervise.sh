@@ -29,7 +29,7 @@ choose_python() {
   if [ -z "$interpreter" ]; then
     interpreter=python3
     if [ -z "${CONTAINER_IMAGE:-}${APPTAINER:-}" ]; then # the checkout's own is not for a container
-      for folder in "$PWD" "$code"; do
+      for folder in "$code" "$PWD"; do # a snapshot has the one of its submission
         [ ! -x "$folder/.venv/bin/python" ] || { interpreter=$folder/.venv/bin/python; break; }
       done
     fi
@@ -135,7 +135,7 @@ forward_signal() {
 verdict_value() {
   local file=$run_dir/verdict.json start="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
   [ -n "$run_dir" ] && grep -qs "^ *\"start\": \"$start\"" "$file" || return 0
-  sed -n "s/^ *\"$1\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}\$/\1/p" "$file" | sed 's/^null$//; s/\\"/"/g; s/\\\\/\\/g'
+  sed -n "s/^ *\"$1\": //p" "$file" | sed 's/,$//; s/^"\(.*\)"$/\1/; s/^null$//; s/\\"/"/g; s/\\\\/\\/g'
 }
 
 # The node of the first task that srun saw die, if it was killed and did not end by itself.
@@ -166,7 +166,10 @@ finish_job() {
     exit 0
   fi
   outcome=$(verdict_value outcome) message=$(verdict_value message)
-  [ "$warned$cancelled" != 01 ] || leave_to_slurm
+  if [ "$cancelled" = 1 ]; then # by TERM, which also comes when the time is over
+    is_over_time || leave_to_slurm
+    warned=1
+  fi
   [ "$outcome" != "done" ] || exit 0 # whatever became of a task that had nothing left to do
   # Of the tasks that srun ends after one has failed some report 75: what the run says comes first.
   if [ "$outcome" = failed ] || [ "$outcome" = refused ]; then
@@ -263,6 +266,14 @@ refuse_early_warning() {
   echo "error: the time limit of $limit s is not above the $lead s of --signal, so the job is warned as soon as it starts;" \
     "give sbatch a longer --time, or a shorter --signal=B:USR1@SECONDS"
   exit 2
+}
+
+# Whether the job has run for as long as it may.
+is_over_time() {
+  local limit run
+  limit=$(seconds_of "$(job_field TimeLimit || true)")
+  run=$(seconds_of "$(job_field RunTime || true)")
+  [ -n "$limit" ] && [ -n "$run" ] && [ "$run" -ge "$limit" ]
 }
 
 # D-HH:MM:SS as seconds; nothing for UNLIMITED.

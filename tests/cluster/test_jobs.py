@@ -105,6 +105,16 @@ def test_a_warning_while_the_job_starts(
     _assert_went_on(tmp_path, 30)
 
 
+@pytest.mark.stress
+def test_the_time_limit_itself(tmp_path: Path, pretrain: Pretrain) -> None:
+    """Slurm's own warning, a minute's limit: the same number goes on."""
+    job = pretrain("--time=1", "--signal=B:USR1@20", steps=700)
+    job.wait_for("USR1: the time limit is near", 180)
+    assert job.finish(240) == "COMPLETED", job.log
+    assert job.field("Restarts") != "0"
+    _assert_went_on(tmp_path, 700)
+
+
 def test_cancelling_ends_the_job(pretrain: Pretrain) -> None:
     """Nothing is queued again, and the log says how to go on."""
     job = pretrain(steps=3000)

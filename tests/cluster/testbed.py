@@ -121,7 +121,7 @@ class Cluster:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}{done.stdout}"

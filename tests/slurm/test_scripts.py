@@ -542,6 +542,20 @@ def test_a_job_without_progress_is_stopped_with_the_reason(pretrain: Job) -> Non
     assert not (pretrain.record / "requeued").exists()
 
 
+def test_cancelling_a_job_that_was_warned_ends_it(pretrain: Job) -> None:
+    """A `scancel` in the minutes before the time limit is no requeue."""
+    process = pretrain.start(STEP_TICKS="400", STATUS_ON_USR1="75")
+    deadline_s = time.monotonic() + 60
+    while not (pretrain.record / STARTED).exists():
+        assert time.monotonic() < deadline_s, "the step did not start"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 75, output
+    assert not (pretrain.record / "requeued").exists()
+
+
 def test_a_warning_that_is_due_before_the_start_is_refused(pretrain: Job) -> None:
     """--signal of 300 s and a time limit of 5 minutes: the job would be warned at each start."""
     status, output = pretrain.signal_step(signal.SIGUSR1, FAKE_LIMIT="00:05:00")
@@ -554,12 +568,12 @@ def test_the_error_of_any_rank_is_the_last_line(pretrain: Job) -> None:
     """It stands in the run's verdict; that of an earlier start is not taken for it."""
     run_dir = pretrain.record / "run"
     run_dir.mkdir()
-    content = {"start": "1234567.0", "outcome": "failed", "message": 'rank 3: no "x" there'}
+    content = {"start": "1234567.0", "outcome": "failed", "message": 'rank 3: there is no "x"'}
     text = json.dumps(content, indent=1)
     (run_dir / "verdict.json").write_text(text)
     status, output = pretrain.run(STEP_STATUS="1")
     assert status == 1
-    assert output.splitlines()[-1] == 'error: rank 3: no "x" there'
+    assert output.splitlines()[-1] == 'error: rank 3: there is no "x"'
     (run_dir / "verdict.json").write_text(text.replace("1234567.0", "1234567.1"))
     status, output = pretrain.run(STEP_STATUS="1")
     assert output.splitlines()[-1].startswith("error: the step ended with status 1")
