@@ -35,7 +35,7 @@ from pipeline.distributed.agreement import on_all_ranks
 from pipeline.distributed.identity import Identity
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.lease import Lease
-from pipeline.distributed.meeting import is_communication_error, start_process_group
+from pipeline.distributed.meeting import start_process_group
 from pipeline.distributed.rendezvous import RankInfo, device_index
 from pipeline.distributed.signals import EXIT_STOPPED, StopRequest
 from pipeline.distributed.topology import Topology
@@ -46,7 +46,8 @@ from pipeline.engine.init_from import imported_identity, imported_weights
 from pipeline.guard.policy import GoBack
 from pipeline.guard.progress import Progress
 from pipeline.guard.stall import StallWatch
-from pipeline.launching.verdict import Outcome, Verdict, host_of_process
+from pipeline.launching.explanation import Explanation, explain
+from pipeline.launching.verdict import Outcome, Verdict, blamed_host
 from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
 from pipeline.reporting.run_summary import summarize_run
@@ -72,20 +73,6 @@ class Data(NamedTuple):
     shards: ShardSet
     training: TokenLoader
     validation: ValidationSamples | None
-
-
-class Explanation(NamedTuple):
-    """Why this rank ends.
-
-    Attributes:
-        message: in one line.
-        outcome: failed by itself, or lost another rank.
-        host: the node where it began, if that is known.
-    """
-
-    message: str
-    outcome: Outcome
-    host: str | None
 
 
 class Job:
@@ -352,16 +339,9 @@ class Job:
 
     def explain(self, error: Exception) -> Explanation:
         """An unforeseen error in one line; after a broken collective, who broke it."""
-        first_line = (str(error).strip().splitlines() or ["no message"])[0]
-        message = f"{type(error).__name__}: {first_line}"
-        if not is_communication_error(error):
-            return Explanation(message, "failed", socket.gethostname())
+        find_culprit = self._watchdog.explain if self._watchdog is not None else lambda: None
         waited = self._waited()  # before the verdict comes, which takes a while
-        verdict = self._watchdog.explain() if self._watchdog is not None else None
-        if verdict is None:
-            return Explanation(message, "lost", None)
-        culprit = host_of_process(verdict)
-        return Explanation(f"stopping, because {verdict}{waited}", "lost", culprit)
+        return explain(error, socket.gethostname(), waited, find_culprit)
 
     def log_traceback(self) -> None:
         """Write the current exception with its traceback to this rank's log file only."""
@@ -371,7 +351,7 @@ class Job:
         """End a process whose main thread hangs in a collective."""
         line = f"{self.position}: stopping, because {verdict}{self._waited()}"
         print(f"error: {line}", file=sys.stderr, flush=True)
-        self.record(outcome, line, exit_code=1, host=host_of_process(verdict))
+        self.record(outcome, line, exit_code=1, host=blamed_host(verdict))
         os._exit(1)
 
     def _waiting_for(self) -> str | None:

@@ -28,7 +28,7 @@ from pipeline.config.run_config import (
 from pipeline.distributed.cuda_settings import prepare_cuda
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.rendezvous import RankInfo, rank_info
-from pipeline.launching.verdict import host_of_process
+from pipeline.launching.verdict import blamed_host
 from pipeline.reporting.run_log import quieten_libraries
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _run(job: "Job", info: RankInfo) -> int:
         message = str(error) if info.rank == 0 else f"{job.position}: {error}"
         _say(f"error: {message}")
         is_lost = isinstance(error, MissingRankError)
-        host = host_of_process(message) if is_lost else None
+        host = blamed_host(message) if is_lost else None
         job.record("lost" if is_lost else "refused", message, exit_code=EXIT_USER_FAULT, host=host)
         return EXIT_USER_FAULT
     except Exception as error:

@@ -24,8 +24,11 @@ VERDICT_NAME = "verdict.json"
 Outcome = Literal["done", "stopped", "refused", "failed", "lost"]
 _MAX_BYTES = 1 << 16
 _POLL_S = 0.1
-# As the watchdog and the meeting name a process, in text that crosses the ranks.
-_PROCESS = re.compile(r"\(process [\d, ]+ on ([^\s()]+)\)")
+# How messages that cross the ranks as text name who is at fault: the watchdog and the meeting by
+# its process; the watch over hanging threads by the late rank, behind the bound that it exceeded.
+_BLAMED = re.compile(
+    r"\(process [\d, ]+ on ([^\s()]+)\)|\): rank \d+/\d+ \([^)]*\) on (\S+) (?:waits|is at) "
+)
 
 
 def start_of(environment: Mapping[str, str]) -> str:
@@ -36,10 +39,10 @@ def start_of(environment: Mapping[str, str]) -> str:
     return f"{socket.gethostname()}:{os.getppid()}.{attempt}"
 
 
-def host_of_process(message: str) -> str | None:
-    """The node of the process that a message blames; None when it names none."""
-    found = _PROCESS.search(message)
-    return found[1] if found else None
+def blamed_host(message: str) -> str | None:
+    """The node of the rank that a message blames; None when it blames none."""
+    found = _BLAMED.search(message)
+    return (found[1] or found[2]) if found else None
 
 
 class Verdict:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launching.verdict import VERDICT_NAME, Verdict, host_of_process
+from pipeline.guard.stall import Place
+from pipeline.guard.stall import verdict as stall_verdict
+from pipeline.launching.verdict import VERDICT_NAME, Verdict, blamed_host
 from tests.support.training_runs import run_job
 
 SLURM = {"SLURM_JOB_ID": "4711"}
@@ -60,7 +62,15 @@ def test_a_folder_that_cannot_be_written_is_no_further_error(tmp_path: Path) -> 
 )
 def test_messages_that_blame_a_process_name_its_node(message: str, host: str | None) -> None:
     """The node is found in the words of the watchdog and of the meeting."""
-    assert host_of_process(message) == host
+    assert blamed_host(message) == host
+
+
+def test_a_hanging_rank_is_found_in_the_words_of_its_watch() -> None:
+    """The late rank's node, also behind others of the message; none when all wait alike."""
+    waiting = Place("rank 0/2 (stage 0, tp 0, dp 0)", "node1", 7, "step", 90.0, "a.py:1 (f)", "x")
+    late = waiting._replace(rank="rank 1/2 (stage 0, tp 0, dp 1)", host="node2", collective=None)
+    assert blamed_host(stall_verdict([waiting, late], 60.0, 5)) == "node2"
+    assert blamed_host(stall_verdict([waiting, waiting], 60.0, 0)) is None
 
 
 def test_runs_leave_their_verdict(config: Path, tmp_path: Path) -> None:
