@@ -82,7 +82,7 @@ run_step() { run_supervised USR1 srun "${srun_options[@]}" "$@"; }
 run_supervised() {
   local interrupted=0 copier watcher signal=$1
   shift
-  status=0
+  status=0 first_mark=$(progress_mark)
   # srun hands USR1 on to every task; TERM would make it end the step itself, after the grace period.
   # (The tasks get scancel's TERM from Slurm directly; a second signal changes nothing.)
   trap 'warned=1 interrupted=1; say "USR1: the time limit is near, stopping the tasks"; forward_signal' USR1
@@ -256,10 +256,11 @@ queue_again() {
 # Runs a command to its end, whatever signals Slurm sends to all of the script's processes.
 deaf() { (trap '' TERM USR1 && exec "$@"); }
 
-# A warning that is due before the job begins would come again at each start.
+# A warning that is due before the job begins would come again at each start. A --signal of the sbatch
+# line cannot be seen here: a start that got further is taken for one that has a shorter one.
 refuse_early_warning() {
   local lead limit
-  [ "$warned" = 1 ] && [ "$SECONDS" -lt 45 ] || return 0
+  [ "$warned" = 1 ] && [ "$SECONDS" -lt 45 ] && [ "$mark" = "$first_mark" ] || return 0
   lead=$(sed -n 's/^#SBATCH --signal=.*@\([0-9]*\)$/\1/p' "$0" | head -n 1)
   limit=$(seconds_of "$(job_field TimeLimit || true)")
   [ -n "$limit" ] && [ -n "$lead" ] && [ "$limit" -le "$lead" ] || return 0
