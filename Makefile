@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv hooks quickstart test stress check docs bench clean
+.PHONY: help venv hooks quickstart test test-cluster stress check docs bench clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -21,7 +21,7 @@ python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 venv: $(installed) ## make .venv and install everything into it, in the versions of constraints.txt
 
@@ -43,8 +43,12 @@ quickstart: $(installed) ## shards, training, kill, resume, export, generation, 
 test: $(installed) ## run the tests (12 minutes on 2 cores)
 	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
+test-cluster: $(installed) ## run the Slurm jobs on a real Slurm of 4 nodes on this machine (root; 4 minutes)
+	$(python) -m pytest -m 'cluster and not stress' tests/cluster $(ARGS)
+
 stress: $(installed) ## run the long forms of tests (hours): every layout, every point of failure
-	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile -m stress $(ARGS)
+	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile -m 'stress and not cluster' $(ARGS)
+	$(python) -m pytest -m 'stress and cluster' tests/cluster $(ARGS)
 
 check: $(installed) docs ## ruff, mypy --strict, the layering of imports, the pages and project files
 	$(python) -m ruff check .

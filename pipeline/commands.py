@@ -51,6 +51,7 @@ COMMANDS = {
     ),
     # `run` ends the process itself, as `python -m pipeline.train` does.
     "train": Command("pretrain, or resume from a checkpoint", ("pipeline.train",), "run"),
+    "submit": Command("check a run and put it into Slurm's queue", ("pipeline.submit",)),
     "export": Command("write a checkpoint as a Hugging Face model", ("pipeline.export",)),
     "generate": Command("generate text from an export", ("model.generate",)),
     "serve": Command("serve an export over HTTP, like OpenAI's API", ("model.serve",)),

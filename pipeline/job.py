@@ -1,5 +1,6 @@
 """One rank's part of a training job: join, open data, restore, wire, train."""
 
+import functools
 import logging
 import os
 import socket
@@ -31,9 +32,10 @@ from pipeline.data.samples import (
 )
 from pipeline.data.validation import ValidationSamples
 from pipeline.distributed.agreement import on_all_ranks
+from pipeline.distributed.identity import Identity
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.lease import Lease
-from pipeline.distributed.meeting import is_communication_error, start_process_group
+from pipeline.distributed.meeting import start_process_group
 from pipeline.distributed.rendezvous import RankInfo, device_index
 from pipeline.distributed.signals import EXIT_STOPPED, StopRequest
 from pipeline.distributed.topology import Topology
@@ -44,6 +46,8 @@ from pipeline.engine.init_from import imported_identity, imported_weights
 from pipeline.guard.policy import GoBack
 from pipeline.guard.progress import Progress
 from pipeline.guard.stall import StallWatch
+from pipeline.launching.explanation import Explanation, explain
+from pipeline.launching.verdict import Outcome, Verdict, blamed_host
 from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
 from pipeline.reporting.run_summary import summarize_run
@@ -81,6 +85,9 @@ class Job:
         device: kind of device.
         precision: arithmetic.
         launch: what this host shows of the job.
+
+    Attributes:
+        verdict: where this rank says how the run ended.
     """
 
     def __init__(
@@ -100,7 +107,10 @@ class Job:
         self.precision: Precision = precision
         self.position = f"rank {info.rank}/{info.world_size}"
         self._checkpoints = CheckpointFolder(config.run.dir, config.checkpoint)
-        self._lease = Lease(config.run.dir, os.environ, lost=self._abort)
+        self.verdict = Verdict(config.run.dir, os.environ, info.rank)
+        self._lease = Lease(
+            config.run.dir, os.environ, lost=functools.partial(self._abort, outcome="failed")
+        )
         self._stop = StopRequest()
         self._watchdog: Watchdog | None = None
         self._progress = Progress(
@@ -156,7 +166,10 @@ class Job:
             torch.use_deterministic_algorithms(True)
             # Nothing reads memory that was not written.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        start_process_group(self.info, device, config.train.timeout_s, self._launch)
+        identity = Identity.of_this_process(
+            config.model_dump(mode="json"), device=self.kind, precision=self.precision
+        )
+        start_process_group(self.info, device, config.train.timeout_s, self._launch, identity)
         topology = Topology(
             self.info,
             config.parallel.tensor,
@@ -180,6 +193,9 @@ class Job:
             abort=self._abort,
         )
         self._lease.acquire()
+        if topology.is_main:
+            self.verdict.clear()
+        self._lease.check_shared()
         return topology
 
     def _open_data(self, topology: Topology) -> Data:
@@ -188,7 +204,9 @@ class Job:
 
         def open_data() -> Data:
             shards = open_shards(config)
-            training = training_samples(config, shards, topology)
+            training = training_samples(
+                config, shards, data_rank=topology.data_rank, data_size=topology.data_size
+            )
             return Data(shards, training, validation_samples(config, shards, topology))
 
         return on_all_ranks(open_data, ConfigError, DataError)
@@ -285,9 +303,10 @@ class Job:
         )
 
     def _leave(self, state: TrainState, stopped_by: str | None) -> None:
+        ended = f"stopped by {stopped_by}" if stopped_by else "done"
         logger.info(
             "%s at step %d of %d, %s tokens",
-            f"stopped by {stopped_by}" if stopped_by else "done",
+            ended,
             state.step,
             self.config.train.steps,
             f"{state.tokens:,}",
@@ -304,25 +323,35 @@ class Job:
         if self._watchdog is not None:
             self._watchdog.close()
         dist.barrier()
+        if self.info.rank == 0:
+            self.record(
+                "stopped" if stopped_by else "done",
+                f"{ended} at step {state.step} of {self.config.train.steps}",
+                exit_code=EXIT_STOPPED if stopped_by else 0,
+            )
 
-    def explain(self, error: Exception) -> str:
+    def record(
+        self, outcome: Outcome, message: str, *, exit_code: int, host: str | None = None
+    ) -> None:
+        """Say in the run's folder how it ended, unless another rank has said so before."""
+        step = self._state.step if self._state else None
+        self.verdict.record(outcome, message, exit_code=exit_code, host=host, step=step)
+
+    def explain(self, error: Exception) -> Explanation:
         """An unforeseen error in one line; after a broken collective, who broke it."""
-        first_line = (str(error).strip().splitlines() or ["no message"])[0]
+        find_culprit = self._watchdog.explain if self._watchdog is not None else lambda: None
         waited = self._waited()  # before the verdict comes, which takes a while
-        if self._watchdog is not None and is_communication_error(error):
-            verdict = self._watchdog.explain()
-            if verdict is not None:
-                return f"stopping, because {verdict}{waited}"
-        return f"{type(error).__name__}: {first_line}"
+        return explain(error, socket.gethostname(), waited, find_culprit)
 
     def log_traceback(self) -> None:
         """Write the current exception with its traceback to this rank's log file only."""
         logger.debug("stopping after an error", exc_info=True)
 
-    def _abort(self, verdict: str) -> None:
+    def _abort(self, verdict: str, outcome: Outcome = "lost") -> None:
         """End a process whose main thread hangs in a collective."""
-        line = f"error: {self.position}: stopping, because {verdict}{self._waited()}"
-        print(line, file=sys.stderr, flush=True)
+        line = f"{self.position}: stopping, because {verdict}{self._waited()}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        self.record(outcome, line, exit_code=1, host=blamed_host(verdict))
         os._exit(1)
 
     def _waiting_for(self) -> str | None:

@@ -28,6 +28,7 @@ from pipeline.config.run_config import (
 from pipeline.distributed.cuda_settings import prepare_cuda
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.rendezvous import RankInfo, rank_info
+from pipeline.launching.verdict import blamed_host
 from pipeline.reporting.run_log import quieten_libraries
 
 if TYPE_CHECKING:
@@ -61,12 +62,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         if options.dry_run:
             _print_dry_run(config, _assumed_ranks(options.world_size, info))
             return 0
+        if options.check:
+            _check(config, options, info)
+            return 0
         data_parallel_size(config, info.world_size)
         prepare_cuda(
             os.environ, stages=len(config.stage_plan), deterministic=config.train.deterministic
         )
         device, precision = _resolve(config)
-    except (ConfigError, CheckpointError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, OSError) as error:
         _refuse(told(error) if isinstance(error, OSError) else str(error), launch)
         return EXIT_USER_FAULT
     if device == "cpu":
@@ -105,19 +109,27 @@ def _end_orphan(info: RankInfo, reason: str) -> NoReturn:
 def _run(job: "Job", info: RankInfo) -> int:
     """Run the job; errors become one line that names the rank, and an exit code."""
     from pipeline.distributed.agreement import AgreedByAllRanks
+    from pipeline.distributed.meeting import MissingRankError
     from pipeline.distributed.signals import EXIT_STOPPED
 
     try:
         stopped_by = job.run()
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-        if info.rank == 0:
-            _say(f"error: {error}")
-        elif not isinstance(error.__cause__, AgreedByAllRanks):
-            _say(f"error: {job.position}: {error}")
+        if info.rank != 0 and isinstance(error.__cause__, AgreedByAllRanks):
+            # Rank 0 says it, and is killed with all others as soon as this one ends.
+            job.verdict.wait(_RANK_0_SPEAKS_S)
+            return EXIT_USER_FAULT
+        message = str(error) if info.rank == 0 else f"{job.position}: {error}"
+        _say(f"error: {message}")
+        is_lost = isinstance(error, MissingRankError)
+        host = blamed_host(message) if is_lost else None
+        job.record("lost" if is_lost else "refused", message, exit_code=EXIT_USER_FAULT, host=host)
         return EXIT_USER_FAULT
     except Exception as error:
         job.log_traceback()
-        _say(f"error: {job.position}: {job.explain(error)}")
+        message, outcome, host = job.explain(error)
+        _say(f"error: {job.position}: {message}")
+        job.record(outcome, f"{job.position}: {message}", exit_code=EXIT_FAILED, host=host)
         return EXIT_FAILED
     return 0 if stopped_by is None else EXIT_STOPPED
 
@@ -148,7 +160,15 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved run without starting it"
     )
-    parser.add_argument("--world-size", type=int, metavar="N", help="ranks that a dry run assumes")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check configuration, shards, number of ranks and run.dir without starting the run; "
+        "prints run.dir",
+    )
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks that --dry-run and --check assume"
+    )
     return parser.parse_args(arguments)
 
 
@@ -162,6 +182,15 @@ def _assumed_ranks(given: int | None, info: "RankInfo") -> int:
             "number of ranks that the run is to have"
         )
     return given
+
+
+def _check(config: RunConfig, options: argparse.Namespace, info: RankInfo) -> None:
+    """Refuse a run that could not train; the errors are those of its start."""
+    from pipeline.launching.checks import check_run
+
+    _resolve(config)
+    check_run(config, _assumed_ranks(options.world_size, info), options.resume)
+    print(config.run.dir)
 
 
 def _resolve(config: RunConfig) -> tuple[Device, Precision]:

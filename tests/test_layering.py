@@ -25,6 +25,7 @@ ROOMS = {
         "exporting",
         "sandbox",
         "evaluating",
+        "launching",
     ),
 }
 ABSENT_ON_A_CPU = ("triton", "flash_attn", "transformer_engine", "liger_kernel", "apex", "wandb")

@@ -21,6 +21,7 @@ PACKAGES = ("foundation", "data_prep", "model", "pipeline")
 VALUE = "…"
 ERRORS = {
     "ConfigError",
+    "MissingRankError",
     "DataError",
     "CheckpointError",
     "TrainingError",

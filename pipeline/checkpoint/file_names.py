@@ -3,7 +3,7 @@
 The tree:
 
     runs/NAME/
-      config.yaml  metrics.jsonl  lease.json  logs/  tensorboard/
+      config.yaml  metrics.jsonl  lease.json  verdict.json  logs/  tensorboard/  submissions/
       checkpoints/
         latest                     text: the name of the newest complete checkpoint
         step_00000500/

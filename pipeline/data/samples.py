@@ -55,8 +55,16 @@ def open_shards(config: RunConfig) -> ShardSet:
     return shards
 
 
-def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) -> TokenLoader:
-    """This rank's training samples.
+def training_samples(
+    config: RunConfig, shards: ShardSet, *, data_rank: int, data_size: int
+) -> TokenLoader:
+    """A rank's training samples.
+
+    Args:
+        config: the run.
+        shards: its training split.
+        data_rank: index of the rank among those that take their own samples.
+        data_size: number of those.
 
     Raises:
         ConfigError: the weights do not fit the sources of the shards.
@@ -68,8 +76,8 @@ def training_samples(config: RunConfig, shards: ShardSet, topology: Topology) ->
         BatchLayout(
             micro_size=config.batch.micro_size,
             accumulation=config.batch.accumulation,
-            data_rank=topology.data_rank,
-            data_size=topology.data_size,
+            data_rank=data_rank,
+            data_size=data_size,
         ),
         seed=config.run.seed,
     )

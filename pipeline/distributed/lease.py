@@ -26,7 +26,12 @@ from typing import Any
 
 from foundation.json_text import read_json
 from model.errors import ConfigError
-from pipeline.distributed.agreement import from_main, is_main
+from pipeline.distributed.agreement import (
+    AgreedByAllRanks,
+    first_problem,
+    from_main,
+    is_main,
+)
 from pipeline.distributed.processes import process_is_gone, process_space, process_start
 
 logger = logging.getLogger(__name__)
@@ -35,6 +40,7 @@ LEASE_NAME = "lease.json"
 BEAT_S = 2.0
 EXPIRY_S = 30 * BEAT_S
 _POLL_S = 0.25
+_SEEN_WITHIN_S = 45.0  # nodes of NFS may take half a minute to see what another one has made
 _COUNT_DIGITS = 12
 _LONGEST_VALUE = 500  # letters
 
@@ -110,6 +116,33 @@ class Lease:
                 f"{self.path} cannot be written ({error.strerror or error}); make the folder "
                 "writable, or set another run.dir"
             ) from error
+
+    def check_shared(self, within_s: float = _SEEN_WITHIN_S) -> None:
+        """Make sure that all ranks see the folder that rank 0 writes to. A collective.
+
+        Args:
+            within_s: how long a file may need to be seen by other nodes.
+
+        Raises:
+            ConfigError: some rank has another folder of that name.
+        """
+        token = from_main(lambda: self._token, ConfigError)
+        if problem := first_problem(self._unseen(token, within_s)):
+            raise ConfigError(problem) from AgreedByAllRanks()
+
+    def _unseen(self, token: str, within_s: float) -> str | None:
+        """Why this rank does not see the lease of rank 0, if it does not."""
+        deadline_s = time.monotonic() + within_s
+        while _token(_read(self.path)) != token:
+            if time.monotonic() > deadline_s:
+                return (
+                    f"run.dir={self.path.parent} on {self._identity['host']} is not the folder "
+                    "that rank 0 writes to; set run.dir to a folder that all nodes share"
+                )
+            with contextlib.suppress(OSError):
+                os.listdir(self.path.parent)  # asks the server what is there now
+            time.sleep(_POLL_S)
+        return None
 
     def release(self) -> None:
         """Give the lease back, if this job has it."""

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import ConfigError
+from pipeline.distributed.identity import Identity
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.rendezvous import RankInfo, ranks_per_node, rendezvous, step_nodes
 
@@ -18,11 +19,19 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _REMIND_S = 30.0
-_COUNT, _VERDICT = "count", "verdict"
+_COUNT, _VERDICT, _IS_LOST, _IDENTITY = "count", "verdict", "is lost", "identity"
+
+
+class MissingRankError(ConfigError):
+    """A rank has ended, or has not come: the same job may well do better on another node."""
 
 
 def start_process_group(
-    info: RankInfo, device: torch.device, timeout_s: float, launch: Launch
+    info: RankInfo,
+    device: torch.device,
+    timeout_s: float,
+    launch: Launch,
+    identity: Identity,
 ) -> None:
     """Join the job's process group: NCCL on GPUs, gloo on CPUs.
 
@@ -31,9 +40,11 @@ def start_process_group(
         device: where it computes.
         timeout_s: after this a collective, or the meeting itself, that is not complete fails.
         launch: what this host shows of the other ranks.
+        identity: what this rank runs.
 
     Raises:
-        ConfigError: the rendezvous failed (port taken, main node not reached, a rank missing).
+        ConfigError: the rendezvous failed (port taken, main node not reached, a rank missing), or
+            a rank runs something else than rank 0.
     """
     address, port = rendezvous(os.environ)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
@@ -44,7 +55,7 @@ def start_process_group(
     if info.world_size == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
     else:
-        store = Meeting(info, launch, timeout_s).hold(address, port)
+        store = Meeting(info, launch, timeout_s, identity).hold(address, port)
     try:
         dist.init_process_group(
             backend,
@@ -64,12 +75,16 @@ class Meeting:
         info: this rank's position.
         launch: what this host shows of the other ranks.
         timeout_s: how long to wait for all ranks.
+        identity: what this rank runs.
     """
 
-    def __init__(self, info: RankInfo, launch: Launch, timeout_s: float) -> None:
+    def __init__(
+        self, info: RankInfo, launch: Launch, timeout_s: float, identity: Identity
+    ) -> None:
         self._info = info
         self._launch = launch
         self._timeout_s = timeout_s
+        self._identity = identity
         self._begun_s = time.monotonic()
         self._remind_s = _REMIND_S
         agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -104,7 +119,7 @@ class Meeting:
         try:
             self._wait_for_ranks(dist.PrefixStore(prefix, store))  # type: ignore[attr-defined]
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise ConfigError(_gone(self._who_closed_the_store(address, port))) from error
+            raise MissingRankError(_gone(self._who_closed_the_store(address, port))) from error
         self._launch.met()
         return store
 
@@ -126,7 +141,7 @@ class Meeting:
                 reason = str(error)
             ended = self._launch.ended() or self._launch.never_here([0])
             if ended is not None:
-                raise ConfigError(_gone(ended))
+                raise MissingRankError(_gone(ended))
             if self._waited_s() > self._timeout_s:
                 raise _refusal(self._info, address, port, reason)
             if self._info.local_rank == 0:
@@ -135,19 +150,35 @@ class Meeting:
 
     def _wait_for_ranks(self, store: Any) -> None:
         # Two questions a round, however many ranks there are: hundreds ask one store.
-        store.set(str(self._info.rank), socket.gethostname())
-        store.add(_COUNT, 1)
+        if self._info.rank == 0:
+            store.set(_IDENTITY, self._identity.to_text())
+        store.set(str(self._info.rank), self._identity.host)
+        compared = False
         try:
             while store.add(_COUNT, 0) < self._info.world_size:
                 if store.check([_VERDICT]):
-                    raise ConfigError(store.get(_VERDICT).decode())
+                    kind = MissingRankError if store.check([_IS_LOST]) else ConfigError
+                    raise kind(store.get(_VERDICT).decode())
+                if not compared and store.check([_IDENTITY]):
+                    self._compare(store.get(_IDENTITY).decode())
+                    compared = True
+                    store.add(_COUNT, 1)  # only now: whoever is counted may go on with the others
+                    continue
                 self._check_others(store)
                 time.sleep(_POLL_S)
         except ConfigError as error:
+            if isinstance(error, MissingRankError):
+                store.set(_IS_LOST, "yes")
             store.set(_VERDICT, str(error))
             if self._hosts_store:
                 time.sleep(5 * _POLL_S)  # for the others to read it: the store ends with this rank
             raise
+
+    def _compare(self, main: str) -> None:
+        """Refuse this rank if it runs something else than rank 0 does."""
+        name = f"rank {self._info.rank}/{self._info.world_size}"
+        if problem := self._identity.problem(name, Identity.from_text(main)):
+            raise ConfigError(problem)
 
     def _check_others(self, store: Any) -> None:
         """Fail when a rank has ended here, or the time is over; say now and then who is missing."""
@@ -158,12 +189,12 @@ class Meeting:
         missing = [r for r in range(self._info.world_size) if not store.check([str(r)])]
         ended = ended or self._launch.never_here(missing)
         if ended is not None:
-            raise ConfigError(_gone(ended))
+            raise MissingRankError(_gone(ended))
         if not missing:
             return  # the last one came meanwhile
         names = self._names(store, missing)
         if self._waited_s() > self._timeout_s:
-            raise ConfigError(
+            raise MissingRankError(
                 f"{names} did not join the job within train.timeout_s={self._timeout_s:g}; look "
                 "there for what became of it: every rank must start the same command, with the "
                 "same MASTER_ADDR and MASTER_PORT"

@@ -38,7 +38,7 @@ def start_run_log(run_dir: Path, rank: int) -> Path:
     if rank == 0:
         handlers.append(_Console(logging.INFO))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
     # Libraries are heard from warnings on; this project's own debug lines go to the file.
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     for package in ("pipeline", "data_prep", "model"):

@@ -173,7 +173,8 @@ def _command_faults(words: list[str]) -> Iterator[str]:
             yield f"{shown}: {script!r} is no script of ours"
         if script == "slurm/pretrain_7b.sh":
             rest = words[words.index(script) + 1 :]
-            yield from _module_faults("pipeline.train", ["configs/7b.yaml", *rest])
+            default = [] if rest and not rest[0].startswith("-") else ["configs/7b.yaml"]
+            yield from _module_faults("pipeline.train", [*default, *rest])
     module, arguments = _module_of(words)
     if module:
         yield from _module_faults(module, arguments)
@@ -195,9 +196,11 @@ def _module_faults(module: str, arguments: list[str]) -> Iterator[str]:
         yield f"{module} does not exist"
     if module not in MODULES or "--help" in arguments:
         return
+    if module == "pipeline.submit" and "--" in arguments:  # what follows is sbatch's
+        arguments = arguments[: arguments.index("--")]
     if refused := refusal(module, arguments):
         yield f"{module} {shlex.join(arguments)}: {refused}"
-    elif module == "pipeline.train":
+    elif module in ("pipeline.train", "pipeline.submit"):
         yield from _run_faults(arguments)
 
 
@@ -244,7 +247,10 @@ def test_python_compiles_and_yaml_has_known_keys(block: Block, tmp_path: Path) -
         assert "known key" not in said
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*_*.sh")), ids=lambda p: p.name)
+SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "supervise.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_readme_names_each_slurm_script(script: Path) -> None:
     """A reader with a cluster finds the scripts."""
     assert f"slurm/{script.name}" in (ROOT / "README.md").read_text(encoding="utf-8")

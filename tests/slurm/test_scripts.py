@@ -1,5 +1,6 @@
 """The job scripts, run by bash with stand-ins for Slurm's commands: what they ask for, pass on."""
 
+import json
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-JOB_SCRIPTS = ("pretrain_7b.sh", "shard_corpus.sh")
+JOB_SCRIPTS = ("pretrain_7b.sh", "shard_corpus.sh", "export.sh")
 STARTED = "started"
 
 # Writes down how it was called, runs as the test says; USR1 ends it with the trainer's status 75.
@@ -36,11 +37,21 @@ exit "${STEP_STATUS:-0}"
 FAKE_SCONTROL = """#!/bin/bash
 case "$1 $2" in
   "show hostnames") printf '%s\\n' alpha7 alpha8 beta1 ;;
+  "show job") printf '   %s\\n' "StdOut=$RECORD/output" Restarts=0 \\
+    "TimeLimit=${FAKE_LIMIT:-01:00:00}" "Command=${FAKE_COMMAND:-(null)}" ;;
   requeue*) echo "$2" > "$RECORD/requeued"; kill -KILL "$PPID" ;; # Slurm ends the script
 esac
 """
+# Counts GPUs, and checks a run before it starts; the step itself is srun's.
 FAKE_PYTHON = """#!/bin/bash
 [ "$1" != -c ] || echo "${FAKE_GPUS:-0}"
+case "$*" in
+  *--check*)
+    printf '%s\\n' "$@" > "$RECORD/check_arguments"
+    [ -n "${CHECK_STATUS:-}" ] || { echo "$RECORD/run"; exit 0; }
+    echo "error: train.steps must be a number" >&2
+    exit "$CHECK_STATUS" ;;
+esac
 """
 
 
@@ -86,7 +97,7 @@ class Job:
         return subprocess.Popen(
             ["bash", str(self.script), *arguments],
             env=self.environment | environment,
-            cwd=self.record,
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -95,7 +106,7 @@ class Job:
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
         """Run the script to its end; exit status and output."""
         process = self.start(*arguments, **environment)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def signal_step(self, number: signal.Signals, **environment: str) -> tuple[int, str]:
@@ -107,7 +118,7 @@ class Job:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def srun_arguments(self) -> list[str]:
@@ -164,7 +175,8 @@ def test_nothing_of_one_cluster_is_in_the_directives(script: str) -> None:
     assert names & {"-p", "-A", "-q", "-C", "-t"} == set()
     assert {"--nodes", "--requeue"} <= names
     assert "--open-mode=append" in _directives(script)
-    assert any(directive.startswith("--signal=B:USR1@") for directive in _directives(script))
+    if script != "export.sh":  # which has nothing to save
+        assert any(directive.startswith("--signal=B:USR1@") for directive in _directives(script))
 
 
 def test_pretrain_starts_a_process_per_gpu_on_every_node(pretrain: Job) -> None:
@@ -182,7 +194,9 @@ def test_pretrain_starts_a_process_per_gpu_on_every_node(pretrain: Job) -> None:
     ):
         assert expected in arguments
     command = arguments[arguments.index("fake-python") :]
-    assert shlex.join(command) == ("fake-python -m pipeline.train configs/7b.yaml --resume auto")
+    assert shlex.join(command) == "fake-python -m pipeline.train configs/7b.yaml --resume auto"
+    check = (pretrain.record / "check_arguments").read_text().split()
+    assert check[-3:] == ["--check", "--world-size", "24"]
 
 
 def test_pretrain_without_a_driver_starts_one_process_per_node(pretrain: Job) -> None:
@@ -239,7 +253,7 @@ def test_pretrain_passes_configuration_and_arguments_on(pretrain: Job) -> None:
     ]
 
 
-@pytest.mark.parametrize("step_status", [1, 2, 75, 137, 143])
+@pytest.mark.parametrize("step_status", [1, 2, 75, 143])
 def test_exit_status_of_the_step_is_the_jobs(pretrain: Job, step_status: int) -> None:
     """A failed step is a failed job, with the same status, and is not queued again by itself."""
     status, output = pretrain.run(STEP_STATUS=str(step_status))
@@ -277,7 +291,7 @@ def test_cancelling_waits_for_the_save_and_does_not_queue_again(pretrain: Job) -
 @pytest.mark.parametrize(
     ("environment", "named"),
     [
-        ({"SLURM_SUBMIT_DIR": "/"}, "HEADWAY_ROOT"),
+        ({"HEADWAY_ROOT": "/"}, "/ is not the checkout"),
         ({"CONFIG": "configs/missing.yaml"}, "CONFIG=configs/missing.yaml"),
         ({"PYTHON": "no-such-python"}, "set PYTHON"),
     ],
@@ -299,7 +313,7 @@ def test_shard_job_runs_the_shard_command(shard: Job) -> None:
     arguments = shard.srun_arguments()
     assert arguments[:3] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=96"]
     assert arguments[arguments.index("fake-python") + 1 :] == [
-        *["data_prep/shard.py", "--input", "raw/a", "raw/b", "--output", "data/c"],
+        *[f"{ROOT}/data_prep/shard.py", "--input", "raw/a", "raw/b", "--output", "data/c"],
         *["--tokenizer", "train:32000", "--exclude", "*.min.js"],
     ]
 
@@ -325,7 +339,7 @@ def test_shard_job_takes_a_configuration(shard: Job) -> None:
     status, output = shard.run("--dedup", CONFIG=config, INPUT="", TOKENIZER="")
     assert status == 0, output
     arguments = shard.srun_arguments()
-    assert arguments[arguments.index("data_prep/shard.py") + 1 :] == [
+    assert arguments[arguments.index(f"{ROOT}/data_prep/shard.py") + 1 :] == [
         *["--config", config, "--output", "data/c", "--dedup"],
     ]
     status, output = shard.run(CONFIG="configs/data/missing.yaml")
@@ -351,7 +365,9 @@ def test_shard_job_on_several_nodes_starts_mpi_ranks(
     assert status == 0, output
     arguments = shard.mpirun_arguments()
     assert arguments[: len(placement)] == placement
-    assert arguments[len(placement) : len(placement) + 2] == ["fake-python", "data_prep/shard.py"]
+    assert arguments[len(placement) : len(placement) + 2] == [
+        *["fake-python", f"{ROOT}/data_prep/shard.py"]
+    ]
     assert not (shard.record / "srun_arguments").exists()
 
 
@@ -390,7 +406,189 @@ def test_pretrain_asks_the_real_torch_for_gpus(pretrain: Job) -> None:
     """With the interpreter of these tests the number of processes is what torch sees."""
     import torch
 
-    status, output = pretrain.run(PYTHON=sys.executable)
+    asked = Path(pretrain.environment["PATH"].split(":")[0]) / "asked-python"
+    asked.write_text(
+        f'#!/bin/bash\n[ "$1" = -c ] && exec {sys.executable} "$@"\nfake-python "$@"\n'
+    )
+    asked.chmod(0o755)
+    status, output = pretrain.run(PYTHON="asked-python")
     assert status == 0, output
     expected = max(torch.cuda.device_count(), 1)
     assert f"--ntasks-per-node={expected}" in pretrain.srun_arguments()
+
+
+def test_a_killed_srun_is_started_again(pretrain: Job) -> None:
+    """Nobody asked for that, and nothing of the run is at fault."""
+    _, output = pretrain.run(STEP_STATUS="137")
+    assert (pretrain.record / "requeued").read_text() == "1234567\n"
+    assert "srun was killed" in output
+
+
+def test_the_configuration_is_an_argument(pretrain: Job, tmp_path: Path) -> None:
+    """The first argument wins over CONFIG, whose value --export=NONE would lose."""
+    status, output = pretrain.run(
+        "configs/quickstart.yaml", "--set", "train.steps=7", CONFIG="configs/1b.yaml"
+    )
+    assert status == 0, output
+    arguments = pretrain.srun_arguments()
+    assert arguments[arguments.index("pipeline.train") + 1 :] == [
+        *["configs/quickstart.yaml", "--resume", "auto", "--set", "train.steps=7"]
+    ]
+    assert pretrain.srun_environment()["SLURM_EXPORT_ENV"] == "ALL"
+
+
+def test_a_job_that_is_queued_again_goes_on(pretrain: Job) -> None:
+    """It was to begin anew once, and not at each requeue."""
+    status, output = pretrain.run("--resume", "none", RANKS_PER_NODE="1")
+    assert status == 0, output
+    assert pretrain.srun_arguments()[-2:] == ["--resume", "none"]
+    status, output = pretrain.run("--resume", "none", RANKS_PER_NODE="1", SLURM_RESTART_COUNT="1")
+    assert status == 0, output
+    assert pretrain.srun_arguments()[-2:] == ["--resume", "auto"]
+
+
+def test_a_run_that_cannot_train_is_refused_before_srun(pretrain: Job) -> None:
+    """The check's own line is the last one, its status the job's."""
+    status, output = pretrain.run(CHECK_STATUS="2")
+    assert status == 2
+    assert output.splitlines()[-1] == "error: train.steps must be a number"
+    assert not (pretrain.record / STARTED).exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks", "cpus", "gpus"),
+    [
+        ({"SLURM_GPUS": "h100:12", "SLURM_GPUS_ON_NODE": "8"}, 4, 24, 4),
+        ({"SLURM_GPUS_ON_NODE": "4"}, 4, 24, 4),  # --gres=gpu:4
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "8"}, 2, 48, 8),
+        ({"SLURM_JOB_CPUS_PER_NODE": "96(x2),32", "SLURM_GPUS_ON_NODE": "8"}, 8, 4, 8),
+    ],
+)
+def test_pretrain_asks_for_what_every_node_has(
+    pretrain: Job, environment: dict[str, str], ranks: int, cpus: int, gpus: int
+) -> None:
+    """GPUs of the job are divided by its nodes; the smallest node's CPUs by its processes."""
+    status, output = pretrain.run(FAKE_GPUS="8", **environment)
+    assert status == 0, output
+    arguments = pretrain.srun_arguments()
+    for expected in (
+        f"--ntasks-per-node={ranks}",
+        f"--cpus-per-task={cpus}",
+        f"--gpus-per-node={gpus}",
+    ):
+        assert expected in arguments
+    assert not {"SLURM_GPUS", "SLURM_NTASKS_PER_NODE"} & pretrain.srun_environment().keys()
+
+
+def test_gpus_that_nodes_cannot_share_evenly_are_refused(pretrain: Job) -> None:
+    """--gpus counts those of the whole job."""
+    status, output = pretrain.run(SLURM_GPUS="h100:8")
+    assert status == 2
+    assert "--gpus=h100:8 are not the same number on each of 3 nodes" in output
+
+
+def test_options_of_srun_and_a_container_are_one_variable_each(pretrain: Job) -> None:
+    """They reach the step, and the checks before it run in the same container."""
+    status, output = pretrain.run(
+        SRUN_ARGS="--cpu-bind=none --network=x", CONTAINER_IMAGE="img", RANKS_PER_NODE="1"
+    )
+    # With srun as its launcher the check gives no folder here: it only writes down its arguments.
+    assert status == 0, output
+    arguments = pretrain.srun_arguments()
+    assert arguments[:3] == ["--cpu-bind=none", "--network=x", "--container-image=img"]
+    command = ["fake-python", "-m", "pipeline.train", "configs/7b.yaml", "--resume", "auto"]
+    assert arguments[-6:] == command
+
+
+def test_apptainer_stands_before_the_interpreter(pretrain: Job) -> None:
+    """Its options and image are one variable; the check goes through it, too."""
+    apptainer = Path(pretrain.environment["PATH"].split(":")[0]) / "apptainer"
+    apptainer.write_text('#!/bin/bash\nshift 3\nexec "$@"\n')
+    apptainer.chmod(0o755)
+    status, output = pretrain.run(APPTAINER="--nv image.sif", RANKS_PER_NODE="1")
+    assert status == 0, output
+    arguments = pretrain.srun_arguments()
+    begin = arguments.index("apptainer")
+    assert arguments[begin : begin + 5] == ["apptainer", "exec", "--nv", "image.sif", "fake-python"]
+    assert (pretrain.record / "check_arguments").exists()
+
+
+def test_an_array_task_queues_itself_and_not_its_array(shard: Job) -> None:
+    """Tasks that have finished are not run again."""
+    shard.signal_step(
+        signal.SIGUSR1,
+        **{"SLURM_ARRAY_JOB_ID": "1234560", "SLURM_ARRAY_TASK_ID": "7", "STATUS_ON_USR1": "138"},
+    )
+    assert (shard.record / "requeued").read_text() == "1234560_7\n"
+
+
+def test_a_job_without_progress_is_stopped_with_the_reason(pretrain: Job) -> None:
+    """Requeues that the job asked for are counted until there is a new checkpoint."""
+    run_dir = pretrain.record / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    for number in range(3):
+        pretrain.signal_step(signal.SIGUSR1)
+        assert (pretrain.record / "requeued").exists(), number
+        (pretrain.record / "requeued").unlink()
+        (pretrain.record / STARTED).unlink()
+        if number == 0:
+            (run_dir / "checkpoints" / "latest").write_text("step_00000100\n")
+    pretrain.signal_step(signal.SIGUSR1)
+    (pretrain.record / "requeued").unlink()
+    (pretrain.record / STARTED).unlink()
+    status, output = pretrain.signal_step(signal.SIGUSR1)
+    assert status == 1
+    assert "queued again 3 times without progress (it is at: step_00000100)" in output
+    assert not (pretrain.record / "requeued").exists()
+
+
+def test_cancelling_a_job_that_was_warned_ends_it(pretrain: Job) -> None:
+    """A `scancel` in the minutes before the time limit is no requeue."""
+    process = pretrain.start(STEP_TICKS="400", STATUS_ON_USR1="75")
+    deadline_s = time.monotonic() + 60
+    while not (pretrain.record / STARTED).exists():
+        assert time.monotonic() < deadline_s, "the step did not start"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 75, output
+    assert not (pretrain.record / "requeued").exists()
+
+
+def test_a_warning_that_is_due_before_the_start_is_refused(pretrain: Job) -> None:
+    """--signal of 300 s and a time limit of 5 minutes: the job would be warned at each start."""
+    status, output = pretrain.signal_step(signal.SIGUSR1, FAKE_LIMIT="00:05:00")
+    assert status == 2
+    assert "the time limit of 300 s is not above the 300 s of --signal" in output
+    assert not (pretrain.record / "requeued").exists()
+
+
+def test_the_error_of_any_rank_is_the_last_line(pretrain: Job) -> None:
+    """It stands in the run's verdict; that of an earlier start is not taken for it."""
+    run_dir = pretrain.record / "run"
+    run_dir.mkdir()
+    content = {"start": "1234567.0", "outcome": "failed", "message": 'rank 3: there is no "x"'}
+    text = json.dumps(content, indent=1)
+    (run_dir / "verdict.json").write_text(text)
+    status, output = pretrain.run(STEP_STATUS="1")
+    assert status == 1
+    assert output.splitlines()[-1] == 'error: rank 3: there is no "x"'
+    (run_dir / "verdict.json").write_text(text.replace("1234567.0", "1234567.1"))
+    status, output = pretrain.run(STEP_STATUS="1")
+    assert output.splitlines()[-1].startswith("error: the step ended with status 1")
+
+
+def test_export_runs_the_export_command(tmp_path: Path) -> None:
+    """One task, with the script's arguments; without them it says how it is called."""
+    export = Job(tmp_path, "export.sh")
+    export.environment |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "8"}
+    status, output = export.run("runs/7b", "out", "--dtype", "bf16")
+    assert status == 0, output
+    arguments = export.srun_arguments()
+    assert arguments[:3] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=8"]
+    assert arguments[3:] == [
+        *["fake-python", "-m", "pipeline.export", "runs/7b", "out", "--dtype", "bf16"]
+    ]
+    status, output = export.run("runs/7b")
+    assert (status, "give a run or checkpoint and a folder" in output) == (2, True)

@@ -48,6 +48,18 @@ def test_a_second_job_is_refused_at_once(tmp_path: Path) -> None:
     second.release()
 
 
+def test_a_folder_that_other_ranks_do_not_see_is_refused(tmp_path: Path) -> None:
+    """Before the first step, and with the way out; not by saves that fail at the end."""
+    lease = _lease(tmp_path)
+    lease.acquire()
+    lease.check_shared(within_s=0)
+    elsewhere = _held_elsewhere(tmp_path)  # what a rank finds in a folder of its own node
+    with pytest.raises(ConfigError, match=r"set run\.dir to a folder that all nodes share"):
+        lease.check_shared(within_s=0.5)
+    elsewhere.unlink()
+    lease.release()
+
+
 def test_a_dead_process_of_this_machine_holds_nothing(tmp_path: Path) -> None:
     """A process that is gone, or whose number is another's by now, is taken over at once."""
     code = (
