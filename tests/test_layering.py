@@ -21,6 +21,7 @@ ROOMS = {
         "data",
         "guard",
         "engine",
+        "planning",
         "reporting",
         "exporting",
         "sandbox",
