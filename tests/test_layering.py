@@ -27,6 +27,7 @@ ROOMS = {
         "sandbox",
         "evaluating",
         "launching",
+        "diagnosis",
     ),
 }
 ABSENT_ON_A_CPU = ("triton", "flash_attn", "transformer_engine", "liger_kernel", "apex", "wandb")
