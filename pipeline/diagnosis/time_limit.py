@@ -5,6 +5,7 @@ ranks note in the store where they met how far each has come, so that any of the
 late.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -18,15 +19,17 @@ import torch.distributed as dist
 
 from pipeline.distributed.rendezvous import RankInfo
 
-# Rank 0 speaks first; the others only when it does not.
-_OTHERS_WAIT_S = 3.0
+# Rank 0 speaks first; the others only when it does not, in the time that it takes to find out.
+_OTHERS_WAIT_S = 6.0
 _CLEANING_S = 5.0
 _SHOWN = 8
+_BEAT_S, _SILENT_S = 0.5, 2.5
 
 
 def meeting_store() -> Any:  # dist.Store, for which torch has no types
     """A part of the store where the ranks met, for what is noted here."""
-    store = dist.distributed_c10d._get_default_store()
+    # A connection of its own: one that waits in a collective's store call answers nothing else.
+    store = dist.distributed_c10d._get_default_store().clone()
     return dist.PrefixStore("headway/doctor", store)  # type: ignore[attr-defined]
 
 
@@ -46,6 +49,7 @@ class TimeLimit:
         self._store, self._info, self._seconds, self._clean = store, info, seconds, clean
         self._number = 0
         self._over = threading.Event()
+        threading.Thread(target=self._beat, daemon=True, name="sign of life").start()
 
     @contextmanager
     def watch(self, name: str, patience: float = 1.0) -> Iterator[None]:
@@ -84,6 +88,8 @@ class TimeLimit:
     def _late(self) -> str:
         """Which ranks have not looked to the end, or which one has failed in a collective."""
         ranks = range(self._info.world_size)
+        if silent := self._silent():
+            return f"{self._names(silent)} shows no sign of life; look at that process and its node"
         for rank in ranks:
             if failure := self._noted("looked", rank):
                 return f"rank {rank} failed there ({failure}), and the others wait for it"
@@ -94,6 +100,25 @@ class TimeLimit:
         if late:
             return f"{self._names(late)} still in it; look there for a device that does not answer"
         return "all ranks looked, and the exchange of what they saw hangs; check the network"
+
+    def _beat(self) -> None:
+        """Show that this process lives, whatever its main thread waits for."""
+        with contextlib.suppress(RuntimeError):  # the store has ended with rank 0
+            while True:
+                self._store.add(f"beats/{self._info.rank}", 1)
+                time.sleep(_BEAT_S)
+
+    def _silent(self) -> list[int]:
+        """The ranks that do not beat."""
+        keys = [f"beats/{rank}" for rank in range(self._info.world_size)]
+        try:
+            before = [self._store.add(key, 0) for key in keys]
+            time.sleep(_SILENT_S)
+            after = [self._store.add(key, 0) for key in keys]
+        except RuntimeError:
+            return []
+        pairs = enumerate(zip(before, after, strict=True))
+        return [rank for rank, (first, last) in pairs if first == last]
 
     def _names(self, ranks: list[int]) -> str:
         hosts = {rank: self._noted("begun", rank) for rank in ranks[:_SHOWN]}
