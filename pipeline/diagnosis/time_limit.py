@@ -29,8 +29,8 @@ _BEAT_S, _SILENT_S = 0.5, 2.5
 def meeting_store() -> Any:  # dist.Store, for which torch has no types
     """A part of the store where the ranks met, for what is noted here."""
     # A connection of its own: one that waits in a collective's store call answers nothing else.
-    store = dist.distributed_c10d._get_default_store().clone()
-    return dist.PrefixStore("headway/doctor", store)  # type: ignore[attr-defined]
+    store: Any = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore("headway/doctor", store.clone())  # type: ignore[attr-defined]
 
 
 class TimeLimit:
