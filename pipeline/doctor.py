@@ -9,6 +9,7 @@ no run.
 import argparse
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -124,11 +125,13 @@ def _examine(config: RunConfig, options: argparse.Namespace, launch: Launch) -> 
         os.environ["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs that this run leaves alone
     device = _device(kind, info)
     # Imported late, as by pipeline.train.
+    from pipeline.distributed.identity import Identity
     from pipeline.distributed.meeting import start_process_group
 
     started = time.perf_counter()
     timeout_s = max(config.train.timeout_s, 4 * options.time_limit + _TIMEOUT_MARGIN_S)
-    start_process_group(info, device, timeout_s, launch)
+    # Ranks that differ may meet here: all that is wrong is found, not the first of it.
+    start_process_group(info, device, timeout_s, launch, Identity(socket.gethostname(), {}, {}))
     met = f"1 rank alone in {time.perf_counter() - started:.1f} s"
     if info.world_size > 1:
         address, port = rendezvous(os.environ)

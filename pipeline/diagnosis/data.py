@@ -33,7 +33,10 @@ def _data(context: Context) -> _Data:
     shards: ShardSet = open_shards(context.config)
     batch_s = 0.0
     if context.topology is not None:
-        loader = training_samples(context.config, shards, context.topology)
+        topology = context.topology
+        loader = training_samples(
+            context.config, shards, data_rank=topology.data_rank, data_size=topology.data_size
+        )
         started = time.perf_counter()
         loader.step_batches(0)
         batch_s = time.perf_counter() - started

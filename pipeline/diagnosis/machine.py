@@ -1,23 +1,17 @@
 """Checks of the ranks' machines: devices, versions, code and configuration, clocks."""
 
 import os
-import platform
 import socket
 import time
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from foundation.source_hash import bytes_digest, source_digest
-from pipeline.config.run_config import to_yaml
 from pipeline.diagnosis.check import Check, Context, Outcome, ranks_text
+from pipeline.distributed.identity import Identity
 
-_ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("foundation", "data_prep", "model", "pipeline")
-_LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "pyarrow", "safetensors")
+_SHOWN_VERSIONS = ("Python", "torch", "deepspeed", "megatron-core")
 _LEAST_FREE = 0.9  # of a GPU's memory
 # Times in logs and metrics of one run should tell what was first.
 _MOST_SKEW_S = 2.0
@@ -62,38 +56,22 @@ def _judge_devices(context: Context, ranks: list[dict[str, Any]]) -> Outcome:
     return Outcome(f"{len(ranks)} x {ranks[0]['name']} on {hosts} hosts", problems)
 
 
-def _versions(context: Context) -> dict[str, str]:
-    found = {"Python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES}
-    if context.device.type == "cuda":
-        found["CUDA"] = str(torch.version.cuda)
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    found["code"] = source_digest([_ROOT / name for name in _PACKAGES])
-    found["configuration"] = bytes_digest(to_yaml(context.config).encode())
-    return found
+def _versions(context: Context) -> Identity:
+    return Identity.of_this_process(
+        context.config.model_dump(mode="json"),
+        device=context.device.type,
+        precision=context.precision,
+    )
 
 
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "none"
-
-
-def _judge_versions(context: Context, ranks: list[dict[str, str]]) -> Outcome:
+def _judge_versions(context: Context, ranks: list[Identity]) -> Outcome:
     main = ranks[0]
-    problems = []
-    for name in main:
-        others = [rank for rank, found in enumerate(ranks) if found.get(name) != main[name]]
-        if others:
-            problems.append(
-                f"{name} is not the same on all ranks: {main[name]} on rank 0, "
-                f"{ranks[others[0]].get(name)} on {ranks_text(others)}; start all ranks from one "
-                "installation and one file"
-            )
-    shown = ", ".join(f"{name} {main[name]}" for name in ("Python", *_LIBRARIES[:3]))
+    found = [identity.problem(f"rank {rank}", main) for rank, identity in enumerate(ranks)]
+    shown = ", ".join(f"{name} {main.code[name]}" for name in _SHOWN_VERSIONS)
+    sources = sum(name.endswith(".py") for name in main.code)
     return Outcome(
-        f"{shown}, code {main['code'][:8]}, same on {len(ranks)} ranks" if not problems else shown,
-        problems,
+        f"{shown}, {sources} source files and the configuration, of {len(ranks)} ranks",
+        [problem for problem in found if problem],
     )
 
 

@@ -83,7 +83,7 @@ def test_a_rank_with_another_folder_and_configuration_is_named(
     ).finish()
     assert outcome.codes == [1, 1], outcome.output
     _, _, faults = outcome.output[0].partition("to mend:\n")
-    assert "configuration is not the same on all ranks" in faults
+    assert "has another configuration than rank 0" in faults
     assert "rank 1 on " in faults
     assert "is not the folder that rank 0 sees" in faults
     assert "gradients" not in _lines(outcome)

@@ -54,12 +54,12 @@ def test_clocks_that_are_apart_are_named(context: Context) -> None:
 def test_versions_and_code_that_differ_are_named(context: Context) -> None:
     """With the ranks, and both values."""
     mine = _check(machine.CHECKS, "versions").look(context)
-    assert not _judged(context, machine.CHECKS, "versions", [mine, dict(mine)]).problems
-    other = mine | {"torch": "1.0", "code": "another"}
-    problems = _judged(context, machine.CHECKS, "versions", [mine, mine, other]).problems
-    assert len(problems) == 2
-    assert any("1.0 on rank 2" in problem for problem in problems)
-    assert any(problem.startswith("code is not the same") for problem in problems)
+    assert not _judged(context, machine.CHECKS, "versions", [mine, mine]).problems
+    other = mine._replace(code=mine.code | {"torch": "1.0"})
+    (problem,) = _judged(context, machine.CHECKS, "versions", [mine, mine, other]).problems
+    assert "rank 2 on " in problem
+    assert "other code" in problem
+    assert "torch" in problem
 
 
 def test_devices_that_are_taken_or_shared_are_named(context: Context) -> None:
