@@ -4,7 +4,7 @@
 way, in rounds: in every round each way runs in fresh processes (gloo, one torch thread a rank), so
 that all meet the same other load, and ratios are taken within a round. It checks that the first
 losses agree, prints speed, peak memory and idle shares beside what the stage plan and the formulas
-of `layout_model.py` predict, and with --write puts the table into README.md beside this file.
+of `pipeline/planning` predict, and with --write puts the table into README.md beside this file.
 """
 
 import argparse
@@ -22,7 +22,6 @@ if __name__ == "__main__" and not __package__:
 
 import torch
 
-from benchmarks.layout_model import Layout, Machine, Prediction, Work, predict
 from benchmarks.memory_vs_heads import hardware, versions
 from benchmarks.ranks import run_ranks
 from benchmarks.stage_arms import (
@@ -34,7 +33,9 @@ from benchmarks.stage_arms import (
     run_arm,
     run_config,
 )
-from benchmarks.stages_simulation import write_section
+from benchmarks.tables import replace_section
+from pipeline.planning.layout import Layout, Machine, Prediction, Work
+from pipeline.planning.step_time import predict_time
 from pipeline.stages.costs import predicted_idle, stage_costs
 from pipeline.stages.plan import depths
 
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     section = describe(workload, results, mean_rates(rates))
     print(section)
     if options.write:
-        write_section(Path(__file__).resolve().parent / "README.md", "stages cpu", section)
+        replace_section(Path(__file__).resolve().parent / "README.md", "stages cpu", section)
     return 0
 
 
@@ -239,7 +240,7 @@ def formula_prediction(workload: Workload, arm: Arm, rates: Rates) -> Prediction
         overlaps=False,
     )
     work = Work(workload.model, workload.sequence_length, workload.chunk_tokens)
-    return predict(work, layout, machine)
+    return predict_time(work, layout, machine)
 
 
 def mean_rates(rates: Sequence[Rates]) -> Rates:

@@ -1,4 +1,4 @@
-"""Which layout is fastest for the 7B model on 8 to 512 GPUs, by the formulas of `layout_model.py`.
+"""Which layout is fastest for the 7B model on 8 to 512 GPUs, by formulas of `pipeline/planning`.
 
 `python benchmarks/stages_simulation.py [--write]` goes through every layout of stages x data x
 tensor, ZeRO 1 and 3, micro-batch, with and without recomputation, at a step of 2048 samples of
@@ -19,55 +19,31 @@ if __name__ == "__main__" and not __package__:
     # Run by path, Python puts this folder first; the packages are found from its parent.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.layout_model import Layout, Machine, Prediction, Work, memory, predict
+from benchmarks.tables import replace_section
 from model.config import ModelConfig
 from model.part import ModelPart
 from pipeline.config.run_config import load_config
+from pipeline.planning.gpus import machine_of
+from pipeline.planning.layout import Checkpointing, Layout, Machine, Prediction, Work
+from pipeline.planning.rank_memory import rank_memory
+from pipeline.planning.step_time import predict_time
 from pipeline.stages.plan import balanced_plan, packed_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = 2048
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 STAGES = (1, 2, 4, 5, 8, 10, 16)
-# What a 7B layer and collectives reach, not what a data sheet says: 40 % of 989 TFLOP/s (dense
-# bf16; of an A100's 312, half), 350 of NVLink's 450 GB/s, 40 of InfiniBand's 50, 80 % of 100 Gb/s
-# Ethernet. A tenth of the memory is left to NCCL, CUDA and fragments.
-INFINIBAND = Machine(
-    name="H100, InfiniBand of 400 Gb/s for each GPU",
-    ranks_per_node=8,
-    flops=400e12,
-    lm_head_flops=400e12,
-    intra_bandwidth=350e9,
-    inter_bandwidth=40e9,
-    latency_s=4e-6,
-    optimizer_s=1.5e-11,
-    memory_bytes=72e9,
-)
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "full")
+INFINIBAND = replace(machine_of("h100-80g"), name="H100, InfiniBand of 400 Gb/s for each GPU")
 NO_OVERLAP = replace(
     INFINIBAND, name=f"{INFINIBAND.name}, ZeRO's traffic not overlapped at all", overlaps=False
 )
-ETHERNET = Machine(
+ETHERNET = replace(
+    machine_of("h100-80g", network_gbit=100 / 8),
     name="H100, Ethernet of 100 Gb/s for each node of 8 GPUs",
-    ranks_per_node=8,
-    flops=400e12,
-    lm_head_flops=400e12,
-    intra_bandwidth=350e9,
-    inter_bandwidth=1.25e9,
     latency_s=20e-6,
-    optimizer_s=1.5e-11,
-    memory_bytes=72e9,
 )
-SMALL = Machine(
-    name="A100 with 40 GB, InfiniBand of 200 Gb/s for each GPU",
-    ranks_per_node=8,
-    flops=156e12,
-    lm_head_flops=156e12,
-    intra_bandwidth=220e9,
-    inter_bandwidth=20e9,
-    latency_s=4e-6,
-    optimizer_s=2e-11,
-    memory_bytes=36e9,
-)
+SMALL = replace(machine_of("a100-40g"), name="A100 with 40 GB, InfiniBand of 200 Gb/s for each GPU")
 MACHINES = (INFINIBAND, NO_OVERLAP, ETHERNET, SMALL)
 
 
@@ -76,6 +52,7 @@ class Found(NamedTuple):
 
     layout: Layout
     prediction: Prediction
+    peak_bytes: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     section = "\n\n".join(table(work, m, options.gpus) for m in MACHINES)
     print(section)
     if options.write:
-        write_section(ROOT / "benchmarks" / "README.md", "stages_simulation", section)
+        replace_section(ROOT / "benchmarks" / "README.md", "stages_simulation", section)
     return 0
 
 
@@ -105,9 +82,9 @@ def layouts(model: ModelConfig, gpus: int, samples: int) -> Iterator[Layout]:
                     if rest or not accumulation:
                         continue
                     for zero in (1, 3):
-                        for recompute in (False, True):
+                        for checkpointing in CHECKPOINTING:
                             yield Layout(
-                                plan, data, tensor, zero, micro_size, accumulation, recompute
+                                plan, data, tensor, zero, micro_size, accumulation, checkpointing
                             )
 
 
@@ -126,9 +103,10 @@ def fastest(work: Work, machine: Machine, gpus: int) -> dict[str, Found | None]:
     best: dict[str, Found | None] = {"ZeRO-1": None, "ZeRO-3": None, "stages": None}
     for layout in layouts(work.model, gpus, samples_near(gpus)):
         stages = range(len(layout.plan))
-        if max(memory(work, layout, machine, s) for s in stages) > machine.memory_bytes:
+        peak = max(rank_memory(work, layout, machine, stage).total for stage in stages)
+        if peak > machine.memory_bytes:
             continue
-        found = Found(layout, predict(work, layout, machine))
+        found = Found(layout, predict_time(work, layout, machine), peak)
         kind = "stages" if len(layout.plan) > 1 else f"ZeRO-{layout.zero}"
         rival = best[kind]
         if rival is None or found.prediction.step_s < rival.prediction.step_s:
@@ -159,10 +137,7 @@ def table(work: Work, machine: Machine, gpus: Sequence[int]) -> str:
         staged, ratio = best["stages"], "-"
         detail = "-"
         if staged is not None:
-            detail = (
-                f"{max(staged.prediction.memory_bytes) / 1e9:.0f}, "
-                f"{max(staged.prediction.idle):.0%}"
-            )
+            detail = f"{staged.peak_bytes / 1e9:.0f}, {max(staged.prediction.idle):.0%}"
             one = [times[kind] for kind in ("ZeRO-1", "ZeRO-3") if kind in times]
             ratio = f"{min(one) / times['stages']:.2f}" if one else "only stages fit"
         lines.append(f"| {number} | {' | '.join(cells)} | {detail} | {ratio} |")
@@ -173,24 +148,15 @@ def _cell(work: Work, found: Found | None) -> str:
     """Tokens per second and GPU, and the layout."""
     if found is None:
         return "does not fit"
-    layout, seconds = found
-    tokens = layout.data * layout.micro_size * layout.accumulation * work.sequence_length
+    layout, seconds, _ = found
+    tokens = layout.samples * work.sequence_length
     rate = tokens / seconds.step_s / layout.ranks
     stages = f"{len(layout.plan)} x " if len(layout.plan) > 1 else ""
     zero = f"Z{layout.zero} " if stages else ""
     return (
         f"{rate:,.0f}: {zero}{stages}{layout.data}d x {layout.tensor}t, "
-        f"m{layout.micro_size}{' r' if layout.recompute else ''}"
+        f"m{layout.micro_size}{' r' if layout.checkpointing == 'full' else ''}"
     )
-
-
-def write_section(readme: Path, name: str, section: str) -> None:
-    """Replace what stands between a benchmark's markers."""
-    begin, end = (f"<!-- {name} {word} -->" for word in ("begin", "end"))
-    before, _, rest = readme.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    assert found, f"{readme} has no lines {begin} and {end}"
-    readme.write_text(f"{before}{begin}\n{section}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ COMMANDS = {
     "export-megatron": Command(
         "write a shard set as Megatron's .bin and .idx", ("data_prep.export_megatron",)
     ),
+    "plan": Command("say whether a run fits a cluster, and how long it takes", ("pipeline.plan",)),
     # `run` ends the process itself, as `python -m pipeline.train` does.
+    "doctor": Command("say whether a cluster is fit for a run", ("pipeline.doctor",), "run"),
     "train": Command("pretrain, or resume from a checkpoint", ("pipeline.train",), "run"),
     "submit": Command("check a run and put it into Slurm's queue", ("pipeline.submit",)),
     "export": Command("write a checkpoint as a Hugging Face model", ("pipeline.export",)),

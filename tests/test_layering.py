@@ -21,11 +21,13 @@ ROOMS = {
         "data",
         "guard",
         "engine",
+        "planning",
         "reporting",
         "exporting",
         "sandbox",
         "evaluating",
         "launching",
+        "diagnosis",
     ),
 }
 ABSENT_ON_A_CPU = ("triton", "flash_attn", "transformer_engine", "liger_kernel", "apex", "wandb")

@@ -25,12 +25,14 @@ class Room(NamedTuple):
 
 ROOMS = {
     "pipeline": Room(
-        480, 0, "pipeline/", "train job trainer submit export\ninspect report evaluate quickstart"
+        480, 0, "pipeline/", "train job submit plan doctor\nexport inspect report evaluate"
     ),
     "pipeline.evaluating": Room(560, 2.2, "evaluating/", "loss, tokens per\nforward, pass@k"),
     "pipeline.sandbox": Room(500, 6.5, "sandbox/", "programs nobody\nhas read"),
     "pipeline.reporting": Room(710, 1.5, "reporting/", "metrics, logs,\nsummaries"),
-    "pipeline.launching": Room(90, 1.3, "launching/", "checks, snapshot,\nthe verdict"),
+    "pipeline.launching": Room(225, 0.95, "launching/", "checks, snapshot,\nthe verdict"),
+    "pipeline.planning": Room(370, 2.1, "planning/", "memory, traffic,\ntime of a run"),
+    "pipeline.diagnosis": Room(390, 1.2, "diagnosis/", "checks of a\ncluster"),
     "pipeline.exporting": Room(925, 1.0, "exporting/", "a checkpoint to\na Llama folder"),
     "pipeline.data": Room(180, 2.4, "data/", "samples of a run,\nbatch order"),
     "pipeline.guard": Room(85, 1.3, "guard/", "bad steps and\nwhat follows"),

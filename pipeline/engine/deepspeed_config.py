@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.run_config import Device, Precision, RunConfig
 
-_MAX_LIVE_PARAMETERS = 1_000_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
 _SUB_GROUP_SIZE = 1_000_000_000
 # A sum of bf16 numbers over ranks is off by 0.3 % of the gradient at 8 ranks, 0.8 % at 64 and
 # several percent at 512: from here on twice the traffic is the lesser cost.
@@ -115,8 +115,8 @@ def _zero_optimization(config: RunConfig, level: int, device: Device) -> dict[st
         # Norm weights stay whole on every rank, matrices never do: at any model size the same
         # parameters are partitioned, and a layer gathers its four matrices only.
         "stage3_param_persistence_threshold": config.model.hidden_size,
-        "stage3_max_live_parameters": _MAX_LIVE_PARAMETERS,
-        "stage3_max_reuse_distance": _MAX_LIVE_PARAMETERS,
+        "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
+        "stage3_max_reuse_distance": MAX_LIVE_PARAMETERS,
         "stage3_gather_16bit_weights_on_model_save": False,
         "stage3_module_granularity_threshold": 0,
         "stage3_use_all_reduce_for_fetch_params": False,

@@ -4,9 +4,7 @@ import json
 from typing import NamedTuple
 
 from model.activation_memory import layer_activation_bytes
-from model.config import ModelConfig
 from model.operations.documents import takes_blocks
-from model.part import ModelPart
 from pipeline.config.run_config import (
     Device,
     Precision,
@@ -16,8 +14,10 @@ from pipeline.config.run_config import (
     to_yaml,
 )
 from pipeline.engine.deepspeed_config import deepspeed_config
+from pipeline.planning.parameters import part_parameters
+from pipeline.planning.plan_text import memory_line
+from pipeline.planning.run_plan import ELEMENT_BYTES, run_memory
 from pipeline.stages.costs import predicted_idle, stage_costs
-from pipeline.stages.memory import MicroBatch, loss_bytes, stage_activation_bytes
 from pipeline.stages.plan import depths, layer_equivalents, num_depths, plan_text
 
 _GRID_WIDTH = 8
@@ -87,7 +87,7 @@ def summarize_run(
         f"compute       {flops:.4g} FLOPs per token, {flops * tokens:.4g} per step, "
         f"{flops * tokens * config.last_step:.4g} for the run",
     ]
-    lines += _memory(config, device, precision)
+    lines += _memory(config, world_size, device, precision)
     if config.data.document_mask:
         form = "torch's flex attention" if takes_blocks(device, model.head_dim) else "a bias"
         lines.append(
@@ -103,34 +103,27 @@ def summarize_run(
     return RunSummary(lines, json.dumps(settings, indent=2), to_yaml(config))
 
 
-def _memory(config: RunConfig, device: Device, precision: Precision) -> list[str]:
-    """What the stage that keeps the most keeps for backward, and the loss's chunks."""
-    train, model, plan = config.train, config.model, config.stage_plan
-    micro = MicroBatch(
-        tokens=config.batch.micro_size * config.data.sequence_length,
-        tensor_size=config.parallel.tensor,
-        element_bytes=2 if precision == "bf16" else 4,
-        checkpointing=train.activation_checkpointing,
-        accumulation=config.batch.accumulation,
-    )
-    kept = max(
-        stage_activation_bytes(plan, stage, model, micro, trunk_trained=train.freeze == "none")
-        for stage in range(len(plan))
-    )
+def _memory(config: RunConfig, world_size: int, device: Device, precision: Precision) -> list[str]:
+    """What a rank of the stage that takes the most takes, and what is kept for backward there."""
+    train = config.train
+    memory = run_memory(config, world_size=world_size, device=device, precision=precision)
     layer = layer_activation_bytes(
-        model,
-        tokens=micro.tokens,
-        checkpointing=micro.checkpointing,
-        tensor_size=micro.tensor_size,
-        element_bytes=micro.element_bytes,
+        config.model,
+        tokens=config.batch.micro_size * config.data.sequence_length,
+        checkpointing=train.activation_checkpointing,
+        tensor_size=config.parallel.tensor,
+        element_bytes=ELEMENT_BYTES[precision],
     )
-    chunk = train.chunk_tokens(device)
+    kept = max(of_rank.activations for of_rank in memory)
+    logits = max(of_rank.logits for of_rank in memory)
+    # On a CPU what is never written, such as most of a bucket, takes no memory.
+    whole = [f"memory        {memory_line(memory)}"] if device == "cuda" else []
     return [
+        *whole,
         f"activations   {kept / 2**30:.3g} GiB on a rank at most, {layer / 2**30:.3g} GiB of them "
         f"for a layer (train.activation_checkpointing={train.activation_checkpointing})",
-        f"loss          {chunk:,} tokens at a time (train.loss_chunk_tokens="
-        f"{train.loss_chunk_tokens}), {loss_bytes(model, micro, chunk) / 2**30:.3g} GiB of logits "
-        "and gradients",
+        f"loss          {train.chunk_tokens(device):,} tokens at a time (train.loss_chunk_tokens="
+        f"{train.loss_chunk_tokens}), {logits / 2**30:.3g} GiB of logits and gradients",
     ]
 
 
@@ -171,16 +164,3 @@ def _stages(config: RunConfig, data_size: int) -> list[str]:
             shown = [*shown[: _GRID_WIDTH - 1], "...", shown[-1]]
         lines.append(f"  stage {number:<6}{' '.join(shown)}")
     return lines
-
-
-def part_parameters(part: ModelPart, model: ModelConfig) -> int:
-    """Parameters trained in a stage, over all its tensor-parallel ranks."""
-    count = model.parameter_count()
-    layers = len(part.trunk_layers) * count.trunk_layers // model.trunk_layers
-    heads = len(part.heads) * count.head_layers // model.future_tokens
-    return (
-        layers
-        + heads
-        + part.has_embedding * count.embedding
-        + part.owns_lm_head * (count.unembedding + count.final_norm)
-    )

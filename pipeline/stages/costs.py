@@ -6,7 +6,7 @@ from typing import NamedTuple
 from model.config import ModelConfig
 from model.part import ModelPart
 
-_PLAYED_MICRO_BATCHES = 1024
+_PLAYED_MICRO_BATCHES = 128
 
 
 class StageCost(NamedTuple):

@@ -9,7 +9,7 @@ from benchmarks.training import ARMS, TINY, measure
 from benchmarks.training_arms import Arm, run_arm
 from model.config import ModelConfig
 from model.part import ModelPart
-from pipeline.reporting.run_summary import part_parameters
+from pipeline.planning.parameters import part_parameters
 
 
 def _plain(arm: Arm) -> PlainModel:

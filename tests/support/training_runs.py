@@ -4,6 +4,7 @@ Each rank is what the command line starts: same `main`, same variables, same exi
 import of the libraries is spared.
 """
 
+import importlib
 import json
 import multiprocessing
 import multiprocessing.process
@@ -130,6 +131,8 @@ def start_job(
     world: int,
     environment: Mapping[str, str] = {},
     file_limits: Mapping[int, int] = {},
+    module: str = "pipeline.train",
+    more_arguments: Mapping[int, Sequence[str]] = {},
 ) -> RunningJob:
     """Start `python -m pipeline.train ARGUMENTS` on `world` ranks.
 
@@ -139,6 +142,8 @@ def start_job(
         world: number of ranks.
         environment: variables that differ from the ranks' usual ones.
         file_limits: by rank, the size in bytes past which it cannot write a file.
+        module: another command.
+        more_arguments: by rank, what only it is given.
     """
     context = prepared_context()
     port = str(free_port())
@@ -155,8 +160,14 @@ def start_job(
             **environment,
         }
         process = context.Process(
-            target=_train_main,
-            args=(list(arguments), variables, output, file_limits.get(rank)),
+            target=_rank_main,
+            args=(
+                module,
+                [*arguments, *more_arguments.get(rank, ())],
+                variables,
+                output,
+                file_limits.get(rank),
+            ),
             daemon=False,
         )
         process.start()
@@ -193,8 +204,12 @@ def last_step(run_dir: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def _train_main(
-    arguments: list[str], variables: dict[str, str], output: Path, file_limit: int | None
+def _rank_main(
+    module: str,
+    arguments: list[str],
+    variables: dict[str, str],
+    output: Path,
+    file_limit: int | None,
 ) -> None:
     import torch
 
@@ -210,9 +225,7 @@ def _train_main(
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8")
     code = 99
     try:
-        from pipeline.train import main
-
-        code = main(arguments)
+        code = importlib.import_module(module).main(arguments)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 98
     except BaseException:
