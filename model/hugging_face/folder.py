@@ -37,6 +37,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError
 
 RECORD_NAME = "headway.json"
+ALL_HEADS_INDEX_NAME = "all_heads.safetensors.index.json"
 CARD_NAME = "README.md"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT: Literal["headway-export"] = "headway-export"

@@ -13,8 +13,13 @@ from foundation.json_text import read_json
 from foundation.shown_text import printable
 from model.errors import CheckpointError
 from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS, read_llama_config
-from model.hugging_face.folder import RECORD_NAME, ExportDescription, ExportRecord, read_record
-from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME
+from model.hugging_face.folder import (
+    ALL_HEADS_INDEX_NAME,
+    RECORD_NAME,
+    ExportDescription,
+    ExportRecord,
+    read_record,
+)
 
 _SETTINGS_NAME = "tokenizer_config.json"
 _POSITIONS = 2048  # what transformers takes where config.json says nothing

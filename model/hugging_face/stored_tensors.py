@@ -13,7 +13,6 @@ from model.errors import CheckpointError
 
 MODEL_NAME = "model.safetensors"
 MODEL_INDEX_NAME = "model.safetensors.index.json"
-ALL_HEADS_INDEX_NAME = "all_heads.safetensors.index.json"
 
 
 class StoredTensors:

@@ -16,8 +16,8 @@ from data_prep.shards.shard_set import ShardSet
 from model.agreement import agreement_counts
 from model.errors import CheckpointError
 from model.hugging_face.acceptance import Acceptance
-from model.hugging_face.folder import TOKENIZER_NAME, ExportDescription
-from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, StoredTensors
+from model.hugging_face.folder import ALL_HEADS_INDEX_NAME, TOKENIZER_NAME, ExportDescription
+from model.hugging_face.stored_tensors import StoredTensors
 from model.inference.network import Network
 from model.loss import IGNORED
 from pipeline.config.run_config import RunConfig

@@ -23,10 +23,10 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from model.hugging_face.folder import ExportDescription
+from model.hugging_face.folder import ALL_HEADS_INDEX_NAME, ExportDescription
 from model.hugging_face.loading import DTYPES
 from model.hugging_face.names import EXTRA_HEADS
-from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, StoredTensors
+from model.hugging_face.stored_tensors import StoredTensors
 from model.layers import Layer, LayerContext, transformer_config
 from model.operations.rotary import RotaryTable
 from model.parameter_shapes import layer_shapes

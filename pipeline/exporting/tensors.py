@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.errors import CheckpointError
-from model.hugging_face.folder import ExportDescription
+from model.hugging_face.folder import ALL_HEADS_INDEX_NAME, ExportDescription
 from model.hugging_face.loading import DTYPES
 from model.hugging_face.modeling_headway import HeadwayForCausalLM
 from model.hugging_face.names import hf_names, split
-from model.hugging_face.stored_tensors import ALL_HEADS_INDEX_NAME, MODEL_INDEX_NAME, StoredTensors
+from model.hugging_face.stored_tensors import MODEL_INDEX_NAME, StoredTensors
 from model.parameter_shapes import parameter_shapes
 from pipeline.checkpoint.sharded_tensors import StateFiles
 
