@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from foundation.safetensors_header import TensorSpec, safetensors_header
-from model.hugging_face.names import EXTRA_HEADS
 from model.hugging_face.folder import ALL_HEADS_INDEX_NAME
+from model.hugging_face.names import EXTRA_HEADS
 from model.hugging_face.stored_tensors import MODEL_INDEX_NAME
 
 
