@@ -57,9 +57,6 @@ from pipeline.trainer import Collaborators, Trainer
 
 logger = logging.getLogger(__name__)
 
-# Starting and the first of its kind have no bound to learn from: a model may be read for long.
-_UNKNOWN_PHASES = 6
-
 
 class Data(NamedTuple):
     """What a run reads.
@@ -113,9 +110,7 @@ class Job:
         )
         self._stop = StopRequest()
         self._watchdog: Watchdog | None = None
-        self._progress = Progress(
-            least_s=config.train.stall_timeout_s, unknown_s=_UNKNOWN_PHASES * config.train.timeout_s
-        )
+        self._progress = Progress.of_run(config.train)
         self._stall_watch: StallWatch | None = None
         self._engine: Engine | None = None
         self._state: TrainState | None = None

@@ -3,11 +3,15 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
+
+from pipeline.config.sections import TrainSection
 
 Phase = Literal["start", "step", "evaluation", "save"]
 _FACTOR = 10
 _REMEMBERED = 100
+# The start and the first of a kind have no bound to learn from, and a model may be read for long.
+_UNKNOWN_TIMEOUTS = 6
 
 
 class Doing(NamedTuple):
@@ -41,6 +45,12 @@ class Progress:
         self._clock = clock
         self._took: dict[Phase, deque[float]] = {}
         self.doing: Doing | None = Doing("start", 0, clock())
+
+    @classmethod
+    def of_run(cls, options: TrainSection) -> Self:
+        """With the limits of a run."""
+        unknown_s = _UNKNOWN_TIMEOUTS * options.timeout_s
+        return cls(least_s=options.stall_timeout_s, unknown_s=unknown_s)
 
     def enter(self, phase: Phase) -> None:
         """The phase before has ended, another one begins."""
