@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from data_prep.building.journal import JOURNAL
 from data_prep.building.options import BuildOptions, Source
-from data_prep.errors import DataError
+from data_prep.errors import DataError, shown
 from data_prep.inputs.input_files import InputFile, LeftOut, find_inputs
 from data_prep.inputs.units import Unit, choose_unit_bytes, plan_units
 from data_prep.shards.atomic import whole_file
@@ -73,8 +73,8 @@ def make_plan(options: BuildOptions, left_out: LeftOut | None = None) -> Plan:
         for file in files:
             if file.path in owner:
                 raise DataError(
-                    f"{file.path} is in the sources {owner[file.path]} and {source.name}; leave "
-                    "it out of one of them with exclude"
+                    f"{shown(file.path)} is in the sources {owner[file.path]} and {source.name}; "
+                    "leave it out of one of them with exclude"
                 )
             owner[file.path] = source.name
     del owner

@@ -16,7 +16,7 @@ from data_prep.building.dedup import find_duplicates
 from data_prep.building.journal import UnitRecord, find_finished, record_finished, rejects_path
 from data_prep.building.options import BadRecordPolicy, Dedup
 from data_prep.building.plan import unit_list
-from data_prep.errors import BadRecordsError, DataError
+from data_prep.errors import BadRecordsError, DataError, shown
 from data_prep.inputs.input_files import InputFile
 from data_prep.inputs.reading import read_unit, text_keys_of
 from data_prep.inputs.records import SAMPLE_CHARACTERS, Reading, RecordBatch, Reject
@@ -133,7 +133,7 @@ def rejection(file: InputFile, reject: Reject) -> DataError:
     """The error for a bad record when bad records end the job."""
     unit = "row" if file.kind in ("parquet", "arrow") else "byte"
     return DataError(
-        f"{file.path}: record at {unit} {reject.offset} is bad: {reject.reason}; fix it, or "
+        f"{shown(file.path)}: record at {unit} {reject.offset} is bad: {reject.reason}; fix it, or "
         "use --on-bad skip to count it and continue"
     )
 
@@ -192,7 +192,7 @@ def _load_tokenizer(
     """One tokenizer per process, whatever the number of units it works on."""
     tokenizer = Tokenizer(path.read_bytes(), eos_token, os.fspath(path), special_tokens)
     if tokenizer.sha256 != sha256:
-        raise DataError(f"{path} changed while the job was running; name a new --output")
+        raise DataError(f"{shown(path)} changed while the job was running; name a new --output")
     return tokenizer
 
 
@@ -296,10 +296,14 @@ def _refuse_wrong_key(
         return
     file = unit.segments[0].input
     keys = text_keys_of(file)
-    have = f"its records have text at {', '.join(keys)}" if keys else "its records have no text"
+    have = (
+        f"its records have text at {', '.join(map(shown, keys))}"
+        if keys
+        else "its records have no text"
+    )
     raise BadRecordsError(
-        f"{file.path}: none of {bad:,} records has text at --text-key {text_key}; {have}: name the "
-        "key, --exclude the file, or count such records with --max-bad-fraction 1"
+        f"{shown(file.path)}: none of {bad:,} records has text at --text-key {text_key}; {have}: "
+        "name the key, --exclude the file, or count such records with --max-bad-fraction 1"
     )
 
 

@@ -41,7 +41,7 @@ def check_parquet(path: str) -> None:
         start, end = _ends(file, len(PARQUET_MAGIC))
     if start != PARQUET_MAGIC or end != PARQUET_MAGIC:
         raise DataError(
-            f"{path} is not a whole .parquet file (no {PARQUET_MAGIC.decode()} at its "
+            f"{shown(path)} is not a whole .parquet file (no {PARQUET_MAGIC.decode()} at its "
             f"{'start' if start != PARQUET_MAGIC else 'end'}); fetch it again or --exclude it"
         )
 
@@ -182,20 +182,20 @@ def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
     for depth, name in enumerate(path_in_schema):
         if depth and not pa.types.is_struct(kind):
             raise DataError(
-                f"{path} has no column {key!r}: {'.'.join(path_in_schema[:depth])!r} is "
+                f"{shown(path)} has no column {key!r}: {'.'.join(path_in_schema[:depth])!r} is "
                 f"{_short(kind)}, which has no parts with names; name the text with --text-key, or "
                 "--exclude the file"
             )
         names = [field.name for field in kind]
         if name not in names:
             raise DataError(
-                f"{path} has no column {key!r}; it has {_listed(names)}: name the text with "
+                f"{shown(path)} has no column {key!r}; it has {_listed(names)}: name the text with "
                 "--text-key, or --exclude the file"
             )
         if names.count(name) > 1:
             raise DataError(
-                f"{path} has {names.count(name)} columns of the name {name!r}; rename all but one, "
-                "or --exclude the file"
+                f"{shown(path)} has {names.count(name)} columns of the name {name!r}; rename all "
+                "but one, or --exclude the file"
             )
         kind = kind.field(name).type
     if pa.types.is_dictionary(kind):
@@ -210,8 +210,8 @@ def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
     )
     if not is_text:
         raise DataError(
-            f"column {key!r} of {path} is {_short(kind)}, not text; name the text with --text-key, "
-            "or --exclude the file"
+            f"column {key!r} of {shown(path)} is {_short(kind)}, not text; name the text with "
+            "--text-key, or --exclude the file"
         )
     return path_in_schema
 

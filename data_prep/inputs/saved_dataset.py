@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import DataError
+from data_prep.errors import DataError, shown
 
 STATE = "state.json"
 INFO = "dataset_info.json"
@@ -51,7 +51,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path} ({error}); save the dataset again") from error
+        raise DataError(f"cannot read {shown(path)} ({error}); save the dataset again") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} is not what save_to_disk writes; save the dataset again")
+        raise DataError(f"{shown(path)} is not what save_to_disk writes; save the dataset again")
     return content

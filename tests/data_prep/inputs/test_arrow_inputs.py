@@ -278,3 +278,13 @@ def test_names_of_columns_are_listed_in_part(tmp_path: Path, read_records: Read)
     with pytest.raises(DataError, match=r"c1, .* and 989 more") as caught:
         read_records(path)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("key", ["body", "id", "text.body"])
+def test_the_name_of_a_file_stays_in_one_line(tmp_path: Path, read_records: Read, key: str) -> None:
+    """A line end in it would make two errors of one."""
+    path = write_parquet(tmp_path / "a\nb.parquet", pa.array(TEXTS))
+    with pytest.raises(DataError) as caught:
+        read_records(path, reading=Reading(key))
+    assert "\n" not in str(caught.value)
+    assert r"a\nb.parquet" in str(caught.value)
