@@ -15,7 +15,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 needed="import torch, deepspeed, megatron.core, pydantic, xxhash, pyarrow, tokenizers, transformers, pytest"
 if ! "$python" -W ignore -c "$needed" >/dev/null 2>&1; then
-  if [ ! -x .venv-gpu/bin/python ]; then
+  "$python" -c 'import torch' 2>/dev/null ||
+    { echo "gpu.sh: $python has no torch; install the build for this GPU, or name an interpreter: PYTHON=..." >&2; exit 1; }
+  if [ ! -e .venv-gpu/.installed ]; then
     echo "gpu.sh: installing what is missing into .venv-gpu; torch stays the machine's"
     "$python" -m venv --system-site-packages .venv-gpu
     torch=$("$python" -c 'import torch; print(torch.__version__.partition("+")[0])')
@@ -24,6 +26,7 @@ if ! "$python" -W ignore -c "$needed" >/dev/null 2>&1; then
     DS_BUILD_OPS=0 .venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
       -c .venv-gpu/constraints.txt -e . pytest hypothesis ||
       { echo "gpu.sh: the packages could not be installed; install them by hand and call again" >&2; exit 1; }
+    touch .venv-gpu/.installed
   fi
   python=.venv-gpu/bin/python
 fi

@@ -1,7 +1,9 @@
 """`benchmarks/gpu.sh` on a CPU: it measures, keeps what it has, and does not measure twice."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,25 @@ def test_the_script_is_bash_and_knows_its_pieces() -> None:
     assert {"tests", "heads", "memory", "training", "run"} <= PIECES.keys()
 
 
+def test_an_interpreter_without_torch_is_named(tmp_path: Path) -> None:
+    """Before anything is installed."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["benchmarks/gpu.sh", "--device", "cpu"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"gpu.sh: {python} has no torch; install the build")
+    assert not done.stdout
+
+
 @pytest.mark.stress
 def test_the_whole_script_on_a_cpu(tmp_path: Path) -> None:
     """Every piece, in its tiny size."""
@@ -78,6 +99,7 @@ def test_the_whole_script_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--output", str(tmp_path)],
         cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=False,
