@@ -73,6 +73,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "accelerate>=1.1",
             "furo>=2024.8",
             "hypothesis>=6.100",
             "mpich>=5.0",

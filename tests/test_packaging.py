@@ -17,7 +17,7 @@ from pipeline import __version__
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("foundation", "data_prep", "model", "pipeline")
 # Used when they are there, or by a command that is an extra.
-OPTIONAL = {"wandb", "liger_kernel", "transformer_engine", "starlette", "uvicorn"}
+OPTIONAL = {"wandb", "liger_kernel", "lm_eval", "transformer_engine", "starlette", "uvicorn"}
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_a_scheduled_mixture_resumes_exactly(config: Path, mixed: Path, tmp_path
     assert len(position) < 1000, position
     log = next((tmp_path / "straight" / "logs").glob("*0*")).read_text()
     assert "mixture from sample 16: prose 12.50%, code 87.50%" in log
-    assert "batches 3 to 4 skipped, as data.skip_batches says" in log
+    assert "batches 3 to 4 skipped, as data.skip_batches or a rollback says" in log
     assert "best-fit packing" in log
     log = next((tmp_path / "stopped" / "logs").glob("*0*")).read_text()
     assert "batches 3 to 4 of the data order lie behind, no effect" in log

@@ -88,8 +88,9 @@ def test_no_other_way_to_pass(program: str, reason: str) -> None:
 )  # fmt: skip
 def test_time_ends_everything(program: str) -> None:
     """Loops, ignored signals, endless output, fork bombs: nothing of them is left."""
+    before = psutil.Process().children(recursive=True)  # servers that other tests share
     assert _sandbox(HASTY, user_namespace=False).run(program) == (False, "timed out")
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
 
 
 def test_few_processes() -> None:
