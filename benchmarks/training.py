@@ -141,7 +141,7 @@ def _section(
         spread = f"[{rates[0]:,.0f}, {rates[-1]:,.0f}]"
         ratio = f"{seconds[baseline] / seconds[name]:.2f}" if baseline in seconds else "-"
         memory = f"{peaks[name] / MIB:,.0f}"
-        if baseline in peaks and name != baseline:
+        if peaks.get(baseline) and name != baseline:  # a tiny step may need none above the start
             memory += f" ({peaks[name] / peaks[baseline]:.2f})"
         lines.append(
             f"| {name} | {workload.tokens / seconds[name]:,.0f} {spread} | {ratio} | {memory} |"

@@ -49,7 +49,7 @@ def seal(export: Path) -> None:
             content = found.read_bytes() if found.is_file() and not found.is_symlink() else b""
             entry: FileEntry = entry_of(content)
             record["files"][name] = {"bytes": entry.size, "xxh3_128": entry.xxh3}
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return
     path.write_text(json.dumps(record))
 

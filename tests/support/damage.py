@@ -135,7 +135,7 @@ def _with_other_value(content: bytes, suffix: str, damage: Damage) -> bytes:
         return b"\n".join(lines)
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return content
     places = list(_places(value))
     if places:
