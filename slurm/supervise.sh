@@ -121,8 +121,9 @@ run_supervised() {
 # that is gone, until Slurm has noticed that, too.
 end_hanging_step() {
   trap - USR1 TERM
-  while [ -z "$(verdict_value outcome)" ]; do sleep 5; done
-  sleep 60
+  # A sleep that outlives this must not hold the log open.
+  while [ -z "$(verdict_value outcome)" ]; do sleep 5 >/dev/null 2>&1; done
+  sleep 60 >/dev/null 2>&1
   say "the run has ended, but some tasks do not answer: the step is given up"
   kill -KILL "$1"
 }
