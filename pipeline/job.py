@@ -5,16 +5,13 @@ import logging
 import os
 import socket
 import sys
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import DataError
 from data_prep.loading.data_summary import summarize
-from data_prep.loading.loader import TokenLoader
 from data_prep.shards.shard_set import ShardSet
-from model.errors import ConfigError, TrainingError
+from model.errors import TrainingError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.resume_point import ResumePoint, find_resume_point
@@ -24,14 +21,11 @@ from pipeline.config.changes import Change, config_changes
 from pipeline.config.run_config import Device, Precision, RunConfig, to_yaml
 from pipeline.data.mixture_plan import plan_mixture
 from pipeline.data.samples import (
+    RunData,
     describe_samples,
-    open_shards,
-    training_samples,
-    validation_samples,
+    open_data,
     weight_phases,
 )
-from pipeline.data.validation import ValidationSamples
-from pipeline.distributed.agreement import on_all_ranks
 from pipeline.distributed.identity import Identity
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.lease import Lease
@@ -56,20 +50,6 @@ from pipeline.stages.plan import plan_text
 from pipeline.trainer import Collaborators, Trainer
 
 logger = logging.getLogger(__name__)
-
-
-class Data(NamedTuple):
-    """What a run reads.
-
-    Attributes:
-        shards: the training split.
-        training: this rank's training samples.
-        validation: this rank's validation samples; None when the run does not validate.
-    """
-
-    shards: ShardSet
-    training: TokenLoader
-    validation: ValidationSamples | None
 
 
 class Job:
@@ -133,7 +113,7 @@ class Job:
 
     def _run(self, topology: Topology) -> str | None:
         """All that happens while this job holds the run's folder."""
-        data = self._open_data(topology)
+        data = open_data(self.config, topology)
         engine, state = self._restore(topology, data)
         while True:
             trainer = self._wire(topology, data, engine, state)
@@ -193,20 +173,7 @@ class Job:
         self._lease.check_shared()
         return topology
 
-    def _open_data(self, topology: Topology) -> Data:
-        """The shards, and this rank's samples of them."""
-        config = self.config
-
-        def open_data() -> Data:
-            shards = open_shards(config)
-            training = training_samples(
-                config, shards, data_rank=topology.data_rank, data_size=topology.data_size
-            )
-            return Data(shards, training, validation_samples(config, shards, topology))
-
-        return on_all_ranks(open_data, ConfigError, DataError)
-
-    def _restore(self, topology: Topology, data: Data) -> tuple[Engine, TrainState]:
+    def _restore(self, topology: Topology, data: RunData) -> tuple[Engine, TrainState]:
         """The engine and the progress of this run: a checkpoint's, or those of a new run."""
         config = self.config
         fresh = self._new_state(data.shards, topology)
@@ -230,7 +197,7 @@ class Job:
         self._checkpoints.set_aside_after(state.step)
         return state
 
-    def _begin_at(self, state: TrainState, data: Data) -> None:
+    def _begin_at(self, state: TrainState, data: RunData) -> None:
         """Let the data go on from here."""
         self._state = state
         mixture = plan_mixture(data.training, weight_phases(self.config, data.training), state)
@@ -240,9 +207,10 @@ class Job:
             state.samples_by_source = mixture.counts(state.next_sample)
 
     def _go_back(
-        self, topology: Topology, data: Data, engine: Engine, left: TrainState, wish: GoBack
+        self, topology: Topology, data: RunData, engine: Engine, left: TrainState, wish: GoBack
     ) -> TrainState:
         """Put everything where the last checkpoint was; the batches since then are left out."""
+        self._progress.enter("start")  # a checkpoint is read, which takes as long as at the start
         fresh = self._new_state(data.shards, topology)
         point = find_resume_point(self._checkpoints, "auto", self.config, fresh)
         if point is None:
@@ -267,7 +235,9 @@ class Job:
         self._changes = [Change("rollbacks", then, now, f"batches left out: {wish}")]
         return state
 
-    def _wire(self, topology: Topology, data: Data, engine: Engine, state: TrainState) -> Trainer:
+    def _wire(
+        self, topology: Topology, data: RunData, engine: Engine, state: TrainState
+    ) -> Trainer:
         """The loop, with everything that it drives."""
         config = self.config
         return Trainer(
@@ -284,6 +254,7 @@ class Job:
                     data.shards.tokenizer_path,
                     state.step,
                     imported=self._imported,
+                    took=functools.partial(self._progress.took, "save"),
                 ),
                 metrics=open_metrics_log(
                     config,

@@ -92,6 +92,7 @@ class Trainer:
                     self._save_if_due(result)
                     stopped_by = result.agreed.signal
         except (TrainingError, GoBack):
+            self.parts.progress.enter("save")
             self.parts.saver.finish("the run ends")  # what was begun before still counts
             raise
         self._save_last()
@@ -131,12 +132,11 @@ class Trainer:
             applied=result.applied,
             skipped_batches=position.skipped,
         )
-        loss = functools.partial(self._loss, result)
         if result.applied:
-            self._guard.taken(loss)
+            self._guard.taken(result.loss.item)
         else:
             can_go_back = self.parts.saver.saved_step is not None
-            self._guard.left_out(loss(), limit, position, can_go_back=can_go_back)
+            self._guard.left_out(result.loss.item(), limit, position, can_go_back=can_go_back)
         return result
 
     def _flags(self) -> RankFlags:
@@ -151,22 +151,17 @@ class Trainer:
             total_steps=self.config.train.steps,
         )
 
-    def _loss(self, result: StepResult) -> float:
-        """The weighted loss of a step."""
-        losses, weights = result.head_losses.tolist(), self.config.model.loss_weights
-        return sum(w * loss for w, loss in zip(weights, losses, strict=True))
-
     def _record(self, result: StepResult, evaluation: Record) -> None:
         """Write this step's figures when they are due, with those of an evaluation if any."""
         step, options = self.state.step, self.config
         due = step % options.log.interval == 0 or self._is_last_planned
         if not (due or evaluation or not result.applied):
             return
-        losses = result.head_losses.tolist()
+        losses, weights = result.head_losses.tolist(), options.model.loss_weights
         record: Record = {
             "step": step,
             "tokens": self.state.tokens,
-            "loss": self._loss(result),
+            "loss": sum(w * loss for w, loss in zip(weights, losses, strict=True)),
             **{f"loss_head_{k}": loss for k, loss in enumerate(losses, start=1)},
             "grad_norm": result.grad_norm,
             "learning_rate": self._learning_rate(step),

@@ -97,6 +97,7 @@ class Saver:
         missing: what the tensor files in a folder lack of the model, a line each; a save whose
             files lack something fails. None = what the run's configuration asks for.
         imported: what the model that the run began with is beside its weights, as JSON.
+        took: told how many seconds a save lasted, from its beginning until it was committed.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class Saver:
         resumed_step: int,
         missing: Callable[[Path], list[str]] | None = None,
         imported: str | None = None,
+        took: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
+        self._took = took
         self.checkpoints = checkpoints
         self.saved_step: int | None = resumed_step or None
         self._config = config
@@ -279,6 +282,7 @@ class Saver:
             return
         self.saved_step = flight.step
         total_s = time.monotonic() - flight.begun_s
+        self._took(total_s)
         self._figures |= {"save_stall_s": flight.stall_s, "save_total_s": total_s}
         logger.info(
             "saved %s in %.2f s; training waited %.2f s", flight.folder, total_s, flight.stall_s

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from typing import NamedTuple
 
 from data_prep.errors import DataError
 from data_prep.loading.loader import BatchLayout, TokenLoader
@@ -15,11 +16,44 @@ from pipeline.config.run_config import RunConfig
 from pipeline.data.mixture_plan import weight_problems
 from pipeline.data.sequence_format import sequence_format
 from pipeline.data.validation import ValidationSamples
+from pipeline.distributed.agreement import on_all_ranks
 from pipeline.distributed.topology import Topology
 
 logger = logging.getLogger(__name__)
 
 _VERIFY_BELOW_BYTES = 2**30
+
+
+class RunData(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        shards: the training split.
+        training: this rank's training samples.
+        validation: this rank's validation samples; None when the run does not validate.
+    """
+
+    shards: ShardSet
+    training: TokenLoader
+    validation: ValidationSamples | None
+
+
+def open_data(config: RunConfig, topology: Topology) -> RunData:
+    """The shards, and this rank's samples of them; a collective.
+
+    Raises:
+        ConfigError: the run's settings do not fit its data.
+        DataError: the shards are missing, damaged or too few.
+    """
+
+    def opened() -> RunData:
+        shards = open_shards(config)
+        training = training_samples(
+            config, shards, data_rank=topology.data_rank, data_size=topology.data_size
+        )
+        return RunData(shards, training, validation_samples(config, shards, topology))
+
+    return on_all_ranks(opened, ConfigError, DataError)
 
 
 def open_shards(config: RunConfig) -> ShardSet:

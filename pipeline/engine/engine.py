@@ -33,6 +33,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         head_losses: `[n]` mean loss of each head over its valid targets, on the device.
+        loss: their sum by the heads' weights, on the device.
         grad_norm: global gradient norm before clipping.
         applied: False when gradients were not finite or the loss above its limit, and the weights
             were left alone.
@@ -40,6 +41,7 @@ class StepResult(NamedTuple):
     """
 
     head_losses: Tensor
+    loss: Tensor
     grad_norm: float
     applied: bool
     agreed: Agreed
@@ -131,16 +133,16 @@ class Engine:
         scales = self._weights * self.topology.data_size / counts.clamp(min=1)
         sums = self.execution.run(batches, scales)
         head_losses = self._global_sum(sums) / counts.clamp(min=1)
-        finite = head_losses.isfinite().all()
-        finite &= (self._weights * head_losses).sum() <= loss_limit
+        loss = (self._weights * head_losses).sum()
+        finite = head_losses.isfinite().all() & (loss <= loss_limit)
         finite &= self._share.gradients_finite(self.topology.device)
         agreed = agree(finite, flags())
         norm = self._apply(learning_rate) if agreed.finite else None
         if norm is None:
             self._share.discard_gradients()
-            return StepResult(head_losses, float("nan"), False, agreed)
+            return StepResult(head_losses, loss, float("nan"), False, agreed)
         self.execution.weights_changed()
-        return StepResult(head_losses, norm, True, agreed)
+        return StepResult(head_losses, loss, norm, True, agreed)
 
     def _apply(self, learning_rate: float) -> float | None:
         """Clip and step.

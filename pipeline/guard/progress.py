@@ -55,11 +55,15 @@ class Progress:
     def enter(self, phase: Phase) -> None:
         """The phase before has ended, another one begins."""
         now, before = self._clock(), self.doing
-        if before is not None:
-            took = self._took.setdefault(before.phase, deque(maxlen=_REMEMBERED))
-            took.append(now - before.since_s)
+        # Of a save the main thread sees a part only, mostly the beginning: `took` tells the rest.
+        if before is not None and before.phase != "save":
+            self.took(before.phase, now - before.since_s)
         number = 0 if before is None else before.number + 1
         self.doing = Doing(phase, number, now)
+
+    def took(self, phase: Phase, seconds: float) -> None:
+        """A phase of this kind, whoever did it, lasted so long."""
+        self._took.setdefault(phase, deque(maxlen=_REMEMBERED)).append(seconds)
 
     def leave(self) -> None:
         """Nothing more is to be watched."""

@@ -36,6 +36,19 @@ def test_the_bound_is_ten_times_the_longest() -> None:
     assert (progress.learned("step"), progress.learned("save")) == (100, 0)
 
 
+def test_the_bound_of_a_save_comes_from_whole_saves() -> None:
+    """The main thread only begins one; the last save of a run, which it waits for, takes it all."""
+    now = [0.0]
+    progress = Progress(least_s=60, unknown_s=3600, clock=lambda: now[0])
+    for phase in ("save", "step", "save", "step"):
+        progress.enter(phase)
+        now[0] += 0.1
+    assert progress.bound_s("save") == 3600
+    progress.took("save", 90.0)
+    assert progress.bound_s("save") == 900
+    assert progress.bound_s("step") == 60
+
+
 def _place(rank: int, number: int, collective: str | None = None) -> Place:
     return Place(f"rank {rank}/4", f"node{rank}", number, "step", 61.0, "a.py:1 (f)", collective)
 
