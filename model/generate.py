@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from foundation.shown_text import told
+from foundation.command_line import exit_status
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import (
     AUTO,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from model.inference.loading import LoadedNetwork
     from model.inference.network import Network
 
-EXIT_USER_ERROR = 1
-EXIT_INTERRUPTED = 130
 
 _COMPARE_ROUNDS = 2
 
@@ -92,17 +90,7 @@ class Run(NamedTuple):
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.generate") -> int:
     """Run the command; give its exit status."""
     options = parse(arguments, prog)
-    try:
-        return _generate(options)
-    except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return exit_status(lambda: _generate(options), CheckpointError, ConfigError)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foundation.shown_text import printable, told
+from foundation.command_line import exit_status
+from foundation.shown_text import printable
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import AUTO, HEADS_HELP, choose_number, heads_option
 from model.hugging_face.config import first_token
@@ -19,8 +20,6 @@ from model.hugging_face.saved_folder import read_any_record
 if TYPE_CHECKING:
     from model.serving.app import Served
 
-EXIT_USER_ERROR = 1
-EXIT_INTERRUPTED = 130
 KEY_VARIABLE = "HEADWAY_API_KEY"
 
 _BODY_BYTES = 8 << 20
@@ -43,19 +42,13 @@ arguments, 130 after Ctrl-C while the model was loaded
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.serve") -> int:
     """Run the command; give its exit status."""
     options = parse(arguments, prog)
-    try:
+
+    def serve() -> None:
         check(options)
         _serve(options)
-    except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:  # before requests are taken; then the server ends by itself
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+
+    # Ctrl-C ends it so before requests are taken; later the server ends by itself.
+    return exit_status(serve, CheckpointError, ConfigError)
 
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:

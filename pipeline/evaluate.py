@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import DataError
-from foundation.shown_text import told
+from foundation.command_line import exit_status
 from model.errors import CheckpointError, ConfigError
 from pipeline.evaluating.options import check, ks_of, parse, workers_of
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pipeline.evaluating.texts import TextKind
     from pipeline.sandbox.run import Sandbox
 
-EXIT_USER_ERROR = 1
-EXIT_INTERRUPTED = 130
 
 Figures = dict[str, Any]
 
@@ -30,22 +28,15 @@ Figures = dict[str, Any]
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.evaluate") -> int:
     """Run the command; give its exit status."""
     options = parse(arguments, prog)
-    try:
+
+    def run() -> None:
         figures = evaluate(options, print)
         if options.json is not None:
             from pipeline.evaluating.results import write_json
 
             write_json(options.json, figures)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+
+    return exit_status(run, CheckpointError, ConfigError, DataError)
 
 
 def evaluate(options: argparse.Namespace, report: Callable[[str], None]) -> Figures:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import DataError
-from foundation.shown_text import told
+from foundation.command_line import exit_status
 from model.errors import CheckpointError, ConfigError
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.exporting.target import check_target
@@ -35,8 +35,6 @@ examples:
 exit status: 0 the export is written and compared, 1 the checkpoint or the folder cannot be used (in
 one line), 2 wrong arguments, 130 after Ctrl-C
 """
-EXIT_USER_ERROR = 1
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.export") -> int:
@@ -44,7 +42,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     options = _parse(arguments, prog)
     # megatron-core warns of parts that are not installed and that nothing here uses.
     warnings.filterwarnings("ignore", category=UserWarning)
-    try:
+
+    def run() -> None:
         export(
             options.checkpoint,
             options.directory,
@@ -52,16 +51,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
             eos_token=options.eos_token,
             report=print,
         )
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; nothing was exported", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+
+    return exit_status(
+        run,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        interrupted="interrupted; nothing was exported",
+    )
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from foundation.shown_text import told
+from foundation.command_line import exit_status
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import PARTIAL, WEIGHTS, committed, step_of
 from pipeline.checkpoint.files import (
@@ -49,17 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         "--verify", action="store_true", help="read every file and compare its checksum"
     )
     given = parser.parse_args(arguments)
-    try:
-        return _show(given.path, verified=given.verify)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _show(given.path, verified=given.verify), CheckpointError, failed=2)
 
 
 def _show(path: Path, *, verified: bool) -> int:

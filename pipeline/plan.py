@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from foundation.shown_text import told
+from foundation.command_line import exit_status
 from model.errors import ConfigError
 from pipeline.config.run_config import RunConfig, load_config, resolve_precision
 from pipeline.planning.gpus import GPUS, machine_of
@@ -42,15 +42,7 @@ _MOST_RANKS = 1 << 20
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.plan") -> int:
     """Run the command; give its exit code."""
     options = _parse(arguments, prog)
-    try:
-        return _plan(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-    except KeyboardInterrupt:
-        return 130
-    return 1
+    return exit_status(lambda: _plan(options), ConfigError)
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:

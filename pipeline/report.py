@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from foundation.bounded_files import read_bounded
+from foundation.command_line import exit_status
 from foundation.durable_files import write_whole
 from foundation.pages import Figures, Listing, Section, Table, render_page
 from foundation.plots import shades, svg_plot
-from foundation.shown_text import told
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.reporting.final_figures import final_figures, values_of
@@ -186,16 +186,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run, with metrics.jsonl")
     options = parser.parse_args(arguments)
-    try:
-        path = write_report(options.run_dir)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-        return 1
-    print(path)
-    return 0
+    return exit_status(lambda: print(write_report(options.run_dir)), ConfigError)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import DataError
-from foundation.shown_text import told
+from foundation.command_line import exit_status
 from model.errors import CheckpointError, ConfigError
 from pipeline.config.run_config import RunConfig, load_config
 from pipeline.launching.sbatch import JobRequest, lint, signal_problem, submit
@@ -34,17 +34,13 @@ EXIT_REFUSED = 2
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.submit") -> int:
     """Run the command; give its exit status."""
     options = _parse(arguments, prog)
-    try:
+
+    def submit() -> None:
         config = load_config(options.config, options.set)
         _check(config, options)
         _submit(config, options)
-    except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    except OSError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
-        return EXIT_REFUSED
-    return 0
+
+    return exit_status(submit, ConfigError, DataError, CheckpointError, failed=EXIT_REFUSED)
 
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:

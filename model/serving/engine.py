@@ -7,6 +7,7 @@ read waits in its row's queue, which its limit of tokens bounds: no row waits fo
 
 import asyncio
 import collections
+import logging
 import math
 import threading
 import time
@@ -17,6 +18,8 @@ from typing import NamedTuple
 from model.decoding.batch import Batch, Piece, Request
 from model.serving.errors import ApiError
 from model.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 # Positions that prompts which join at once may fill, so that running rows do not wait for long.
 _MOST_JOINING = 4096
@@ -233,6 +236,7 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """Give up what runs, and begin with an empty batch."""
+        logger.error("decoding failed; %d texts are given up", len(self._rows), exc_info=error)
         self._metrics.count("failures_total")
         failure = ApiError(500, f"decoding failed: {error}", code="decoding_failed")
         rows, self._rows = list(self._rows.values()), {}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from model.generate import EXIT_USER_ERROR, main
+from foundation.command_line import EXIT_USER_ERROR
+from model.generate import main
 from model.hugging_face.folder import read_record
 from pipeline.exporting.writing import write_record
 from tests.support.tiny_export import VOCABULARY, byte_tokenizer, describe, export_tiny

@@ -11,7 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from model.serve import EXIT_USER_ERROR, main
+from foundation.command_line import EXIT_USER_ERROR
+from model.serve import main
 from model.serving.running import listen
 from tests.support.tiny_export import export_tiny
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluate import EXIT_USER_ERROR, main
+from foundation.command_line import EXIT_USER_ERROR
+from pipeline.evaluate import main
 from tests.support.tiny_export import export_tiny
 
 

@@ -14,6 +14,7 @@ import pipeline.exporting.exporter
 import pipeline.exporting.writing
 from data_prep.loading.loader import Batch
 from data_prep.tokenization.tokenizer import bytes_tokenizer
+from foundation.command_line import EXIT_USER_ERROR
 from foundation.durable_files import read_entry
 from model.config import ModelConfig
 from model.errors import CheckpointError
@@ -30,7 +31,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
 from pipeline.engine.build import build_engine
-from pipeline.export import EXIT_USER_ERROR, export, main
+from pipeline.export import export, main
 from pipeline.exporting.whole_model import compare
 from tests.support.engine_probes import parameters
 from tests.support.harness import run_ranks

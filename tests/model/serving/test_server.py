@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from model.decoding.batch import Batch, Piece
 from model.decoding.generation import generate
 from model.decoding.sampling import Sampling
 from model.inference.loading import LoadedNetwork, load_network
@@ -293,6 +294,29 @@ def test_a_full_queue_refuses_with_a_time(export: Path) -> None:
             assert 1 <= int(headers["retry-after"]) <= 60
             assert answer["error"]["code"] == "queue_full"
         assert server.metric("refused_total") == len(refused)
+
+
+def test_a_step_that_fails_ends_its_texts_and_no_others(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole answers and streams are told; the log has the reason; the next text is as ever."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 8, "temperature": 0}
+    text = server.client.completions.create(**body).choices[0].text
+    step, failures = Batch.step, server.metric("failures_total")
+
+    def fails(batch: Batch) -> list[Piece]:
+        monkeypatch.setattr(Batch, "step", step)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Batch, "step", fails)
+    with pytest.raises(openai.InternalServerError, match="decoding failed: out of memory"):
+        server.client.completions.create(**body)
+    monkeypatch.setattr(Batch, "step", fails)
+    with pytest.raises(openai.APIError, match="decoding failed: out of memory"):
+        list(server.client.completions.create(**body, stream=True))
+    assert server.metric("failures_total") == failures + 2
+    assert "decoding failed; 1 texts are given up" in caplog.text
+    assert server.client.completions.create(**body).choices[0].text == text
 
 
 @pytest.mark.parametrize("clients", [12, pytest.param(64, marks=pytest.mark.stress)])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from foundation.command_line import EXIT_USER_ERROR
 from model.errors import ConfigError
-from model.generate import EXIT_USER_ERROR
 from model.generate import main as generate_main
 from model.hugging_face.identity import ImportedIdentity, TokenizerOrigin, read_identity
 from model.hugging_face.importing import LlamaFolder
