@@ -124,7 +124,8 @@ def work_through(
         while True:
             # Two per process keep all busy without queueing a whole corpus of tasks.
             for item in itertools.islice(waiting, 2 * processes - len(running)):
-                running[pool.submit(work, item)] = item
+                with _interrupts_held():
+                    running[pool.submit(work, item)] = item
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -144,9 +145,24 @@ def work_through(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Have a Ctrl-C wait.
+
+    A process started meanwhile inherits that, so that one which is still starting ends with this
+    process and not with a traceback of its own.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(counter: "Synchronized[int] | None") -> None:
     """Set up a worker: one thread of encoding, and an end when (and only when) the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pulse.count_with(counter)
     threading.Thread(target=_end_with_parent, daemon=True).start()

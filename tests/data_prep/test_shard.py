@@ -92,8 +92,22 @@ def _take_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _interrupt_a_starting_worker(pid: int) -> bool:
+    """Send Ctrl-C to a worker whose Python has its handler of it, but has not run our code yet."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        process = Path("/proc", child)
+        caught = re.search(r"SigCgt:\s*(\w+)", (process / "status").read_text())
+        assert caught is not None
+        if b"spawn_main" in (process / "cmdline").read_bytes() and int(caught[1], 16) & 0b10:
+            os.kill(int(child), signal.SIGINT)
+            time.sleep(0.2)  # a worker that minds it says so before the command can end it
+            return True
+    return False
+
+
+@pytest.mark.parametrize("moment", ["while workers start", "while they work"])
 def test_an_interrupt_stops_at_once(
-    tmp_path: Path, large_texts: list[str], write_jsonl: Write
+    tmp_path: Path, large_texts: list[str], write_jsonl: Write, moment: str
 ) -> None:
     """Ctrl-C ends the command and its workers with one line, and the next run finishes the set."""
     path = write_jsonl(large_texts)
@@ -110,9 +124,13 @@ def test_an_interrupt_stops_at_once(
         preexec_fn=_take_interrupts,
     )
     assert process.stderr is not None
-    while not list((tmp_path / "out").glob("journal/00*.json")):
+    reached = {
+        "while workers start": lambda: _interrupt_a_starting_worker(process.pid),
+        "while they work": lambda: any((tmp_path / "out").glob("journal/00*.json")),
+    }[moment]
+    while not reached():
         assert process.poll() is None
-        time.sleep(0.005)
+        time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
     errors = process.stderr.read()
     assert process.wait(10) == 130
