@@ -205,7 +205,7 @@ def _predictions(workload: Workload, rows: dict[Arm, Row], rates: Rates) -> list
         config = run_config(workload, arm)
         plan = config.stage_plan
         costs = stage_costs(plan, config.model, recompute=False)
-        by_weight = predicted_idle(costs, depths(plan), config.batch.accumulation)
+        by_weight = predicted_idle(costs, depths(plan, config.model), config.batch.accumulation)
         formulas = formula_prediction(workload, arm, rates)
         cells = [_shares(row.idle), _shares(by_weight), _shares(formulas.idle)]
         if len(plan) == 1:

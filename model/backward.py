@@ -8,6 +8,11 @@ gradients, and a last scalar delivers each collected gradient once. Every parame
 exactly one gradient per micro-batch, which is what ZeRO's gradient hooks assume, and the shared
 unembedding is reduced over the ranks once instead of n times.
 
+In a chain each head reads what the head before it gave. The chain runs forward once and keeps
+nothing but what each head reads; then the heads' turns come in reverse (appendix B, figure S11):
+the head farthest from the trunk first, each running forward again, and taking the gradient that
+came out of the turn before together with that of its own loss.
+
 Legend: B batch, S sequence, H hidden, n heads.
 """
 
@@ -16,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.heads import LMHeadWeights
 from model.language_model import MultiTokenModel
+from model.layers import LayerContext
+from model.lm_head import LMHeadWeights
 from model.loss import linear_cross_entropy, loss_and_gradients, loss_and_predictions
 
 
@@ -61,7 +67,8 @@ class HeadsResult(NamedTuple):
 
     Attributes:
         loss_sums: `[heads here]` float32, sum of each head's token losses on this rank, unscaled.
-        trunk_gradient: `[S, B, H]`, of the scaled losses with respect to z; None when z needs none.
+        trunk_gradient: `[S, B, H]`, of the scaled losses with respect to z (in a stage that goes on
+            with a chain, to what the first head here reads); None when z needs none.
     """
 
     loss_sums: Tensor
@@ -112,6 +119,37 @@ def sequential_backward(
     return MicroBatchResult(result.loss_sums, deliver(pairs))
 
 
+class ChainInputs(NamedTuple):
+    """What a chain's forward leaves for its backward.
+
+    Attributes:
+        inputs: `[S, B, H]` what each head here reads, in the order of computing.
+        output: `[S, B, H]` of the last head here, before the norm.
+    """
+
+    inputs: list[Tensor]
+    output: Tensor
+
+
+@torch.no_grad()
+def chain_forward(
+    model: MultiTokenModel, trunk_output: Tensor, documents: Tensor | None = None
+) -> ChainInputs:
+    """Run the heads that this part of the model holds of a chain, all of them.
+
+    Args:
+        model: the model or the part of it.
+        trunk_output: `[S, B, H]` what the first head here reads.
+        documents: `[B, S]`, the ones with which the trunk ran.
+    """
+    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
+    inputs, output = [], trunk_output.detach()
+    for _, hidden in model.heads.outputs(output, context):
+        inputs.append(output)
+        output = hidden
+    return ChainInputs(inputs, output)
+
+
 def heads_backward(
     model: MultiTokenModel,
     trunk_output: Tensor,
@@ -122,52 +160,142 @@ def heads_backward(
     gradients: LMHeadGradients | None,
     chunk_tokens: int,
     documents: Tensor | None = None,
+    chain: ChainInputs | None = None,
+    output_gradient: Tensor | None = None,
 ) -> HeadsResult:
     """Forward and backward, in turn, of the heads that this part of the model holds.
 
-    Only head layers receive their gradients here. Those of the LM head are added to `gradients`,
-    and that of z is returned, for the caller to `deliver` once.
+    Only head layers, and unembeddings of one head, receive their gradients here. Those of the LM
+    head are added to `gradients`, and that of z is returned, for the caller to `deliver` once.
 
     Args:
         model: the model or the part of it.
-        trunk_output: z `[S, B, H]`.
+        trunk_output: z `[S, B, H]`, or what the first head here reads.
         labels: `[n, B, S]` of all heads of the model, -100 where ignored.
         scales: `[n]` of all heads of the model, factor on each head's loss sum.
         shared: what `model.heads.lm_head()` gave.
         gradients: of the LM head, added to in place; None when it is frozen.
         chunk_tokens: tokens whose logits exist at once.
         documents: `[B, S]`, the ones with which the trunk ran.
+        chain: of a chain whose forward has run, what it left.
+        output_gradient: `[S, B, H]` of the losses of a chain's further heads, with respect to what
+            the last head here gave; None when there are none.
     """
-    lm_head = model.heads.lm_head
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
-    leaf = trunk_output.detach().requires_grad_(trunk_output.requires_grad)
     norm = shared.norm.detach().requires_grad_(gradients is not None)
-    unembedding = shared.unembedding.detach()
-    sums = []
-    for head in model.heads.numbers:
-        normed = lm_head.normalize(model.heads.hidden(head, leaf, context), norm)
-        hidden, targets = normed.detach().flatten(0, 1), _sequence_first(labels[head - 1])
-        if not normed.requires_grad and gradients is None:  # nothing of it is trained
-            loss, _ = loss_and_predictions(
-                hidden, unembedding, targets, shard=model.shard, chunk_tokens=chunk_tokens
-            )
-            sums.append(loss)
-            continue
-        result = loss_and_gradients(
-            hidden,
-            unembedding,
-            targets,
-            shard=model.shard,
-            scale=scales[head - 1],
-            weight_gradient=gradients.unembedding if gradients else None,
-            chunk_tokens=chunk_tokens,
-        )
-        if normed.requires_grad:
-            normed.backward(result.hidden_gradient.view_as(normed))
-        sums.append(result.loss_sum)
+    turns = _Turns(model, labels, scales, norm, shared.unembedding.detach(), gradients)
+    if model.config.chain:
+        inputs = _chain_inputs(model, trunk_output, context) if chain is None else chain.inputs
+        wanted = output_gradient
+        for place in reversed(range(len(inputs))):
+            head, leaf = model.heads.order[place], inputs[place].detach()
+            leaf.requires_grad_(_asks_gradient(model, trunk_output, place))
+            turns.take(head, model.heads.hidden(head, leaf, context), wanted, chunk_tokens)
+            wanted = leaf.grad
+    else:
+        leaf = trunk_output.detach().requires_grad_(trunk_output.requires_grad)
+        for head in model.heads.order:
+            turns.take(head, model.heads.hidden(head, leaf, context), None, chunk_tokens)
+        wanted = leaf.grad
     if gradients is not None and norm.grad is not None:
         gradients.norm.add_(norm.grad)
-    return HeadsResult(torch.stack(sums), leaf.grad)
+    return HeadsResult(torch.stack([turns.sums[head] for head in model.heads.numbers]), wanted)
+
+
+def _chain_inputs(
+    model: MultiTokenModel, trunk_output: Tensor, context: LayerContext
+) -> list[Tensor]:
+    """What each head of a chain reads; the last one need not run for it."""
+    inputs = [trunk_output.detach()]
+    with torch.no_grad():
+        for head in model.heads.order[:-1]:
+            inputs.append(model.heads.hidden(head, inputs[-1], context))
+    return inputs
+
+
+def _asks_gradient(model: MultiTokenModel, trunk_output: Tensor, place: int) -> bool:
+    """Whether anything below a place in the chain is trained."""
+    below = (model.heads.layers[str(head)] for head in model.heads.order[:place])
+    return trunk_output.requires_grad or any(
+        parameter.requires_grad for head in below for parameter in head.parameters()
+    )
+
+
+class _Turns:
+    """The losses and backwards of single heads.
+
+    Args:
+        model: the model or the part of it.
+        labels: `[n, B, S]`.
+        scales: `[n]`.
+        norm: `[H]`, a leaf of its own.
+        unembedding: `[V', H]` the shared one, without a graph.
+        gradients: of the LM head; None when it is frozen.
+
+    Attributes:
+        sums: each head's loss sum.
+    """
+
+    def __init__(
+        self,
+        model: MultiTokenModel,
+        labels: Tensor,
+        scales: Tensor,
+        norm: Tensor,
+        unembedding: Tensor,
+        gradients: LMHeadGradients | None,
+    ) -> None:
+        self._model = model
+        self._labels = labels
+        self._scales = scales
+        self._norm = norm
+        self._unembedding = unembedding
+        self._gradients = gradients
+        self.sums: dict[int, Tensor] = {}
+
+    def take(
+        self, head: int, output: Tensor, output_gradient: Tensor | None, chunk_tokens: int
+    ) -> None:
+        """One head's loss, and the backward of its output's graph.
+
+        Args:
+            head: its number.
+            output: `[S, B, H]` of the head, before the norm, with its graph.
+            output_gradient: `[S, B, H]` from the heads that read this one.
+            chunk_tokens: tokens whose logits exist at once.
+        """
+        normed = self._model.heads.lm_head.normalize(output, self._norm)
+        own = self._model.heads.own_unembedding(head)
+        weight, weight_gradient = self._unembedding, None
+        if own is not None:
+            weight = own.detach()
+            if own.requires_grad:
+                dtype = torch.promote_types(own.dtype, torch.float32)
+                weight_gradient = torch.zeros_like(own, dtype=dtype)
+        elif self._gradients is not None:
+            weight_gradient = self._gradients.unembedding
+        hidden, targets = normed.detach().flatten(0, 1), _sequence_first(self._labels[head - 1])
+        if not normed.requires_grad and weight_gradient is None:  # nothing of it is trained
+            self.sums[head], _ = loss_and_predictions(
+                hidden, weight, targets, shard=self._model.shard, chunk_tokens=chunk_tokens
+            )
+            return
+        result = loss_and_gradients(
+            hidden,
+            weight,
+            targets,
+            shard=self._model.shard,
+            scale=self._scales[head - 1],
+            weight_gradient=weight_gradient,
+            chunk_tokens=chunk_tokens,
+        )
+        self.sums[head] = result.loss_sum
+        pairs = [(normed, result.hidden_gradient.view_as(normed)), (output, output_gradient)]
+        if own is not None and weight_gradient is not None:
+            pairs.append((own, weight_gradient.to(own.dtype)))
+        pairs = [(t, g) for t, g in pairs if t.requires_grad and g is not None]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
 
 
 def joint_loss(
@@ -186,20 +314,18 @@ def joint_loss(
     """
     norm, unembedding = model.heads.lm_head()
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
-    losses = []
-    for index, head in enumerate(model.heads.numbers):
-        hidden = model.heads.hidden(head, trunk_output, context)
+    losses = {}
+    for head, hidden in model.heads.outputs(trunk_output, context):
         normed = model.heads.lm_head.normalize(hidden, norm)
-        losses.append(
-            linear_cross_entropy(
-                normed.flatten(0, 1),
-                unembedding,
-                _sequence_first(labels[index]),
-                shard=model.shard,
-                chunk_tokens=chunk_tokens,
-            )
+        own = model.heads.own_unembedding(head)
+        losses[head] = linear_cross_entropy(
+            normed.flatten(0, 1),
+            unembedding if own is None else own,
+            _sequence_first(labels[head - 1]),
+            shard=model.shard,
+            chunk_tokens=chunk_tokens,
         )
-    sums = torch.stack(losses)
+    sums = torch.stack([losses[head] for head in model.heads.numbers])
     return MicroBatchResult(sums.detach(), (sums * scales).sum())
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
+from model.head_kinds import HeadKind, LMHeadKind, head_order, is_chain, next_token_heads
 from model.operations.rope_scaling import RopeScaling
 
 _FFN_MULTIPLE = 256
@@ -21,7 +22,7 @@ Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 
 
 class ParameterCount(NamedTuple):
-    """Parameters by part; the total does not depend on the number of heads."""
+    """Parameters by part."""
 
     embedding: int
     trunk_layers: int
@@ -52,13 +53,20 @@ class ModelConfig(BaseModel):
     """A Llama-style model with several future-token heads.
 
     An L-layer model has L - n trunk layers and n heads of one layer each, so its size does not
-    depend on n. Embedding and unembedding are not tied.
+    depend on n. Embedding and unembedding are not tied. Linear heads are no layers: they come on
+    top of L trunk layers. So do the further unembeddings of a replicated LM head.
 
     Attributes:
         layers: L, trunk and heads together.
         hidden_size: H, width of the residual stream.
         attention_heads: query heads.
         vocab_size: V, rows of the embedding and of the unembedding.
+        head_kind: what heads are and read: `parallel` (a transformer layer each, on the trunk's
+            output), `causal` and `anticausal` (each on the output of the head before, the next
+            token's head first or last), `linear` (one linear map each, on the trunk's output).
+        head_layers: m, transformer layers of each head.
+        lm_head: `shared` by all heads, or `replicated`: an unembedding for each, as models of
+            bytes have (the final norm is shared).
         future_tokens: n, the number of heads; head k at position t predicts token t+k.
         kv_heads: key/value heads; as many as query heads unless given.
         ffn_hidden_size: width of the feed-forward layer; 8/3 of the hidden size, rounded up to a
@@ -78,6 +86,9 @@ class ModelConfig(BaseModel):
     hidden_size: Width
     attention_heads: Width
     vocab_size: Annotated[int, Field(gt=0, le=MAX_VOCABULARY)]
+    head_kind: HeadKind = "parallel"
+    head_layers: Layers = 1
+    lm_head: LMHeadKind = "shared"
     future_tokens: Layers
     kv_heads: Width = Field(default_factory=_default_kv_heads)
     ffn_hidden_size: Annotated[int, Field(gt=0, le=4 * MAX_WIDTH)] = Field(
@@ -98,7 +109,27 @@ class ModelConfig(BaseModel):
     @property
     def trunk_layers(self) -> int:
         """Layers below the heads."""
-        return self.layers - self.future_tokens
+        return self.layers - self.future_tokens * self.layers_per_head
+
+    @property
+    def layers_per_head(self) -> int:
+        """Transformer layers of a head; none when it is linear."""
+        return 0 if self.head_kind == "linear" else self.head_layers
+
+    @property
+    def head_order(self) -> range:
+        """Heads in the order in which they are computed, see `model.head_kinds`."""
+        return head_order(self.head_kind, self.future_tokens)
+
+    @property
+    def chain(self) -> bool:
+        """Whether each head reads what the one before it gives."""
+        return is_chain(self.head_kind)
+
+    @property
+    def next_token_heads(self) -> range:
+        """The heads that the next token's prediction passes, nearest to the trunk first."""
+        return next_token_heads(self.head_kind, self.future_tokens)
 
     @property
     def loss_weights(self) -> tuple[float, ...]:
@@ -108,18 +139,33 @@ class ModelConfig(BaseModel):
         return self.head_weights
 
     # A rule belongs to the later of its keys; it is skipped while the earlier one is invalid.
+    @field_validator("head_layers")
+    @classmethod
+    def _linear_heads_have_none(cls, head_layers: int, info: ValidationInfo) -> int:
+        if head_layers > 1 and info.data.get("head_kind") == "linear":
+            raise ValueError(
+                f"head_layers={head_layers} goes with heads that are layers, and "
+                "model.head_kind=linear makes each one linear map; leave it at 1, or choose "
+                "another kind"
+            )
+        return head_layers
+
     @field_validator("future_tokens")
     @classmethod
     def _leaves_a_trunk(cls, future_tokens: int, info: ValidationInfo) -> int:
-        layers = info.data.get("layers")
-        if layers is not None and future_tokens >= layers:
-            raise ValueError(
-                f"future_tokens={future_tokens} must be smaller than model.layers={layers}, since "
-                "each head is one of the layers and the trunk needs one; raise model.layers to at "
-                f"least {future_tokens + 1}"
-                + (f" or use 1 to {layers - 1} heads" if layers > 1 else "")
-            )
-        return future_tokens
+        layers, each = info.data.get("layers"), info.data.get("head_layers")
+        linear = info.data.get("head_kind", "linear") == "linear"
+        if layers is None or each is None or linear or future_tokens * each < layers:
+            return future_tokens
+        what = "each head is one of the layers"
+        if each > 1:
+            what = f"each head is model.head_layers={each} of the layers"
+        raise ValueError(
+            f"future_tokens={future_tokens} must be smaller than model.layers={layers}"
+            f"{f' / {each}' if each > 1 else ''}, since {what} and the trunk needs one; raise "
+            f"model.layers to at least {future_tokens * each + 1}"
+            + (f" or use 1 to {(layers - 1) // each} heads" if layers > each else "")
+        )
 
     @field_validator("attention_heads")
     @classmethod
@@ -182,19 +228,24 @@ class ModelConfig(BaseModel):
 
         A layer of width H, feed-forward width F and K = kv_heads * head_dim holds
         (H + 2K) * H for queries, keys and values, H * H for the projection, 2 * F * H for gate and
-        up, F * H for down, and 2 * H for its two norms.
+        up, F * H for down, and 2 * H for its two norms. A head is m layers, or H * H when it is
+        linear.
         """
         layer = self._matrix_parameters_per_layer() + 2 * self.hidden_size
+        unembeddings = self.future_tokens if self.lm_head == "replicated" else 1
         return ParameterCount(
             embedding=self.vocab_size * self.hidden_size,
             trunk_layers=self.trunk_layers * layer,
-            head_layers=self.future_tokens * layer,
+            head_layers=self.future_tokens * (self.layers_per_head * layer or self.hidden_size**2),
             final_norm=self.hidden_size,
-            unembedding=self.vocab_size * self.hidden_size,
+            unembedding=unembeddings * self.vocab_size * self.hidden_size,
         )
 
     def num_parameters(self) -> int:
-        """All parameters: 2VH + L * (layer) + H, whatever the number of heads."""
+        """All parameters: 2VH + L * (layer) + H, whatever the number of heads.
+
+        Linear heads add nH^2, and a replicated LM head (n - 1)VH.
+        """
         return self.parameter_count().total
 
     @property
@@ -204,6 +255,12 @@ class ModelConfig(BaseModel):
         Example: 32,000 tokens, width 4,096 and feed-forward width 11,008 give 0.65.
         """
         return self.vocab_size * self.hidden_size / self._matrix_parameters_per_layer()
+
+    @property
+    def head_layer_equivalents(self) -> float:
+        """A head with its product with the unembedding, in units of a layer's matrices."""
+        head = self.layers_per_head or self.hidden_size**2 / self._matrix_parameters_per_layer()
+        return head + self.unembedding_layer_equivalents
 
     def flops_per_token(self, sequence_length: int, *, frozen: bool = False) -> float:
         """Floating point operations of one training step per input token.
@@ -215,25 +272,32 @@ class ModelConfig(BaseModel):
 
         Attention forms queries x keys and weights x values, 2 * S * H each per layer and token,
         three times over for forward and backward: 12 * L * H * S, halved because a position sees
-        on average half of the sequence. The embedding is a look-up. Recomputation under
-        activation checkpointing is not counted: utilization from this figure is of useful work.
+        on average half of the sequence. Linear heads count with their n * H^2 and attend to
+        nothing. The embedding is a look-up. Recomputation, by activation checkpointing or in the
+        backward of chains of heads, is not counted: utilization from this figure is of useful
+        work.
 
         With all but heads 2 .. n frozen, only their layers cost a whole backward. Their products
-        with the unembedding cost half of one (the gradient of the hidden states), and everything
-        else only its forward.
+        with a shared unembedding cost half of one (the gradient of the hidden states), and
+        everything else only its forward.
 
         Args:
             sequence_length: S, tokens of one sample.
             frozen: only heads 2 .. n are trained.
         """
         matrices = self.layers * self._matrix_parameters_per_layer()
+        head_matrices = self.layers_per_head * self._matrix_parameters_per_layer()
+        if not head_matrices:
+            head_matrices = self.hidden_size**2
+            matrices += self.future_tokens * head_matrices
         unembeddings = self.future_tokens * self.vocab_size * self.hidden_size
         attention = 12 * self.layers * self.hidden_size * sequence_length / 2
         if frozen:
             heads = self.future_tokens - 1
-            trained = heads / self.layers
-            backward = 4 * matrices * trained + 2 * unembeddings * heads / self.future_tokens
-            return 2 * (matrices + unembeddings) + backward + attention * (1 + 2 * trained) / 3
+            attending = heads * self.layers_per_head / self.layers
+            each = 4 if self.lm_head == "replicated" else 2
+            backward = 4 * heads * head_matrices + each * unembeddings * heads / self.future_tokens
+            return 2 * (matrices + unembeddings) + backward + attention * (1 + 2 * attending) / 3
         return 6 * (matrices + unembeddings) + attention
 
     def check_tensor_parallel(self, size: int) -> list[str]:

@@ -1,137 +1,160 @@
-"""The heads: one transformer layer each on the trunk's output, and the LM head they share.
+"""The heads: some transformer layers or a linear map each, of the kinds of `model.head_kinds`.
 
 Head k at position t predicts token t+k; heads count from 1 (Gloeckle et al. 2024, section 2).
 
 Legend: B batch, S sequence, H hidden, V vocabulary, V' this rank's share of it.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
 
-import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from model.config import ModelConfig
 from model.layers import Checkpointing, Layer, LayerContext
-from model.operations.rms_norm import rms_norm
+from model.lm_head import LMHead, LMHeadCopy, Unembedding
 
 
-class LMHeadWeights(NamedTuple):
-    """The two parameters of the LM head, which all heads share.
-
-    Attributes:
-        norm: `[H]`, final RMSNorm.
-        unembedding: `[V', H]`.
-    """
-
-    norm: Tensor
-    unembedding: Tensor
-
-
-class LMHead(ColumnParallelLinear):
-    """Final norm and unembedding, shared by all heads (Hugging Face calls the latter `lm_head`).
-
-    Both are parameters of this one module, and calling it hands them out, so that under ZeRO-3
-    they are gathered once for all heads and their gradients leave once.
-    """
-
-    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
-        super().__init__(
-            config.hidden_size,
-            vocab_size,
-            config=config,
-            init_method=lambda tensor: tensor,
-            bias=False,
-            gather_output=False,
-        )
-        self.norm_weight = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
-        self.eps = config.layernorm_epsilon
-
-    def forward(self) -> LMHeadWeights:
-        """The shared weights as graph tensors, usable after ZeRO-3 has released the parameters."""
-        return LMHeadWeights(
-            self.norm_weight.view_as(self.norm_weight), self.weight.view_as(self.weight)
-        )
-
-    def normalize(self, hidden: Tensor, norm: Tensor) -> Tensor:
-        """RMSNorm of `[..., H]` with the shared weight."""
-        return rms_norm(hidden, norm, self.eps)
-
-
-class LMHeadCopy(nn.Module):
-    """The LM head of a stage whose heads use one that is trained in another stage.
-
-    Holds values, not parameters: whoever trains the LM head sends them
-    (`pipeline.engine.staged_engine`).
-    """
-
-    weight: Tensor
-    norm_weight: Tensor
-
-    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
-        super().__init__()
-        rows = vocab_size // config.tensor_model_parallel_size
-        for name, shape in (
-            ("weight", (rows, config.hidden_size)),
-            ("norm_weight", (config.hidden_size,)),
-        ):
-            empty = torch.empty(shape, dtype=config.params_dtype)
-            self.register_buffer(name, empty, persistent=False)
-        self.eps = config.layernorm_epsilon
-
-    def forward(self) -> LMHeadWeights:
-        """The values, as `LMHead` gives its parameters."""
-        return LMHeadWeights(self.norm_weight, self.weight)
-
-    def normalize(self, hidden: Tensor, norm: Tensor) -> Tensor:
-        """RMSNorm of `[..., H]` with the shared weight."""
-        return rms_norm(hidden, norm, self.eps)
-
-
-class Heads(nn.Module):
-    """The head layers and their LM head, or some of them.
+class LinearHead(nn.Module):
+    """One linear map H to H, without a residual (Gloeckle et al. 2024, appendix B).
 
     Args:
         config: megatron's configuration.
-        vocab_size: V.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self._num_ranks = config.tensor_model_parallel_size
+        self.projection = RowParallelLinear(
+            config.hidden_size,
+            config.hidden_size,
+            config=config,
+            init_method=lambda tensor: tensor,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def forward(self, hidden: Tensor, context: LayerContext) -> Tensor:
+        """`[S, B, H]` to `[S, B, H]`; the positions are of no account."""
+        del context
+        # Megatron's own way of giving each rank its columns works on GPUs alone.
+        hidden = copy_to_tensor_model_parallel_region(hidden)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        mine = hidden.chunk(self._num_ranks, dim=-1)[rank]
+        output: Tensor = self.projection(mine.contiguous())[0]
+        return output
+
+
+class LayeredHead(nn.ModuleList):
+    """A head of several transformer layers, one after the other."""
+
+    def forward(self, hidden: Tensor, context: LayerContext) -> Tensor:
+        """`[S, B, H]` to `[S, B, H]`."""
+        for layer in self:
+            hidden = layer(hidden, context)
+        return hidden
+
+
+class Heads(nn.Module):
+    """The heads and their LM head, or some of them.
+
+    Args:
+        config: sizes.
+        layer_config: megatron's configuration.
         numbers: which heads to hold, from 1; the LM head is trained with head 1, the others have
             a copy of it, and without heads there is none.
-        first_layer: layer number of head 1 (the trunk's layers come before it).
-        checkpointing: which activations are recomputed in backward.
+        checkpointing: which activations are recomputed in backward. Chains of heads do that
+            themselves, see `model.backward`, and not a second time.
+
+    Attributes:
+        numbers: of the heads held, rising.
+        order: the same in the order in which they are computed.
     """
 
     readout: LMHead | LMHeadCopy
 
     def __init__(
         self,
-        config: TransformerConfig,
-        vocab_size: int,
-        numbers: Sequence[int],
+        config: ModelConfig,
+        layer_config: TransformerConfig,
+        numbers: Collection[int],
         *,
-        first_layer: int,
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
-        self.numbers = tuple(numbers)
+        self.numbers = tuple(sorted(numbers))
+        self.order = tuple(head for head in config.head_order if head in numbers)
+        self._chain = config.chain
+        if config.chain and checkpointing == "full":
+            checkpointing = "none"
         self.layers = nn.ModuleDict(
             {
-                str(head): Layer(config, first_layer + head - 1, checkpointing=checkpointing)
-                for head in numbers
+                str(head): _head(config, layer_config, head, checkpointing=checkpointing)
+                for head in self.numbers
             }
         )
+        replicated = config.lm_head == "replicated"
         if self.numbers:
-            kind = LMHead if 1 in numbers else LMHeadCopy
             # The attribute names the parameters `heads.readout.*`. Checkpoints store these names
             # and initial weights are drawn from them, so the attribute keeps its old name.
-            self.readout = kind(config, vocab_size)
+            if 1 in numbers:
+                self.readout = LMHead(layer_config, config.vocab_size)
+            else:
+                self.readout = LMHeadCopy(layer_config, 0 if replicated else config.vocab_size)
+        self.readouts = nn.ModuleDict(
+            {
+                str(head): Unembedding(layer_config, config.vocab_size)
+                for head in self.numbers
+                if replicated and head > 1
+            }
+        )
 
     @property
     def lm_head(self) -> LMHead | LMHeadCopy:
         """Final norm and unembedding; a part of the model without heads has none."""
         return self.readout
 
-    def hidden(self, head: int, trunk_output: Tensor, context: LayerContext) -> Tensor:
-        """Head layer `head` on the trunk's output, before the norm: `[S, B, H]` to `[S, B, H]`."""
-        output: Tensor = self.layers[str(head)](trunk_output, context)
+    def hidden(self, head: int, inputs: Tensor, context: LayerContext) -> Tensor:
+        """One head on what it reads, before the norm: `[S, B, H]` to `[S, B, H]`."""
+        output: Tensor = self.layers[str(head)](inputs, context)
         return output
+
+    def outputs(self, inputs: Tensor, context: LayerContext) -> Iterator[tuple[int, Tensor]]:
+        """Every head held, in the order of computing, with its output before the norm.
+
+        Args:
+            inputs: `[S, B, H]` what the first of them reads: the trunk's output or, in a stage
+                that goes on with a chain, what the head before it gave.
+            context: of the sequences.
+        """
+        for head in self.order:
+            hidden = self.hidden(head, inputs, context)
+            yield head, hidden
+            if self._chain:
+                inputs = hidden
+
+    def own_unembedding(self, head: int) -> Tensor | None:
+        """`[V', H]` of a head that does not use the LM head's, as a graph tensor; else None."""
+        readout = str(head)
+        return self.readouts[readout]() if readout in self.readouts else None
+
+
+def _head(
+    config: ModelConfig, layer_config: TransformerConfig, head: int, *, checkpointing: Checkpointing
+) -> nn.Module:
+    if config.head_kind == "linear":
+        return LinearHead(layer_config)
+    each = config.layers_per_head
+    # Megatron counts layers from 1, in the order in which they are computed.
+    first = config.trunk_layers + each * config.head_order.index(head) + 1
+    layers = [
+        Layer(layer_config, number, checkpointing=checkpointing)
+        for number in range(first, first + each)
+    ]
+    return layers[0] if each == 1 else LayeredHead(layers)

@@ -33,7 +33,8 @@ from model.trunk import Trunk
 class MultiTokenModel(nn.Module):
     """A Llama-style model that predicts n future tokens (Gloeckle et al. 2024).
 
-    L layers in all: L - n in the trunk, one in each of the n heads. Each tensor-parallel rank
+    L layers in all: L - n in the trunk, one in each of the n heads (see `ModelConfig` for other
+    kinds of heads). Each tensor-parallel rank
     builds its own part; megatron's process groups must exist.
 
     Args:
@@ -68,11 +69,7 @@ class MultiTokenModel(nn.Module):
             checkpointing=activation_checkpointing,
         )
         self.heads = Heads(
-            layer_config,
-            config.vocab_size,
-            self.part.heads,
-            first_layer=config.trunk_layers + 1,
-            checkpointing=activation_checkpointing,
+            config, layer_config, self.part.heads, checkpointing=activation_checkpointing
         )
         self.rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
         self._attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
@@ -133,11 +130,18 @@ class MultiTokenModel(nn.Module):
         return trunk_output if then is None else then(trunk_output)
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V']` of head outputs `[..., H]`, in the weights' dtype."""
+    def logits(self, hidden: Tensor, head: int = 1) -> Tensor:
+        """Logits `[..., V']` of a head's outputs `[..., H]`, in the weights' dtype."""
         norm, unembedding = self.heads.lm_head()
+        own = self.heads.own_unembedding(head)
         normed: Tensor = self.heads.lm_head.normalize(hidden, norm)
-        return normed @ unembedding.t()
+        return normed @ (unembedding if own is None else own).t()
+
+    def all_logits(self, trunk_output: Tensor, context: LayerContext) -> Tensor:
+        """Logits `[n, S, B, V']` of all heads, head 1 first, of a model that is held whole."""
+        outputs = self.heads.outputs(trunk_output, context)
+        logits = {head: self.logits(hidden, head) for head, hidden in outputs}
+        return torch.stack([logits[head] for head in self.heads.numbers])
 
     def choose_attention(
         self, choice: BackendChoice, device: torch.device
@@ -166,7 +170,7 @@ class MultiTokenModel(nn.Module):
 
     def initial_weight(self, name: str, local_shape: torch.Size, seed: int) -> Tensor:
         """This rank's part of a parameter's initial value, see `model.initialization`."""
-        embedding = name.endswith("embedding.weight")
+        embedding = name.endswith(".embedding.weight")
         return initial_weight(
             name,
             local_shape,

@@ -13,11 +13,18 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.errors import CheckpointError
 
-_HEAD = re.compile(r"heads\.layers\.(\d+)\.")
+_HEAD = re.compile(r"heads\.(?:layers|readouts)\.(\d+)\.")
+
+# A linear head's parameter.
+LINEAR = "projection.weight"
 
 
 def head_of(name: str) -> int:
-    """Number of the head that a parameter is a layer of; 0 for trunk and LM head."""
+    """Number of the head that a parameter belongs to alone; 0 for trunk and LM head.
+
+    What stands for the head in the name is `heads.layers.2` or, for an unembedding of its own,
+    `heads.readouts.2`.
+    """
     match = _HEAD.match(name)
     return int(match[1]) if match else 0
 
@@ -32,17 +39,34 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"trunk.embedding.weight": (vocabulary, hidden)}
     for layer in layer_names(config):
         shapes |= {f"{layer}.{name}": shape for name, shape in layer_shapes(config).items()}
+    heads = range(1, config.future_tokens + 1)
+    if config.head_kind == "linear":
+        shapes |= {f"heads.layers.{head}.{LINEAR}": (hidden, hidden) for head in heads}
     shapes["heads.readout.weight"] = (vocabulary, hidden)
     shapes["heads.readout.norm_weight"] = (hidden,)
+    if config.lm_head == "replicated":
+        shapes |= {own_unembedding(head): (vocabulary, hidden) for head in heads[1:]}
     return shapes
 
 
 def layer_names(config: ModelConfig) -> Iterator[str]:
-    """The transformer layers: those of the trunk from 0, then the heads from 1."""
+    """The transformer layers: those of the trunk from 0, then those of the heads from 1."""
     for index in range(config.trunk_layers):
         yield f"trunk.layers.{index}.block"
     for head in range(1, config.future_tokens + 1):
-        yield f"heads.layers.{head}.block"
+        yield from head_layer_names(config, head)
+
+
+def head_layer_names(config: ModelConfig, head: int) -> list[str]:
+    """The transformer layers of one head, in the order in which they are computed."""
+    if config.layers_per_head == 1:
+        return [f"heads.layers.{head}.block"]
+    return [f"heads.layers.{head}.{index}.block" for index in range(config.layers_per_head)]
+
+
+def own_unembedding(head: int) -> str:
+    """The unembedding of a head from 2 on under a replicated LM head; head 1 has the LM head's."""
+    return f"heads.readouts.{head}.unembedding.weight"
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -34,6 +34,8 @@ PLACEMENTS = {
     "pre_mlp_layernorm.weight": REPLICATED,
     "readout.norm_weight": REPLICATED,
     "readout.weight": Placement(0),
+    "unembedding.weight": Placement(0),
+    "projection.weight": Placement(1),
 }
 
 

@@ -1,11 +1,20 @@
 """Headway's parameters as tensors of a Hugging Face Llama, and back: names and layouts, no files.
 
-Trunk layers and head 1 are the layers of a plain Llama, head 1 being the last one; heads 2 .. n
-keep Llama's names within a layer, below `extra_heads.{k}`.
+Trunk layers and the heads that the next token passes are the layers of a plain Llama, head 1 being
+the last; other heads keep Llama's names within a layer, below `extra_heads.{k}`.
 
     trunk.layers.3.block.mlp.linear_fc1.weight  <->  model.layers.3.mlp.{gate,up}_proj.weight
-    heads.layers.1.block...                     <->  model.layers.{L-n}...
+    heads.layers.1.block...                     <->  model.layers.{last}...
     heads.layers.2.block...                     <->  extra_heads.2...
+
+Further forms, by the keys of the model's configuration:
+
+    head_kind: anticausal     heads n .. 1 are the last layers of the Llama; there are no extra heads
+    head_layers: 2            heads.layers.2.0.block..., heads.layers.2.1.block...
+                              <-> extra_heads.2.0..., extra_heads.2.1...
+    head_kind: linear         heads.layers.{k}.projection.weight <-> extra_heads.{k}.weight, head 1
+                              among them: what lacks it is another model
+    lm_head: replicated       heads.readouts.{k}.unembedding.weight <-> extra_lm_heads.{k}.weight
 
 Legend: A attention heads, G key-value heads, D head dimension, F feed-forward, H hidden.
 """
@@ -18,6 +27,7 @@ from torch import Tensor
 from model.config import ModelConfig
 
 EXTRA_HEADS = "extra_heads"
+EXTRA_LM_HEADS = "extra_lm_heads"
 
 _OUTSIDE_LAYERS = {
     "trunk.embedding.weight": "model.embed_tokens.weight",
@@ -41,14 +51,32 @@ def hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:
     if name in _OUTSIDE_LAYERS:
         return (_OUTSIDE_LAYERS[name],)
     layer, _, rest = name.partition(".block.")
+    if not rest:  # of one head, and no layer
+        kind, number = name.split(".")[1:3]
+        return (f"{EXTRA_LM_HEADS if kind == 'readouts' else EXTRA_HEADS}.{number}.weight",)
     part, _, number = layer.partition(".layers.")
     if part == "trunk":
         prefix = f"model.layers.{number}"
-    elif number == "1":
-        prefix = f"model.layers.{config.trunk_layers}"
     else:
-        prefix = f"{EXTRA_HEADS}.{number}"
+        head, _, index = number.partition(".")
+        prefix = head_prefixes(int(head), config)[int(index or 0)]
     return tuple(f"{prefix}.{suffix}" for suffix in _WITHIN_LAYER[rest])
+
+
+def head_prefixes(head: int, config: ModelConfig) -> list[str]:
+    """Where each layer of a head lies, in the order in which they are computed."""
+    each, passed = config.layers_per_head, config.next_token_heads
+    if head in passed:
+        first = config.trunk_layers + passed.index(head) * each
+        return [f"model.layers.{index}" for index in range(first, first + each)]
+    if each == 1:
+        return [f"{EXTRA_HEADS}.{head}"]
+    return [f"{EXTRA_HEADS}.{head}.{index}" for index in range(each)]
+
+
+def llama_layers(config: ModelConfig) -> int:
+    """Layers of the plain Llama: the trunk's, and those of the heads that the next token passes."""
+    return config.trunk_layers + len(config.next_token_heads) * config.layers_per_head
 
 
 def split(name: str, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:

@@ -64,7 +64,14 @@ def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[s
 
 
 def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
-    if train.freeze == "none" or model.future_tokens > 1:
+    if train.freeze == "none":
+        return []
+    if model.head_kind == "anticausal":
+        return [
+            "train.freeze=trunk leaves nothing to train with model.head_kind=anticausal, where the "
+            "next token passes all heads; choose another kind, or train.freeze=none"
+        ]
+    if model.future_tokens > 1:
         return []
     return [
         "train.freeze=trunk leaves nothing to train with model.future_tokens=1, since head 1 "

@@ -89,7 +89,7 @@ def _reduce_precision(
 def _layer_parameters(config: RunConfig) -> int:
     """Of a layer's tensor-parallel part."""
     count = config.model.parameter_count()
-    return count.head_layers // config.model.future_tokens // config.parallel.tensor
+    return count.trunk_layers // config.model.trunk_layers // config.parallel.tensor
 
 
 def _zero_optimization(config: RunConfig, level: int, device: Device) -> dict[str, Any]:

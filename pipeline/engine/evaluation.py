@@ -3,6 +3,7 @@
 Legend: B batch, S sequence, H hidden, n heads.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,15 +44,17 @@ def evaluate_heads(
     *,
     chunk_tokens: int,
     head_group: dist.ProcessGroup | None = None,
+    pass_on: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Sums over one batch for the heads that this part of the model holds.
 
     Args:
         model: the model or a part of it that has heads.
-        trunk_output: z `[S, B, H]`.
+        trunk_output: z `[S, B, H]`, or what the first head here reads.
         batch: with the labels of all heads.
         chunk_tokens: tokens whose logits exist at once.
         head_group: the ranks that hold the other heads; None when all are here.
+        pass_on: called with the output of the last head here, before the norm.
 
     Returns:
         `[3 * n]`: loss sums, target counts, and positions where heads 1 .. k all agree; zero for
@@ -62,12 +65,13 @@ def evaluate_heads(
     sums = torch.zeros(3, len(batch.labels), dtype=torch.float64, device=trunk_output.device)
     shape = (len(batch.labels), *trunk_output.shape[:2])
     predictions = torch.zeros(shape, dtype=torch.int64, device=trunk_output.device)
-    for head in model.heads.numbers:
-        targets = batch.labels[head - 1]
-        hidden = model.heads.hidden(head, trunk_output, context)
+    for head, hidden in model.heads.outputs(trunk_output, context):
+        if pass_on is not None and head == model.heads.order[-1]:
+            pass_on(hidden)
+        targets, own = batch.labels[head - 1], model.heads.own_unembedding(head)
         loss, best = loss_and_predictions(
             model.heads.lm_head.normalize(hidden, norm).flatten(0, 1),
-            unembedding,
+            unembedding if own is None else own,
             targets.t().flatten(),
             shard=model.shard,
             chunk_tokens=chunk_tokens,

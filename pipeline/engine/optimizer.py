@@ -24,11 +24,12 @@ def build_adamw(model: nn.Module, options: OptimizerSection, *, fused: bool) -> 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [p for name, p in parameters.items() if not name.endswith(_UNDECAYED)]
     undecayed = [p for name, p in parameters.items() if name.endswith(_UNDECAYED)]
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
-        ],
+        [group for group in groups if group["params"]],
         lr=options.learning_rate,
         betas=options.betas,
         eps=options.eps,

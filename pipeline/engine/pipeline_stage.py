@@ -66,7 +66,9 @@ class PipelineStage:
             topology,
             self._links,
             functools.partial(
-                micro_batch_order, depths(topology.plan)[topology.stage], num_depths(topology.plan)
+                micro_batch_order,
+                depths(topology.plan, config.model)[topology.stage],
+                num_depths(topology.plan, config.model),
             ),
             chunk_tokens=self._chunk_tokens,
             sparse_first_gradient=partitioned,
@@ -112,8 +114,10 @@ class PipelineStage:
             inputs = links.activations_in.receive()
 
         def pass_on(output: Tensor) -> Tensor:
-            if links.activations_out is not None:
-                links.activations_out.send(output)
+            send = links.activations_out.send if links.activations_out is not None else None
+            of_heads = bool(self._model.heads.numbers) and self._config.model.chain
+            if send is not None and not of_heads:
+                send(output)
             if not self._model.heads.numbers:
                 heads = self._config.model.future_tokens
                 return torch.zeros(3 * heads, dtype=torch.float64, device=output.device)
@@ -123,6 +127,7 @@ class PipelineStage:
                 batch,
                 chunk_tokens=self._chunk_tokens,
                 head_group=self._topology.head_group,
+                pass_on=send if of_heads else None,
             )
 
         self._share.begin_trace()
@@ -159,7 +164,11 @@ class PipelineStage:
             )
 
     def _lm_head(self) -> list[Tensor]:
-        return [self._model.heads.lm_head.norm_weight, self._model.heads.lm_head.weight]
+        """What all stages with heads share of it."""
+        lm_head = self._model.heads.lm_head
+        if self._config.model.lm_head == "replicated":
+            return [lm_head.norm_weight]
+        return [lm_head.norm_weight, lm_head.weight]
 
     def _whole_lm_head(self) -> Any:
         """A context in which this stage's LM head is whole; a collective."""

@@ -102,8 +102,7 @@ def head_logits(model: "MultiTokenModel", tokens: "Tensor") -> "Tensor":
     with torch.no_grad():
         trunk_output = model(tokens)
         context = model.context(tokens.shape[1], tokens.device)
-        hidden = [model.heads.hidden(k, trunk_output, context) for k in model.heads.numbers]
-        return model.logits(torch.stack(hidden).transpose(1, 2))
+        return model.all_logits(trunk_output, context).transpose(1, 2)
 
 
 def _transformers_logits(folder: Path, tokens: "Tensor", *, all_heads: bool) -> "Tensor":

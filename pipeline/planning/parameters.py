@@ -12,8 +12,9 @@ class RankParameters(NamedTuple):
     Attributes:
         held: all that the stage computes with, but for copies.
         trained: of them.
-        lm_head: final norm and unembedding, trained here or a copy; 0 without heads.
-        head_layers: of the trained layers of the stage's heads.
+        lm_head: final norm and unembedding, trained here or a copy; 0 without heads. When it is
+            replicated, the norm and the unembeddings of the heads here.
+        head_layers: of the trained layers, or linear maps, of the stage's heads.
         layer: of one layer.
         copied: `lm_head` where another stage trains it, else 0.
     """
@@ -32,14 +33,21 @@ def rank_parameters(
     """Elements of a rank: matrices and the unembedding are divided, norm weights are not."""
     count, hidden = model.parameter_count(), model.hidden_size
     norms = 2 * hidden
-    layer = (count.head_layers / model.future_tokens - norms) / tensor_size + norms
-    lm_head = count.unembedding / tensor_size + count.final_norm if part.heads else 0.0
-    owned = lm_head if part.owns_lm_head else 0.0
-    layers = len(part.trunk_layers) + len(part.heads)
-    held = layers * layer + part.has_embedding * count.embedding / tensor_size + owned
-    trained_heads = sum(1 for head in part.heads if head > 1 or not freeze_trunk)
-    trained = trained_heads * layer if freeze_trunk else held
-    return RankParameters(held, trained, lm_head, trained_heads * layer, layer, lm_head - owned)
+    layer = (count.trunk_layers / model.trunk_layers - norms) / tensor_size + norms
+    head = model.layers_per_head * layer or hidden**2 / tensor_size
+    unembedding = model.vocab_size * hidden / tensor_size
+    replicated = model.lm_head == "replicated"
+    further = replicated * sum(1 for number in part.heads if number > 1) * unembedding
+    lm_head, owned = 0.0, 0.0
+    if part.heads:
+        shared = unembedding * (part.owns_lm_head or not replicated) + count.final_norm
+        lm_head = shared + further
+        owned = lm_head if part.owns_lm_head else further
+    held = len(part.trunk_layers) * layer + len(part.heads) * head + owned
+    held += part.has_embedding * count.embedding / tensor_size
+    trained_heads = sum(1 for number in part.heads if number > 1 or not freeze_trunk)
+    trained = trained_heads * head + further if freeze_trunk else held
+    return RankParameters(held, trained, lm_head, trained_heads * head, layer, lm_head - owned)
 
 
 def part_parameters(part: ModelPart, model: ModelConfig) -> int:

@@ -44,7 +44,7 @@ def predict_time(work: Work, layout: Layout, machine: Machine) -> Prediction:
     transfer = 0.0
     if len(layout.plan) > 1:
         transfer = sent / stage_bandwidth(layout, machine) + machine.latency_s
-    pipeline_s = step_time(costs, depths(layout.plan), layout.accumulation, transfer)
+    pipeline_s = step_time(costs, depths(layout.plan, work.model), layout.accumulation, transfer)
     return Prediction(
         pipeline_s + _once_a_step(work, layout, machine),
         [1 - layout.accumulation * cost.total / pipeline_s for cost in costs],
@@ -73,16 +73,33 @@ def micro_batch_cost(work: Work, layout: Layout, machine: Machine, part: ModelPa
         return max(computing, traffic) if hidden else computing + traffic
 
     trunk, heads = len(part.trunk_layers), len(part.heads)
+    # A linear head is a small part of a layer.
+    per_head = model.layers_per_head or model.hidden_size**2 / layer_matrices(model)
+    layers = heads * per_head
     if work.freeze_trunk:  # head 1 only forward; no gradient of the unembedding
         trained = sum(1 for head in part.heads if head > 1)
-        computing = heads * (forward + lm_head_s) + trained * (backward + lm_head_s)
-        traffic = (heads + trained) * gather_s + trained * scatter_s + lm_head_gather_s
+        trained_layers = trained * per_head
+        computing = layers * forward + heads * lm_head_s
+        computing += trained_layers * backward + trained * lm_head_s
+        traffic = (layers + trained_layers) * gather_s + trained_layers * scatter_s
+        traffic += lm_head_gather_s
         return StageCost(trunk * both(forward, gather_s), both(computing, traffic), 0.0)
+    if model.chain:  # a head's forward comes twice, first with the trunk's
+        again = backward if layout.checkpointing == "full" else forward + backward
+        return StageCost(
+            (trunk + layers) * both(forward, gather_s),
+            0.0,
+            trunk * both(backward, gather_s + scatter_s)
+            + both(
+                layers * again + 3 * heads * lm_head_s,
+                layers * (2 * gather_s + scatter_s) + lm_head_gather_s,
+            ),
+        )
     return StageCost(
         trunk * both(forward, gather_s),
         both(
-            heads * (forward + backward + 3 * lm_head_s),
-            heads * (2 * gather_s + scatter_s) + lm_head_gather_s,
+            layers * (forward + backward) + 3 * heads * lm_head_s,
+            layers * (2 * gather_s + scatter_s) + lm_head_gather_s,
         ),
         trunk * both(backward, gather_s + scatter_s),
     )

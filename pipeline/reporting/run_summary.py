@@ -139,7 +139,7 @@ def _stages(config: RunConfig, data_size: int) -> list[str]:
     plan, tensor = config.stage_plan, config.parallel.tensor
     idle = predicted_idle(
         stage_costs(plan, config.model, recompute=config.train.activation_checkpointing == "full"),
-        depths(plan),
+        depths(plan, config.model),
         config.batch.accumulation,
     )
     lines = [f"stages        {plan_text(plan)}"]
@@ -150,8 +150,9 @@ def _stages(config: RunConfig, data_size: int) -> list[str]:
             f"predicted idle {idle[number]:.1%}"
         )
     lines.append(
-        f"              heads weigh 1 + {config.model.unembedding_layer_equivalents:.2f} for their "
-        f"unembedding; at most {num_depths(plan)} micro-batches in flight"
+        f"              a head weighs {config.model.head_layer_equivalents:.2f}, "
+        f"{config.model.unembedding_layer_equivalents:.2f} of it for the unembedding; at most "
+        f"{num_depths(plan, config.model)} micro-batches in flight"
     )
     lines.append(
         "grid          ranks by stage, [the tensor-parallel ones of each data-parallel one]"

@@ -31,13 +31,28 @@ class StageCost(NamedTuple):
 def stage_costs(
     plan: Sequence[ModelPart], model: ModelConfig, *, recompute: bool
 ) -> list[StageCost]:
-    """What a micro-batch costs each stage: backward is twice forward, and more if it recomputes."""
-    head = 1 + model.unembedding_layer_equivalents
+    """What a micro-batch costs each stage: backward is twice forward, and more if it recomputes.
+
+    Heads of a chain run forward when their input arrives and again in their turn of the backward,
+    which waits for the gradient of the heads after them.
+    """
+    head = model.head_layer_equivalents
     repeated = 1 / 3 if recompute else 0.0
+    if model.chain:
+        forward = model.layers_per_head / 3
+        return [
+            StageCost(
+                len(part.trunk_layers) / 3 + len(part.heads) * forward,
+                0.0,
+                len(part.trunk_layers) * (2 / 3 + repeated) + len(part.heads) * head,
+            )
+            for part in plan
+        ]
+    repeated_head = repeated * model.layers_per_head
     return [
         StageCost(
             len(part.trunk_layers) / 3,
-            len(part.heads) * (head + repeated),
+            len(part.heads) * (head + repeated_head),
             len(part.trunk_layers) * (2 / 3 + repeated),
         )
         for part in plan

@@ -3,7 +3,7 @@
 Legend: H hidden, V vocabulary, T tokens of a micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from model.activation_memory import layer_activation_bytes
@@ -43,8 +43,9 @@ def stage_activation_bytes(
     """Bytes kept for backward on a rank of a stage, when they are the most.
 
     In the first stage of a chain of D depths D micro-batches are in flight, in the next D - 1, and
-    so on. Heads keep z alone, and one head's layer at a time; a layer that is recomputed has all of
-    its activations while it runs backward.
+    so on. Heads keep z alone, and one head's layers at a time; a layer that is recomputed has all
+    of its activations while it runs backward. Heads that read one another keep what each reads, of
+    every micro-batch in flight.
 
     Args:
         plan: what each stage holds.
@@ -63,13 +64,35 @@ def stage_activation_bytes(
             element_bytes=micro.element_bytes,
         )
 
-    part, depth_of = plan[stage], depths(plan)
+    part, depth_of = plan[stage], depths(plan, model)
     in_flight = min(depth_of[-1] + 1 - depth_of[stage], micro.accumulation)
     kept = trunk_trained * len(part.trunk_layers) * layer(micro.checkpointing) * in_flight
-    running = layer("none") if part.heads or micro.checkpointing != "none" else 0.0
+    running = layer("none") if micro.checkpointing != "none" else 0.0
+    if part.heads:
+        running = max(running, _head_bytes(model, micro, layer))
     # z and its gradient; of a head what enters the final norm, what leaves it, and its gradient.
     streams = 2 + 3 * bool(part.heads)
+    if part.heads and model.chain:
+        streams += len(part.heads) * in_flight
     return kept + running + streams * micro.tokens * model.hidden_size * micro.element_bytes
+
+
+def _head_bytes(
+    model: ModelConfig,
+    micro: MicroBatch,
+    layer: Callable[[Literal["none", "full", "selective"]], float],
+) -> float:
+    """Bytes of the one head that runs: its layers as checkpointing leaves them, one of them whole.
+
+    Chains of heads do not recompute within a head. A linear head keeps its input, which is z.
+    """
+    layers = model.layers_per_head
+    if not layers:
+        return 0.0
+    kept = micro.checkpointing if layers > 1 else "none"
+    if model.chain and kept == "full":
+        kept = "none"
+    return (layers - 1) * layer(kept) + layer("none")
 
 
 def loss_bytes(model: ModelConfig, micro: MicroBatch, chunk_tokens: int) -> float:

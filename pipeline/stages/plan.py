@@ -1,8 +1,10 @@
 """Pipeline stages: which layers and heads each holds, how balanced that is, how long it idles.
 
-A stage's weight is counted in layer-equivalents: a trunk layer is 1, a head 1 + u, where u is the
-unembedding's product in units of a layer's (its matrix elements over a layer's). The embedding is
-a look-up and weighs nothing.
+A stage's weight is counted in layer-equivalents: a trunk layer is 1, a head of one layer 1 + u,
+where u is the unembedding's product in units of a layer's (its matrix elements over a layer's). The
+embedding is a look-up and weighs nothing.
+
+Stages hold heads in the order in which they are computed: of anticausal ones the last heads first.
 """
 
 import re
@@ -87,7 +89,7 @@ def plan_problems(stages: StagesSetting, model: ModelConfig) -> list[str]:
     parts = _listed(stages)
     problems = [
         *_coverage("trunk layers", [p.trunk_layers for p in parts], range(model.trunk_layers)),
-        *_coverage("heads", [p.heads for p in parts], range(1, model.future_tokens + 1)),
+        *_coverage("heads", [_in_order(p.heads, model) for p in parts], model.head_order),
     ]
     for number, (part, following) in enumerate(pairwise(parts)):
         if part.heads and following.trunk_layers:
@@ -126,7 +128,7 @@ def plan_text(plan: Sequence[ModelPart]) -> str:
 
 def layer_equivalents(part: ModelPart, model: ModelConfig) -> float:
     """A stage's weight: 1 per trunk layer, 1 + u per head."""
-    return len(part.trunk_layers) + len(part.heads) * (1 + model.unembedding_layer_equivalents)
+    return len(part.trunk_layers) + len(part.heads) * model.head_layer_equivalents
 
 
 @lru_cache(maxsize=8)
@@ -142,7 +144,7 @@ def balanced_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
     if count == 1:
         return (ModelPart.whole(model),)
     plans = [
-        _separate(trunk, heads, head_stages, count)
+        _separate(model, head_stages, count)
         for head_stages in range(1, min(heads, count - 1) + 1)
         if count - head_stages <= trunk
     ]
@@ -155,10 +157,25 @@ def balanced_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
     return shared if heaviest(shared) < (1 - _WORTH_SHARING) * heaviest(best) else best
 
 
-def _separate(trunk: int, heads: int, head_stages: int, count: int) -> tuple[ModelPart, ...]:
+def _separate(model: ModelConfig, head_stages: int, count: int) -> tuple[ModelPart, ...]:
     none = range(0)
-    trunks = [ModelPart(span, none) for span in _even_spans(0, trunk, count - head_stages)]
-    return (*trunks, *(ModelPart(none, span) for span in _even_spans(1, heads, head_stages)))
+    trunks = _even_spans(0, model.trunk_layers, count - head_stages)
+    heads = _even_spans(0, model.future_tokens, head_stages)
+    return (
+        *(ModelPart(span, none) for span in trunks),
+        *(ModelPart(none, _heads_at(span, model)) for span in heads),
+    )
+
+
+def _heads_at(places: range, model: ModelConfig) -> range:
+    """The heads at these places, from 0, of the order of computing; as a part names them."""
+    heads = model.head_order[places.start : places.stop]
+    return heads if heads.step > 0 else heads[::-1]
+
+
+def _in_order(heads: range, model: ModelConfig) -> range:
+    """A part's heads as they are computed."""
+    return heads if model.head_order.step > 0 else heads[::-1]
 
 
 def _even_spans(start: int, items: int, parts: int) -> list[range]:
@@ -176,7 +193,7 @@ def packed_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
     By dynamic programming over the trunk layers and the heads in one row.
     """
     trunk, heads = model.trunk_layers, model.future_tokens
-    weights = [1.0] * trunk + [1 + model.unembedding_layer_equivalents] * heads
+    weights = [1.0] * trunk + [model.head_layer_equivalents] * heads
     sums = [0.0]
     for weight in weights:
         sums.append(sums[-1] + weight)
@@ -193,7 +210,7 @@ def packed_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
     return tuple(
         ModelPart(
             range(min(first, trunk), min(stop, trunk)),
-            range(max(first - trunk, 0) + 1, max(stop - trunk, 0) + 1),
+            _heads_at(range(max(first - trunk, 0), max(stop - trunk, 0)), model),
         )
         for first, stop in pairwise(cuts)
     )
@@ -239,13 +256,14 @@ def _coverage(what: str, spans: Sequence[range], wanted: range) -> list[str]:
         f"{what} {_numbers_text(numbers)} {fault}"
         for numbers, fault in (
             (missing, "are in no stage"),
-            (unknown, f"do not exist (there are {wanted[0]} to {wanted[-1]})"),
+            (unknown, f"do not exist (there are {min(wanted)} to {max(wanted)})"),
             (twice, "are in two stages"),
         )
         if numbers
     ]
     if not problems and held != list(wanted):
-        problems.append(f"{what} are not in rising order over the stages")
+        direction = "rising" if wanted.step > 0 else "falling"
+        problems.append(f"{what} are not in {direction} order over the stages")
     return problems
 
 
@@ -255,16 +273,19 @@ def _numbers_text(numbers: Sequence[int]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def depths(plan: Sequence[ModelPart]) -> list[int]:
+def depths(plan: Sequence[ModelPart], model: ModelConfig) -> list[int]:
     """Each stage's depth in the chain of computing: stages of heads only share the last one.
 
     A head stage hands the trunk's output on before it computes, so all of them work on the same
-    micro-batch at the same time and need no further micro-batches in flight.
+    micro-batch at the same time and need no further micro-batches in flight. Where heads read one
+    another, each stage waits for the one before it.
     """
+    if model.chain:
+        return list(range(len(plan)))
     trunk_stages = sum(1 for part in plan if part.trunk_layers)
     return [min(stage, trunk_stages) for stage in range(len(plan))]
 
 
-def num_depths(plan: Sequence[ModelPart]) -> int:
+def num_depths(plan: Sequence[ModelPart], model: ModelConfig) -> int:
     """Length of the chain, which bounds the micro-batches in flight."""
-    return depths(plan)[-1] + 1
+    return depths(plan, model)[-1] + 1

@@ -8,6 +8,10 @@ the trunk receives one gradient.
 The heads' forward and backward both happen in a micro-batch's backward turn: until then a stage of
 heads keeps nothing but z.
 
+Heads that read one another (`model.head_kinds`) are links of that chain like the trunk's stages: a
+stage runs its own forward, keeping what each reads, sends what the last one gave to the next, and
+takes the gradient with respect to it before their turns in the backward.
+
 Legend: B batch, S sequence, H hidden, n heads.
 """
 
@@ -19,9 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.backward import LMHeadGradients, deliver, heads_backward
-from model.heads import LMHeadWeights
+from model.backward import (
+    ChainInputs,
+    LMHeadGradients,
+    chain_forward,
+    deliver,
+    heads_backward,
+)
 from model.language_model import MultiTokenModel
+from model.lm_head import LMHeadWeights
 from pipeline.distributed.topology import Topology
 from pipeline.stages.links import StageLinks
 
@@ -52,11 +62,13 @@ class _InFlight(NamedTuple):
         received: what came from the stage before, a leaf; None in the first stage.
         output: what this stage's trunk layers gave, with its graph.
         token: what the engine gave with it.
+        chain: of heads that read one another, what their forward left; else None.
     """
 
     received: Tensor | None
     output: Tensor
     token: Any
+    chain: ChainInputs | None
 
 
 class StageRunner:
@@ -143,12 +155,19 @@ class StageRunner:
         inputs = batch.tokens
         if self._links.activations_in is not None:
             received = inputs = self._links.activations_in.receive().requires_grad_()
-        if not self._model.part.trunk_layers and self._links.activations_out is not None:
-            self._links.activations_out.send(inputs)  # before anything else: others wait for it
+        send = self._links.activations_out.send if self._links.activations_out else None
+        in_chain = self._model.config.chain and bool(self._model.heads.numbers)
+        if send is not None and not self._model.part.trunk_layers and not in_chain:
+            send(inputs)  # before anything else: others wait for it
         output, token = self._engine.forward(inputs, batch.documents)
-        if self._model.part.trunk_layers and self._links.activations_out is not None:
-            self._links.activations_out.send(output)
-        return _InFlight(received, output, token)
+        if send is not None and self._model.part.trunk_layers and not in_chain:
+            send(output)
+        chain = None
+        if in_chain:
+            chain = chain_forward(self._model, output, batch.documents)
+            if send is not None:
+                send(chain.output)
+        return _InFlight(received, output, token, chain)
 
     def _backward(
         self,
@@ -168,6 +187,8 @@ class StageRunner:
         self._engine.begin_backward(flight.token, is_last)
         wanted: Tensor | None = None
         shared: LMHeadWeights | None = None
+        if flight.chain is not None and self._links.gradients_in is not None:
+            wanted = self._links.gradients_in.receive()
         if self._model.heads.numbers:
             shared = self._model.heads.lm_head()
             gradients = LMHeadGradients.zeros(shared) if gradients is None else gradients
@@ -180,11 +201,13 @@ class StageRunner:
                 gradients=gradients,
                 chunk_tokens=self._chunk_tokens,
                 documents=batches[micro].documents,
+                chain=flight.chain,
+                output_gradient=wanted,
             )
             wanted = result.trunk_gradient
             for head, loss_sum in zip(self._model.heads.numbers, result.loss_sums, strict=True):
                 sums[head - 1] += loss_sum
-        if self._links.gradients_in is not None:
+        if flight.chain is None and self._links.gradients_in is not None:
             below = self._links.gradients_in.receive()
             wanted = below if wanted is None else wanted.add_(below)
         pairs: list[tuple[Tensor, Tensor | None]] = []
@@ -220,7 +243,8 @@ class StageRunner:
         group = self._topology.head_group
         if group is None:
             return
-        for gradient in gradients:
+        replicated = self._model.config.lm_head == "replicated"
+        for gradient in (gradients.norm,) if replicated else gradients:
             work = dist.reduce(gradient, self._topology.lm_head_owner, group=group, async_op=True)
             self._links.clock.wait(work, "the LM head's gradients of the other stages with heads")
 

@@ -12,6 +12,7 @@ from model.sharding import merge_slices, placement_of
 from pipeline.config.run_config import Precision, RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
+from tests.support.head_variants import VARIANTS
 
 GLOBAL_BATCH, SEQUENCE, VOCABULARY, HEADS = 8, 12, 96, 3
 DEFAULT_BUCKET, TINY_BUCKET = 500_000_000, 100
@@ -25,6 +26,7 @@ class Case:
         stages: `1`, or what each stage holds, as in `trunk 0-1|trunk 2|heads 1-2|heads 3`.
         neighbors: `parallel.zero_hpz_partition_size`.
         compiled: `train.compile`.
+        heads: one of `VARIANTS`.
     """
 
     world: int = 1
@@ -39,6 +41,7 @@ class Case:
     stages: str = "1"
     neighbors: int = 1
     compiled: bool = False
+    heads: str = "parallel"
     precision: Precision = "fp32"
 
     @property
@@ -53,12 +56,14 @@ class Case:
 
 
 def engine_config(case: Case) -> RunConfig:
-    """A six-layer model with three heads, laid out as the case says."""
+    """A model with three trunk layers and three heads, laid out as the case says."""
+    variant = VARIANTS[case.heads]
+    linear = variant.get("head_kind") == "linear"
     return RunConfig.model_validate(
         {
             "run": {"name": "parity", "seed": 7},
             "model": {
-                "layers": 6,
+                "layers": 3 + (0 if linear else 3 * variant.get("head_layers", 1)),
                 "hidden_size": 32,
                 "attention_heads": 4,
                 "kv_heads": 2,
@@ -66,6 +71,7 @@ def engine_config(case: Case) -> RunConfig:
                 "vocab_size": VOCABULARY,
                 "future_tokens": HEADS,
                 "head_weights": [1.0, 0.5, 2.0],
+                **variant,
             },
             "data": {
                 "shards": "unused",

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.backward import HeadsResult
-from model.heads import LMHeadWeights
+from model.backward import ChainInputs, HeadsResult
+from model.lm_head import LMHeadWeights
 from model.part import ModelPart
 from pipeline.stages import links as links_module
 from pipeline.stages import runner as runner_module
@@ -88,6 +88,7 @@ def record(
     steps: int = 2,
     sync_at: SyncAt = "never",
     one_queue: bool = False,
+    chain: bool = False,
 ) -> list[Event]:
     """What a stage's process does in some steps.
 
@@ -98,9 +99,10 @@ def record(
         steps: how many.
         sync_at: where the engine waits for its whole device, if anywhere.
         one_queue: all transfers of a group on one communicator, as with a `device_id`.
+        chain: whether heads read one another.
     """
     network = _Network(stage, plan, one_queue)
-    model = _stub_model(plan[stage])
+    model = _stub_model(plan[stage], chain)
     topology = SimpleNamespace(
         stage=stage,
         num_stages=len(plan),
@@ -129,18 +131,23 @@ def record(
         network.events.append(Event("compute"))
         return HeadsResult(torch.zeros(len(model.heads.numbers)), torch.zeros_like(output))
 
+    def heads_forward(_: Any, output: Tensor, *__: Any) -> ChainInputs:
+        network.events.append(Event("compute"))
+        return ChainInputs([output], output.detach())
+
     with (
         mock.patch.object(links_module, "dist", network),
         mock.patch.object(runner_module, "dist", network),
         mock.patch.object(runner_module, "heads_backward", heads),
+        mock.patch.object(runner_module, "chain_forward", heads_forward),
     ):
-        stages = depths(plan)
+        stages = depths(plan, model.config)
         runner = StageRunner(
             model,
             MicroBatchEngine(forward, lambda _, __: None, backward),
             topology,  # type: ignore[arg-type]
             _links(stage, len(plan)),
-            lambda count: micro_batch_order(stages[stage], num_depths(plan), count),
+            lambda count: micro_batch_order(stages[stage], num_depths(plan, model.config), count),
             chunk_tokens=1,
             sparse_first_gradient=False,
         )
@@ -151,11 +158,11 @@ def record(
     return network.events
 
 
-def _stub_model(part: ModelPart) -> Any:
+def _stub_model(part: ModelPart, chain: bool) -> Any:
     weights = LMHeadWeights(torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True))
     return SimpleNamespace(
         part=part,
-        config=SimpleNamespace(hidden_size=HIDDEN),
+        config=SimpleNamespace(hidden_size=HIDDEN, chain=chain, lm_head="shared"),
         heads=SimpleNamespace(numbers=tuple(part.heads), lm_head=lambda: weights),
     )
 

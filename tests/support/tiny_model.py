@@ -69,10 +69,11 @@ def training_model(
     heads: int = 3,
     layers: int = 5,
     kv_heads: int = 2,
+    **changes: Any,
 ) -> MultiTokenModel:
     """A tiny model in float64 in the state in which training has it; always the same weights."""
     ensure_single_process()
-    config = tiny_config(layers=layers, future_tokens=heads, kv_heads=kv_heads)
+    config = tiny_config(layers=layers, future_tokens=heads, kv_heads=kv_heads, **changes)
     model = MultiTokenModel(
         config, dtype=torch.float64, activation_checkpointing=activation_checkpointing
     )
@@ -87,8 +88,7 @@ def head_logits(model: MultiTokenModel, tokens: Tensor, documents: Tensor | None
     """`[n, B, S, V]` logits of all heads from the forward that training runs, without a cache."""
     trunk_output = model(tokens, documents=documents)
     context = model.context(tokens.shape[1], tokens.device, documents)
-    hidden = [model.heads.hidden(k, trunk_output, context) for k in model.heads.numbers]
-    return model.logits(torch.stack(hidden).transpose(1, 2))
+    return model.all_logits(trunk_output, context).transpose(1, 2)
 
 
 def greedy_continuation(

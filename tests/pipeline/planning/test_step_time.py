@@ -78,7 +78,7 @@ def test_bubbles_are_those_of_the_stage_plan(work: Work) -> None:
     layout = layout_of_stages(work.model, stages=5, accumulation=16)
     free = replace(MACHINE, intra_bandwidth=float("inf"))
     costs = stage_costs(layout.plan, work.model, recompute=False)
-    expected = predicted_idle(costs, depths(layout.plan), 16)
+    expected = predicted_idle(costs, depths(layout.plan, work.model), 16)
     assert predict_time(work, layout, free).idle == pytest.approx(expected, abs=0.04)
 
 

@@ -163,11 +163,11 @@ def test_stages_of_heads_work_side_by_side(model: ModelConfig) -> None:
     two = stage_plan(
         ({"trunk": "0-13"}, {"trunk": "14-27"}, {"heads": "1-2"}, {"heads": "3-4"}), model
     )
-    assert depths(two) == [0, 1, 2, 2]
-    assert num_depths(one) == num_depths(two) == 3
+    assert depths(two, model) == [0, 1, 2, 2]
+    assert num_depths(one, model) == num_depths(two, model) == 3
 
     def seconds(plan: tuple[ModelPart, ...]) -> float:
-        return step_time(stage_costs(plan, model, recompute=False), depths(plan), 4)
+        return step_time(stage_costs(plan, model, recompute=False), depths(plan, model), 4)
 
     assert seconds(two) < seconds(one)
 

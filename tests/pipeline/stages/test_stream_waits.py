@@ -32,14 +32,17 @@ def _plans() -> list[tuple[ModelPart, ...]]:
 
 
 def _hanging(
-    micro_batches: Sequence[int], sync_at: SyncAt = "never", one_queue: bool = False
+    micro_batches: Sequence[int],
+    sync_at: SyncAt = "never",
+    one_queue: bool = False,
+    chain: bool = False,
 ) -> tuple[int, int]:
     """How many of all plans and micro-batch counts hang, and how many there are."""
     cases = list(product(_plans(), micro_batches))
     hanging = [
         hangs(
             [
-                record(plan, stage, count, sync_at=sync_at, one_queue=one_queue)
+                record(plan, stage, count, sync_at=sync_at, one_queue=one_queue, chain=chain)
                 for stage in range(len(plan))
             ]
         )
@@ -48,9 +51,10 @@ def _hanging(
     return sum(hanging), len(cases)
 
 
-def test_no_plan_hangs() -> None:
-    """From one micro-batch to more than fill the longest chain."""
-    assert _hanging((1, 2, 3, 4, 6, 9))[0] == 0
+@pytest.mark.parametrize("chain", [False, True])
+def test_no_plan_hangs(chain: bool) -> None:
+    """From one micro-batch to more than fill the longest chain, whatever heads read."""
+    assert _hanging((1, 2, 3, 4, 6, 9), chain=chain)[0] == 0
 
 
 @pytest.mark.parametrize("sync_at", ["forward", "backward"])
