@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
@@ -10,12 +10,17 @@ from foundation.json_text import read_json
 from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.head_kinds import HeadKind, LMHeadKind
+from model.hugging_face.names import llama_layers
 from model.operations.rope_scaling import RopeScaling
 
 CONFIG_NAME = "config.json"
 # Ids of special tokens, and what transformers takes where config.json says nothing. An import that
 # says nothing is kept so: once said, such an id would become a default of generate().
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+
+# A model with linear heads: no loader shall take it for a Llama.
+LINEAR_MODEL_TYPE = "headway"
 
 _KEYS = {
     "hidden_size": "hidden_size",
@@ -27,9 +32,15 @@ _KEYS = {
 # What transformers takes where config.json says nothing.
 _DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
 _DEFAULT_THETA = 10000.0
+# What says how heads are made, with the values there are; the first where a file says nothing.
+HEAD_KEYS: dict[str, tuple[Any, ...]] = {
+    "head_kind": get_args(HeadKind),
+    "head_layers": (1,),
+    "lm_head": get_args(LMHeadKind),
+}
 # What the layers here compute; a file with other values is of another model.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
+    "model_type": ("llama", LINEAR_MODEL_TYPE),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -41,20 +52,22 @@ class LlamaSizes(NamedTuple):
     """What a `config.json` says about a Llama.
 
     Attributes:
-        layers: all of them; the last one is head 1.
+        layers: all of them; the last ones are what the next token passes of heads.
         vocab_size: rows of the embedding.
         tied: whether the embedding also is the unembedding.
         keys: the keys of `ModelConfig` whose values it fixes.
+        heads: those that say what its heads are, where it has some beside the next token's.
     """
 
     layers: int
     vocab_size: int
     tied: bool
     keys: dict[str, Any]
+    heads: dict[str, Any]
 
 
 def llama_config(config: ModelConfig, *, sequence_length: int, dtype: str) -> dict[str, Any]:
-    """`config.json` of trunk and head 1, without what concerns tokens and classes.
+    """`config.json` of the next-token model, without what concerns tokens and classes.
 
     Args:
         config: the model.
@@ -71,7 +84,7 @@ def llama_config(config: ModelConfig, *, sequence_length: int, dtype: str) -> di
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.trunk_layers + 1,
+        "num_hidden_layers": llama_layers(config),
         **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -125,7 +138,25 @@ def read_llama_config(directory: Path) -> LlamaSizes:
         vocab_size=values["vocab_size"],
         tied=bool(values.get("tie_word_embeddings", False)),
         keys=keys | {"rope_theta": theta, "rope_scaling": scaling},
+        heads=_heads(path, content),
     )
+
+
+def _heads(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What a Headway model's file says of its heads' kind; empty of any other."""
+    if "future_tokens" not in content and content.get("model_type") != LINEAR_MODEL_TYPE:
+        return {}
+    found = {}
+    for key, values in HEAD_KEYS.items():
+        found[key] = content.get(key, values[0])
+        if type(found[key]) is not type(values[0]) or (
+            isinstance(found[key], str) and found[key] not in values
+        ):
+            raise ConfigError(
+                f"{path} has {key}={printable(json.dumps(found[key]))}, which no version here "
+                f"writes; give a whole model"
+            )
+    return found
 
 
 def first_token(directory: Path, vocab_size: int) -> int | None:

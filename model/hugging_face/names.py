@@ -12,8 +12,8 @@ Further forms, by the keys of the model's configuration:
     head_kind: anticausal     heads n .. 1 are the last layers of the Llama; there are no extra heads
     head_layers: 2            heads.layers.2.0.block..., heads.layers.2.1.block...
                               <-> extra_heads.2.0..., extra_heads.2.1...
-    head_kind: linear         heads.layers.{k}.projection.weight <-> extra_heads.{k}.weight, head 1
-                              among them: what lacks it is another model
+    head_kind: linear         heads.layers.{k}.projection.weight <-> extra_heads.{k}.weight, but of
+                              head 1 model.norm.projection.weight: it is no plain Llama
     lm_head: replicated       heads.readouts.{k}.unembedding.weight <-> extra_lm_heads.{k}.weight
 
 Legend: A attention heads, G key-value heads, D head dimension, F feed-forward, H hidden.
@@ -28,6 +28,7 @@ from model.config import ModelConfig
 
 EXTRA_HEADS = "extra_heads"
 EXTRA_LM_HEADS = "extra_lm_heads"
+LINEAR_HEAD_1 = "model.norm.projection.weight"
 
 _OUTSIDE_LAYERS = {
     "trunk.embedding.weight": "model.embed_tokens.weight",
@@ -53,6 +54,8 @@ def hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:
     layer, _, rest = name.partition(".block.")
     if not rest:  # of one head, and no layer
         kind, number = name.split(".")[1:3]
+        if kind == "layers" and number == "1":
+            return (LINEAR_HEAD_1,)
         return (f"{EXTRA_LM_HEADS if kind == 'readouts' else EXTRA_HEADS}.{number}.weight",)
     part, _, number = layer.partition(".layers.")
     if part == "trunk":
@@ -76,7 +79,22 @@ def head_prefixes(head: int, config: ModelConfig) -> list[str]:
 
 def llama_layers(config: ModelConfig) -> int:
     """Layers of the plain Llama: the trunk's, and those of the heads that the next token passes."""
-    return config.trunk_layers + len(config.next_token_heads) * config.layers_per_head
+    return config.layers - _layers_beside(config)
+
+
+def layers_from_llama(llama: int, config: ModelConfig) -> int:
+    """L of a model of this one's heads whose next-token model has so many layers."""
+    return llama + _layers_beside(config)
+
+
+def _layers_beside(config: ModelConfig) -> int:
+    others = config.future_tokens - len(config.next_token_heads)
+    return others * config.layers_per_head
+
+
+def is_extra(hf_name: str) -> bool:
+    """Whether a tensor is of no use to the next token."""
+    return hf_name.startswith((f"{EXTRA_HEADS}.", f"{EXTRA_LM_HEADS}."))
 
 
 def split(name: str, tensor: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from foundation.json_text import read_json
 from foundation.shown_text import printable
 from model.errors import CheckpointError
-from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS, read_llama_config
+from model.head_kinds import next_token_heads
+from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS, LlamaSizes, read_llama_config
 from model.hugging_face.folder import (
     ALL_HEADS_INDEX_NAME,
     RECORD_NAME,
@@ -48,10 +49,11 @@ def read_any_record(directory: Path) -> ExportRecord:
             "ends a text"
         )
     model = {
-        "layers": sizes.layers - 1 + heads,
+        "layers": _layers(sizes, heads),
         "future_tokens": heads,
         "vocab_size": sizes.vocab_size,
         **sizes.keys,
+        **sizes.heads,
     }
     facts = {
         "model": model,
@@ -72,6 +74,13 @@ def read_any_record(directory: Path) -> ExportRecord:
             "save it again"
         ) from error
     return ExportRecord(future_tokens=heads, description=description, files={})
+
+
+def _layers(sizes: LlamaSizes, heads: int) -> int:
+    """L of the model with all heads."""
+    kind = sizes.heads["head_kind"]
+    others = heads - len(next_token_heads(kind, heads))
+    return int(sizes.layers + others * (0 if kind == "linear" else sizes.heads["head_layers"]))
 
 
 def _dtype(config: dict[str, Any]) -> object:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foundation.safetensors_header import TensorSpec, safetensors_header
 from model.hugging_face.folder import ALL_HEADS_INDEX_NAME
-from model.hugging_face.names import EXTRA_HEADS
+from model.hugging_face.names import EXTRA_HEADS, is_extra
 from model.hugging_face.stored_tensors import MODEL_INDEX_NAME
 
 
@@ -50,9 +50,8 @@ class WeightFiles:
         self._shapes = shapes
         self._dtype = dtype
         self._positions: dict[str, _Position] = {}
-        extra = {name for name in shapes if name.startswith(f"{EXTRA_HEADS}.")}
-        self._model = [name for name in shapes if name not in extra]
-        self._extra_heads = [name for name in shapes if name in extra]
+        self._model = [name for name in shapes if not is_extra(name)]
+        self._extra_heads = [name for name in shapes if is_extra(name)]
         for stem, names in (("model", self._model), (EXTRA_HEADS, self._extra_heads)):
             files = list(self._files(names, max_file_bytes))
             for number, held in enumerate(files, 1):

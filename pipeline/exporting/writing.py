@@ -9,7 +9,12 @@ from torch import Tensor
 
 import model.hugging_face
 from foundation.durable_files import read_entry
-from model.hugging_face.config import CONFIG_NAME, llama_config
+from model.hugging_face.config import (
+    CONFIG_NAME,
+    HEAD_KEYS,
+    LINEAR_MODEL_TYPE,
+    llama_config,
+)
 from model.hugging_face.folder import (
     CARD_NAME,
     RECORD_NAME,
@@ -26,7 +31,7 @@ from pipeline.exporting.weight_files import WeightFiles
 MAX_FILE_BYTES = 5_000_000_000
 
 _CODE = Path(model.hugging_face.__path__[0], "modeling_headway.py")
-_CLASS = f"{_CODE.stem}.HeadwayForCausalLM"
+_CLASS, _LINEAR_CLASS = "HeadwayForCausalLM", "HeadwayLinearForCausalLM"
 _HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -78,16 +83,33 @@ def write_export(
 
 def hf_config(description: ExportDescription) -> dict[str, Any]:
     """`config.json`, but for what concerns tokens."""
-    weights = description.model.head_weights
-    return llama_config(
-        description.model,
+    config = description.model
+    weights = config.head_weights
+    kind = {
+        key: getattr(config, key)
+        for key, values in HEAD_KEYS.items()
+        if getattr(config, key) != values[0]
+    }
+    written = llama_config(
+        config,
         sequence_length=description.sequence_length,
         dtype=_HF_DTYPES[description.dtype],
     ) | {
-        "future_tokens": description.model.future_tokens,
+        "future_tokens": config.future_tokens,
         **({} if weights is None else {"head_weights": list(weights)}),
-        "auto_map": {"AutoModelForCausalLM": _CLASS},
+        **kind,
+        "auto_map": {"AutoModelForCausalLM": f"{_CODE.stem}.{_CLASS}"},
     }
+    if config.head_kind == "linear":  # no Llama, and nothing shall take it for one
+        written |= {
+            "architectures": [_LINEAR_CLASS],
+            "model_type": LINEAR_MODEL_TYPE,
+            "auto_map": {
+                "AutoConfig": f"{_CODE.stem}.HeadwayConfig",
+                "AutoModelForCausalLM": f"{_CODE.stem}.{_LINEAR_CLASS}",
+            },
+        }
+    return written
 
 
 def _write_weights(

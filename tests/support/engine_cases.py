@@ -27,6 +27,8 @@ class Case:
         neighbors: `parallel.zero_hpz_partition_size`.
         compiled: `train.compile`.
         heads: one of `VARIANTS`.
+        eps: Adam's. With one far below the gradients an entry as small as its own rounding error
+            moves by the learning rate either way, and with it what is compared of later steps.
     """
 
     world: int = 1
@@ -42,6 +44,7 @@ class Case:
     neighbors: int = 1
     compiled: bool = False
     heads: str = "parallel"
+    eps: float = 1e-8
     precision: Precision = "fp32"
 
     @property
@@ -101,7 +104,7 @@ def engine_config(case: Case) -> RunConfig:
                 # A frozen model must come from somewhere; engines are given the weights, or none.
                 "init_from": None if case.freeze == "none" else "unused",
             },
-            "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5},
+            "optimizer": {"learning_rate": 1e-3, "gradient_clipping": 0.5, "eps": case.eps},
             "schedule": {"warmup_steps": 1},
         }
     )
