@@ -106,7 +106,7 @@ def _run_config(folder: LlamaFolder) -> ModelConfig:
     return ModelConfig.model_validate(
         folder.sizes.keys
         | {
-            "layers": folder.trunk_layers + HEADS,
+            "layers": folder.sizes.layers - 1 + HEADS,
             "vocab_size": folder.sizes.vocab_size,
             "future_tokens": HEADS,
         }

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable
 from math import gcd, isqrt
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from model import head_weights
 from model.head_kinds import HeadKind, LMHeadKind, head_order, is_chain, next_token_heads
+from model.head_weights import HeadWeights
 from model.operations.rope_scaling import RopeScaling
 
 _FFN_MULTIPLE = 256
-_SHOWN = 200  # letters
 
 # Far above any model; below, what is computed from the sizes takes no time and no room.
 MAX_LAYERS = 1024
@@ -77,7 +78,8 @@ class ModelConfig(BaseModel):
         init_std: standard deviation of the initial weights.
         embedding_init_std: the same for the embedding; `init_std` unless given. A small model
             learns sooner when the token dominates the residual stream at first (1.0).
-        head_weights: weight of each head's loss, head 1 first; all 1 unless given.
+        head_weights: weight of each head's loss, head 1 first; all 1 unless given. Or weights by
+            the step, as a list of [step, weights]: each holds after so many steps, until the next.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -99,7 +101,7 @@ class ModelConfig(BaseModel):
     norm_eps: float = Field(default=1e-5, gt=0)
     init_std: float = Field(default=0.02, gt=0)
     embedding_init_std: float = Field(default_factory=_default_embedding_init_std, gt=0)
-    head_weights: Annotated[tuple[float, ...], Strict(False)] | None = None
+    head_weights: HeadWeights | None = None
 
     @property
     def head_dim(self) -> int:
@@ -131,12 +133,9 @@ class ModelConfig(BaseModel):
         """The heads that the next token's prediction passes, nearest to the trunk first."""
         return next_token_heads(self.head_kind, self.future_tokens)
 
-    @property
-    def loss_weights(self) -> tuple[float, ...]:
-        """Weight of each head's loss, head 1 first."""
-        if self.head_weights is None:
-            return (1.0,) * self.future_tokens
-        return self.head_weights
+    def loss_weights(self, steps: int) -> tuple[float, ...]:
+        """Weight of each head's loss, head 1 first, in the step that follows after `steps`."""
+        return head_weights.weights_after(self.head_weights, self.future_tokens, steps)
 
     # A rule belongs to the later of its keys; it is skipped while the earlier one is invalid.
     @field_validator("head_layers")
@@ -197,29 +196,11 @@ class ModelConfig(BaseModel):
     @field_validator("head_weights")
     @classmethod
     def _one_weight_per_head(
-        cls, weights: tuple[float, ...] | None, info: ValidationInfo
-    ) -> tuple[float, ...] | None:
+        cls, weights: HeadWeights | None, info: ValidationInfo
+    ) -> HeadWeights | None:
         if weights is None:
             return None
-        problems = []
-        shown = str(list(weights))
-        shown = shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
-        future_tokens = info.data.get("future_tokens", len(weights))
-        if len(weights) != future_tokens:
-            problems.append(
-                f"head_weights has {len(weights)} values, but model.future_tokens={future_tokens}; "
-                "give one weight per head, or null for all 1"
-            )
-        if any(weight < 0 for weight in weights):
-            problems.append(
-                f"head_weights={shown} has a negative weight; use 0 to leave a head out"
-            )
-        elif not any(weights):
-            problems.append(
-                f"head_weights={shown} has no weight above 0, so nothing would be "
-                "learned; give at least one head a positive weight"
-            )
-        if problems:
+        if problems := head_weights.problems(weights, info.data.get("future_tokens")):
             raise ValueError("\n".join(problems))
         return weights
 

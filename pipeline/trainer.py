@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from data_prep.loading.loader import TokenLoader
 from model.errors import TrainingError
+from model.head_weights import is_schedule
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
@@ -123,9 +124,12 @@ class Trainer:
                 position.batch - 1,
             )
         rate = self._learning_rate(self.state.step + 1)
+        self._note_new_weights()
         self.parts.throughput.start()
         limit = self._guard.loss_limit
-        result = self.parts.engine.train_step(batches.micro_batches, rate, self._flags, limit)
+        result = self.parts.engine.train_step(
+            batches.micro_batches, rate, self._flags, limit, self._weights_of_next_step()
+        )
         self.parts.throughput.stop()
         self.state.advance(
             samples=self.parts.loader.global_batch_size,
@@ -138,6 +142,18 @@ class Trainer:
             can_go_back = self.parts.saver.saved_step is not None
             self._guard.left_out(result.loss.item(), limit, position, can_go_back=can_go_back)
         return result
+
+    def _weights_of_next_step(self) -> tuple[float, ...]:
+        return self.config.model.loss_weights(self.state.step)
+
+    def _note_new_weights(self) -> None:
+        """Say so when the heads' weights change with the coming step."""
+        step = self.state.step
+        if step and (after := self._weights_of_next_step()) != self.config.model.loss_weights(
+            step - 1
+        ):
+            logger.info("step %d: head weights are %s from here on", step + 1, list(after))
+            self._guard.forget_losses()
 
     def _flags(self) -> RankFlags:
         """What this rank tells the others with a step."""
@@ -157,7 +173,7 @@ class Trainer:
         due = step % options.log.interval == 0 or self._is_last_planned
         if not (due or evaluation or not result.applied):
             return
-        losses, weights = result.head_losses.tolist(), options.model.loss_weights
+        losses, weights = result.head_losses.tolist(), options.model.loss_weights(step - 1)
         record: Record = {
             "step": step,
             "tokens": self.state.tokens,
@@ -169,6 +185,8 @@ class Trainer:
             **self._source_figures(),
             **self.parts.saver.figures(),
         }
+        if is_schedule(options.model.head_weights):
+            record["head_weights"] = list(weights)
         if idle := self.parts.engine.execution.idle_fractions():
             record["stage_idle_fraction"] = idle
         if not result.applied:
@@ -203,7 +221,7 @@ class Trainer:
             return {}
         self.parts.progress.enter("evaluation")
         result = self.parts.engine.evaluate(self.parts.validation)
-        weights = self.config.model.loss_weights
+        weights = self.config.model.loss_weights(self.state.step - 1)
         losses = result.head_losses
         loss = sum(w * loss for w, loss in zip(weights, losses, strict=True))
         self.state.eval_loss = loss if math.isfinite(loss) else None

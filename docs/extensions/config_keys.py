@@ -63,6 +63,7 @@ _UNITS = {
     "model.kv_heads": "attention heads",
     "model.vocab_size": "tokens",
     "model.future_tokens": "heads",
+    "model.head_layers": "layers",
     "rope_scaling.original_max_position_embeddings": "tokens",
     "weight_schedule.step": "steps",
     "build.workers": "processes",

@@ -196,7 +196,7 @@ class ChainDecoder:
             pending = torch.cat([pending, self._drafts.tokens], dim=1)
         block = self.network.following(self.cache, pending.shape[1], width)
         trunk_output = self.network.trunk(pending, self.cache, block)
-        self.network.fill_heads(trunk_output, self._most_heads, self.cache, block)
+        trunk_output = self.network.fill_heads(trunk_output, self._most_heads, self.cache, block)
         hidden = self._run_heads(trunk_output, block)
         logits = self.network.logits(hidden[0]).unflatten(0, pending.shape)
         kept, self._following = self._chooser.verify(logits, self._drafts)
@@ -231,13 +231,13 @@ class ChainDecoder:
         """Head 1 at all positions; where these are few, the other heads as well.
 
         Args:
-            trunk_output: z `[B * S, H]`.
+            trunk_output: what `fill_heads` gave, `[..., B * S, H]`.
             block: of the same positions, whose keys and values are in the cache.
 
         Returns:
             `[1 or k, B * S, H]`.
         """
-        together = trunk_output.shape[0] <= _TOGETHER
+        together = trunk_output.shape[-2] <= _TOGETHER
         last = self._heads if together else 1
         return self.network.heads(trunk_output, 1, last, self.cache, block)
 
@@ -249,16 +249,16 @@ class ChainDecoder:
         Args:
             columns: `[B]` which of a row's S positions.
             hidden: what `_run_heads` gave.
-            trunk_output: z `[B * S, H]`.
+            trunk_output: what `fill_heads` gave, `[..., B * S, H]`.
             block: of the S positions.
         """
-        positions = trunk_output.shape[0] // block.rows
+        positions = trunk_output.shape[-2] // block.rows
         chosen = self.network.numbers(block.rows) * positions + columns
         if len(hidden) > 1:
-            return self.network.logits(hidden[1:, chosen])
-        at = block.at(columns)
-        there = self.network.heads(trunk_output[chosen], 2, self._heads, self.cache, at)
-        return self.network.logits(there)
+            return self.network.head_logits(hidden[1:, chosen], 2)
+        at, states = block.at(columns), trunk_output[..., chosen, :]
+        there = self.network.heads(states, 2, self._heads, self.cache, at)
+        return self.network.head_logits(there, 2)
 
     def _draft_after(self, kept: Tensor, pending: Tensor, others: Callable[[], Tensor]) -> None:
         """Draft the next block.

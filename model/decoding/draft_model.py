@@ -108,10 +108,10 @@ class DraftModelDecoder(ChainDecoder):
             size = tokens.shape[1]
             block = network.following(cache, size, width)
             trunk_output = network.trunk(tokens, cache, block)
-            network.fill_heads(trunk_output, 1, cache, block)
+            trunk_output = network.fill_heads(trunk_output, 1, cache, block)
             cache.lengths = cache.lengths + size
             last = torch.full_like(self._following, size - 1)
-            at = trunk_output.unflatten(0, (-1, size))[:, -1]
+            at = trunk_output.unflatten(-2, (-1, size))[..., -1, :]
             logits = network.logits(network.heads(at, 1, 1, cache, block.at(last)))
             drafts.append(self._chooser.draft(logits))
             tokens = drafts[-1].tokens

@@ -97,7 +97,7 @@ class TreeDecoder(ChainDecoder):
         pending = torch.cat([self._following.unsqueeze(1), self._drafts.tokens], dim=1)
         block = self._block(width)
         trunk_output = self.network.trunk(pending, self.cache, block)
-        self.network.fill_heads(trunk_output, heads, self.cache, block)
+        trunk_output = self.network.fill_heads(trunk_output, heads, self.cache, block)
         hidden = self._run_heads(trunk_output, block)
         logits = self.network.logits(hidden[0]).unflatten(0, pending.shape)
         best = logits.argmax(-1)

@@ -8,8 +8,12 @@
                                         transformers saved of one
                                         further heads: copies of layer N-1, or fresh ones
 
-So a Llama of N layers starts a run of N - 1 + n layers. Tensors are read one at a time, each rank
-keeps its tensor-parallel slice. Of a vocabulary larger than the file's the last rows are fresh.
+So a Llama of N layers starts a run of N - 1 + n layers. With heads of m layers the last m are
+head 1. Anticausal heads n .. 1 are the last layers, and nothing is new. Linear heads come on top of
+all N layers: what a folder lacks of them begins as the identity, which says the next token.
+
+Tensors are read one at a time, each rank keeps its tensor-parallel slice. Of a vocabulary larger
+than the file's the last rows are fresh.
 """
 
 import re
@@ -26,7 +30,16 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.config import read_llama_config
 from model.hugging_face.folder import RECORD_NAME, read_record, verify_files
-from model.hugging_face.names import EXTRA_HEADS, hf_names, hf_shapes, join
+from model.hugging_face.names import (
+    EXTRA_HEADS,
+    EXTRA_LM_HEADS,
+    LINEAR_HEAD_1,
+    hf_names,
+    hf_shapes,
+    is_extra,
+    join,
+    layers_from_llama,
+)
 from model.hugging_face.stored_tensors import (
     MODEL_INDEX_NAME,
     MODEL_NAME,
@@ -34,14 +47,14 @@ from model.hugging_face.stored_tensors import (
     read_weight_map,
 )
 from model.operations.rope_scaling import RopeScaling
-from model.parameter_shapes import head_of, parameter_shapes
+from model.parameter_shapes import LINEAR, head_of, own_unembedding, parameter_shapes
 from model.sharding import placement_of, take_slice
 
 NewHeads = Literal["copy", "fresh"]
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # buffers that older files carry along
-_OF_A_HEAD = re.compile(rf"{EXTRA_HEADS}\.(\d{{1,9}})\.")
+_OF_A_HEAD = re.compile(rf"(?:{EXTRA_HEADS}|{EXTRA_LM_HEADS})\.(\d{{1,9}})\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -77,11 +90,24 @@ class LlamaFolder:
             files += [directory / name for name in record.files if name.startswith(EXTRA_HEADS)]
         self._files = {name: path for path in files for name in _tensor_names(path)}
         self.heads = heads or _last_head(self._files)
+        self._linear = LINEAR_HEAD_1 in self._files
+        # No matter how many of its last layers were heads, it is a plain Llama to read.
+        self._plain = not self._linear and not any(map(is_extra, self._files))
 
-    @property
-    def trunk_layers(self) -> int:
-        """Layers below its heads."""
-        return self.sizes.layers - 1
+    def holds(self, name: str, config: ModelConfig) -> bool:
+        """Whether it has the weights of a parameter of the run's model."""
+        head = head_of(name)
+        if config.head_kind == "linear" and not self._linear:
+            return head == 0  # of a plain Llama
+        passed = head in config.next_token_heads and name != own_unembedding(head)
+        return passed or head <= (1 if self._plain else self.heads)
+
+    def new_heads(self, config: ModelConfig) -> list[int]:
+        """Heads of the run's model that have weights which the folder lacks."""
+        lacking = {
+            head_of(name) for name in parameter_shapes(config) if not self.holds(name, config)
+        }
+        return sorted(lacking)
 
     def verify(self) -> None:
         """Read every file of a Headway export and compare it with its checksum.
@@ -96,7 +122,9 @@ class LlamaFolder:
 
     def differences(self, config: ModelConfig) -> dict[str, Any]:
         """Keys of the model's configuration that do not fit, with the value each must have."""
-        wanted = {"layers": self.trunk_layers + config.future_tokens, **self.sizes.keys}
+        wanted = {"layers": layers_from_llama(self.sizes.layers, config), **self.sizes.keys}
+        if not self._plain:
+            wanted |= self.sizes.heads
         wanted = {key: value for key, value in wanted.items() if getattr(config, key) != value}
         if config.vocab_size < self.sizes.vocab_size:
             wanted["vocab_size"] = self.sizes.vocab_size
@@ -115,9 +143,10 @@ class LlamaFolder:
                 for key, value in wanted.items()
             )
             settings = " ".join(_setting(key, value) for key, value in wanted.items())
+            layers = layers_from_llama(self.sizes.layers, config)
             raise ConfigError(
                 f"{self.directory} has {self.sizes.layers} layers, so trunk and "
-                f"{config.future_tokens} heads make {self.trunk_layers + config.future_tokens}; "
+                f"{config.future_tokens} heads make {layers}; "
                 f"its sizes are not this run's: {listed}; set them in the YAML or with "
                 f"--set {settings}"
             )
@@ -137,7 +166,7 @@ class LlamaFolder:
         wanted = dict(self._expected_shapes(config))
         foreign = sorted(set(self._files) - wanted.keys() - unused)
         # Heads that the run leaves out are not foreign.
-        foreign = [name for name in foreign if not name.startswith(f"{EXTRA_HEADS}.")]
+        foreign = [name for name in foreign if not is_extra(name)]
         if foreign:
             raise CheckpointError(
                 f"{self.directory}: tensor {printable(foreign[0])}"
@@ -168,7 +197,7 @@ class LlamaFolder:
         """Names and shapes of the tensors that are taken from the folder."""
         stored = config.model_copy(update={"vocab_size": self.sizes.vocab_size})
         for name, shape in parameter_shapes(stored).items():
-            if head_of(name) > self.heads:
+            if not self.holds(name, config):
                 continue
             names = hf_names(name, config)
             for hf_name, hf_shape in zip(names, hf_shapes(name, shape, config), strict=True):
@@ -213,20 +242,31 @@ class ImportedWeights:
             float32 tensor on the CPU.
         """
         head = head_of(name)
-        if head > self.folder.heads:
-            if self.new_heads == "fresh":
+        if not self.folder.holds(name, self.config):
+            linear = name.endswith(LINEAR)
+            if self.new_heads == "fresh" and not (linear and head == 1):
                 return fresh()
+            if linear:
+                return self._part(name, torch.eye(self.config.hidden_size))
             name = name.replace(f"heads.layers.{head}.", "heads.layers.1.", 1)
+            if name == own_unembedding(head):
+                name = "heads.readout.weight"
         parts = [self.folder.tensor(hf_name) for hf_name in hf_names(name, self.config)]
         if parts[0].shape[0] < self._rows(name):
             return self._padded(parts[0], fresh())
-        whole = join(name, parts, self.config)
+        return self._part(name, join(name, parts, self.config))
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
         part = take_slice(whole, placement_of(name), self._tensor_rank, self._tensor_size)
         return part.to(torch.float32, copy=True)
 
     def _rows(self, name: str) -> int:
-        vocabulary = name in ("trunk.embedding.weight", "heads.readout.weight")
-        return self.config.vocab_size if vocabulary else 0
+        vocabulary = (
+            "trunk.embedding.weight",
+            "heads.readout.weight",
+            own_unembedding(head_of(name)),
+        )
+        return self.config.vocab_size if name in vocabulary else 0
 
     def _padded(self, stored: Tensor, fresh: Tensor) -> Tensor:
         """This rank's rows of an embedding: those of the file, then fresh ones."""

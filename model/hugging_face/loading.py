@@ -115,7 +115,7 @@ def build_model(
 def _saved_tensors(directory: Path, config: ModelConfig) -> Callable[[str], Tensor]:
     """Reads the tensors of a folder that transformers saved, once all are known to be there."""
     folder = LlamaFolder(directory)
-    if folder.heads < config.future_tokens:
+    if not all(folder.holds(name, config) for name in parameter_shapes(config)):
         raise CheckpointError(
             f"{directory} has {folder.heads} of the {config.future_tokens} heads that its "
             "config.json names; load the model with trust_remote_code=True before it is saved"

@@ -8,6 +8,13 @@
 
 Head k at position t predicts token t+k (Gloeckle et al. 2024). The last of the Llama's layers is
 head 1; the extra heads read what that layer reads, and all share the final norm and `lm_head`.
+Other kinds, by keys of config.json:
+
+    head_layers    layers of each head, so the last so many of the Llama's are head 1
+    head_kind      "causal": head k reads what head k-1 gives; "anticausal": what head k+1 gives,
+                   and all heads are the last layers of the Llama; "linear": a matrix each, and a
+                   class of its own, since the next token passes one, too
+    lm_head        "replicated": an unembedding for each head
 
 It imports torch and transformers (4.56 and newer) only, and is one file, since it travels with
 every export and is to be read before it is trusted. Part of Headway, Apache-2.0.
@@ -25,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     DynamicCache,
+    LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -38,12 +46,13 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.utils import cached_file, can_return_tuple
 
 _INDEX_NAME = "all_heads.safetensors.index.json"
 _RECORD_NAME = "headway.json"
 _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_OF_HEADS = ("extra_heads.", "extra_lm_heads.", "model.norm.projection.")
 _IGNORED = -100
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # Arguments of generate that stand for another way of decoding, or for a text begun elsewhere.
@@ -78,7 +87,9 @@ class HeadwayForCausalLM(LlamaForCausalLM):
             all 1, `head_weights`, the weight of each head's loss, head 1 first.
 
     Attributes:
-        extra_heads: one layer for each of heads 2 .. n, by the head's number.
+        extra_heads: by number, heads that the next token does not pass: a layer, a list of layers
+            or a matrix.
+        extra_lm_heads: by number, unembeddings of heads 2 .. n where they have their own.
     """
 
     # Without it save_pretrained writes this file only if an Auto class has loaded the model.
@@ -88,14 +99,33 @@ class HeadwayForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         # transformers.Trainer takes for predictions whatever it is not told to ignore.
         config.keys_to_ignore_at_inference = ["past_key_values", "head_losses"]
-        layers = config.num_hidden_layers  # those of the heads follow them in a cache
+        extra = range(2, self.num_heads + 1)
+        anticausal = self._head_kind == "anticausal"
         self.extra_heads = nn.ModuleDict(
-            {
-                str(k): LlamaDecoderLayer(config, layers + k - 2)
-                for k in range(2, getattr(config, "future_tokens", 1) + 1)
-            }
+            {str(k): self._new_head(k) for k in extra if not anticausal}
+        )
+        replicated = getattr(config, "lm_head", "shared") == "replicated"
+        sizes = config.hidden_size, config.vocab_size
+        self.extra_lm_heads = nn.ModuleDict(
+            {str(k): nn.Linear(*sizes, bias=False) for k in extra if replicated}
         )
         self.post_init()
+
+    def _new_head(self, k: int) -> nn.Module:
+        """One of the extra heads."""
+        # In a cache their layers follow those of the Llama.
+        each = self._head_layers
+        first = self.config.num_hidden_layers + (k - 2) * each
+        layers = [LlamaDecoderLayer(self.config, first + index) for index in range(each)]
+        return layers[0] if each == 1 else nn.ModuleList(layers)
+
+    @property
+    def _head_kind(self) -> str:
+        return str(getattr(self.config, "head_kind", "parallel"))
+
+    @property
+    def _head_layers(self) -> int:
+        return int(getattr(self.config, "head_layers", 1))
 
     @classmethod
     def from_pretrained(
@@ -136,7 +166,7 @@ class HeadwayForCausalLM(LlamaForCausalLM):
             output_loading_info=True,
             **kwargs,
         )
-        if lost := sorted(key for key in info["missing_keys"] if key.startswith("extra_heads.")):
+        if lost := sorted(key for key in info["missing_keys"] if key.startswith(_OF_HEADS)):
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {lost[0]} and {len(lost) - 1} more tensors "
                 "of its extra heads; export it again, or load it as a plain Llama without "
@@ -159,7 +189,7 @@ class HeadwayForCausalLM(LlamaForCausalLM):
     @property
     def num_heads(self) -> int:
         """n, head 1 included."""
-        return 1 + len(self.extra_heads)
+        return int(getattr(self.config, "future_tokens", 1))
 
     def all_head_logits(
         self,
@@ -182,7 +212,7 @@ class HeadwayForCausalLM(LlamaForCausalLM):
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
         )
         heads = range(2, self.num_heads + 1)
-        logits = [self._readout(self._run_head(k, run)) for k in heads]
+        logits = [self._readout(self._run_head(k, run), k) for k in heads]
         return torch.stack([self.lm_head(run.output.last_hidden_state), *logits], dim=2)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -328,32 +358,60 @@ class HeadwayForCausalLM(LlamaForCausalLM):
         Args:
             inputs: of a Llama's `forward`.
         """
-        head_1 = self.model.layers[self.config.num_hidden_layers - 1]
-        seen: list[Any] = []
+        layers, each = self.config.num_hidden_layers, self._head_layers
+        watched = {0: self.model.norm, 1: self.model.layers[layers - each]}
+        if self._head_kind == "anticausal":  # what head k gives is what the layer after it reads
+            heads = range(2, self.num_heads + 1)
+            watched |= {k: self.model.layers[layers - (k - 1) * each] for k in heads}
+        seen: dict[int, Any] = {}
         thread = get_ident()
 
-        def look(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if get_ident() == thread:  # other threads may be generating, too
-                seen[:] = positional, named
+        def watch(place: int, module: nn.Module) -> Any:
+            def look(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+                if get_ident() == thread:  # other threads may be generating, too
+                    seen[place] = positional, named
 
-        hook = head_1.register_forward_pre_hook(look, with_kwargs=True)
+            return module.register_forward_pre_hook(look, with_kwargs=True)
+
+        hooks = [watch(place, module) for place, module in watched.items()]
         try:
             output = self.model(return_dict=True, **inputs)
         finally:
-            hook.remove()
-        return _Run(output, *seen)
+            for hook in hooks:
+                hook.remove()
+        given = {k: _first(*called) for k, called in seen.items() if k > 1}
+        given[1] = _first(*seen[0])
+        positional, named = seen[1]
+        return _Run(output, positional, named, given)
 
     def _run_head(self, k: int, run: "_Run") -> Tensor:
-        """Output `[batch, seq, hidden]` of one of the extra heads, before the shared norm."""
-        hidden = self.extra_heads[str(k)](*run.positional, **run.named)
-        return hidden[0] if isinstance(hidden, tuple) else hidden
+        """Output `[batch, seq, hidden]` of head k from 2 on, before the shared norm.
 
-    def _readout(self, hidden: Tensor) -> Tensor:
-        """Logits of what a head gave, through the shared norm and unembedding."""
-        return self.lm_head(self.model.norm(hidden))
+        Those before it have been run where it reads what they give.
+        """
+        if k in run.given:
+            return run.given[k]
+        head = self.extra_heads[str(k)]
+        hidden, others = _first(run.positional, run.named), run.positional[1:]
+        if self._head_kind == "causal":
+            hidden = run.given[k - 1]
+        named = {key: value for key, value in run.named.items() if key != "hidden_states"}
+        for layer in head if isinstance(head, nn.ModuleList) else [head]:
+            hidden = layer(hidden, *others, **named)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        run.given[k] = hidden
+        return hidden
+
+    def _readout(self, hidden: Tensor, k: int) -> Tensor:
+        """Logits of what head k from 2 on gave, through the shared norm and its unembedding."""
+        own = str(k) in self.extra_lm_heads
+        return (self.extra_lm_heads[str(k)] if own else self.lm_head)(self._norm(hidden))
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        return self.model.norm(hidden)
 
     def _loss_of(self, hidden: Tensor, labels: Tensor, k: int, items: Any) -> Tensor:
-        return _head_loss(self._readout(hidden), labels, k, items)
+        return _head_loss(self._readout(hidden, k), labels, k, items)
 
     def _head_weights(self) -> list[float]:
         weights = getattr(self.config, "head_weights", None) or [1.0] * self.num_heads
@@ -365,6 +423,49 @@ class HeadwayForCausalLM(LlamaForCausalLM):
         return list(weights)
 
 
+class HeadwayConfig(LlamaConfig):
+    """A Llama's, of a model that is none: its heads are linear."""
+
+    model_type = "headway"
+
+
+class _LinearHead1(LlamaRMSNorm):
+    """Head 1 as a matrix, and the final norm after it."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.projection = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[..., hidden]` to the same."""
+        return super().forward(self.projection(hidden_states))
+
+
+class HeadwayLinearForCausalLM(HeadwayForCausalLM):
+    """A model whose heads are matrices, head 1 among them.
+
+    Args:
+        config: as of `HeadwayForCausalLM`.
+    """
+
+    config_class = HeadwayConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.norm = _LinearHead1(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def _new_head(self, k: int) -> nn.Module:
+        return nn.Linear(self.config.hidden_size, self.config.hidden_size, bias=False)
+
+    def _run_head(self, k: int, run: "_Run") -> Tensor:
+        return self.extra_heads[str(k)](run.given[1])
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        norm: Any = self.model.norm
+        return LlamaRMSNorm.forward(norm, hidden)
+
+
 class _Run(NamedTuple):
     """A forward of the trunk.
 
@@ -372,11 +473,13 @@ class _Run(NamedTuple):
         output: of the Llama without its unembedding, head 1's.
         positional: what head 1, and so every head, is called with: the trunk's output first.
         named: masks, positions and the cache.
+        given: what heads gave, by number, before the norm; of linear heads, at 1, what they read.
     """
 
     output: Any
     positional: tuple[Any, ...]
     named: dict[str, Any]
+    given: dict[int, Tensor]
 
 
 class _Reader:
@@ -419,8 +522,8 @@ class _Reader:
 
     def draft_logits(self, column: int) -> Tensor:
         """`[batch, heads - 1, V]` of heads 2 and up, at one of the positions that were kept."""
-        hidden = torch.stack([hidden[:, column] for hidden in self._hidden], dim=1)
-        return self._model._readout(hidden)
+        hidden = zip(self._numbers, self._hidden, strict=True)
+        return torch.stack([self._model._readout(h[:, column], k) for k, h in hidden], dim=1)
 
     def forget(self, count: int) -> None:
         """Drop the last `count` positions."""
@@ -623,6 +726,12 @@ def _head_loss(logits: Tensor, labels: Tensor, k: int, items: Any) -> Tensor:
     if items is None:
         items = (targets != _IGNORED).sum().clamp(min=1)
     return total / torch.as_tensor(items, device=total.device)
+
+
+def _first(positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """What a layer reads, of the arguments it is called with."""
+    found: Tensor = positional[0] if positional else named["hidden_states"]
+    return found
 
 
 def _refuse_cache(cache: Any) -> None:

@@ -9,7 +9,7 @@ the last; other heads keep Llama's names within a layer, below `extra_heads.{k}`
 
 Further forms, by the keys of the model's configuration:
 
-    head_kind: anticausal     heads n .. 1 are the last layers of the Llama; there are no extra heads
+    head_kind: anticausal     heads n .. 1 are the last layers of the Llama, none is extra
     head_layers: 2            heads.layers.2.0.block..., heads.layers.2.1.block...
                               <-> extra_heads.2.0..., extra_heads.2.1...
     head_kind: linear         heads.layers.{k}.projection.weight <-> extra_heads.{k}.weight, but of

@@ -1,5 +1,8 @@
 """The model in the form that decoding wants: a Llama's trunk, and its heads as one stacked layer.
 
+Heads that are several layers, or that read one another, are layers like the trunk's instead: they
+run over all new positions, since each needs the others' output there. Linear heads keep no cache.
+
 It computes what `model.language_model` computes, over new positions with a cache. Nothing here
 waits for the device, and all shapes follow from those of the arguments.
 
@@ -15,7 +18,15 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.inference.cache import WIDTH_STEP, Block, Cache
 from model.inference.norm import RMSNorm
-from model.inference.weights import HeadWeights, LayerWeights, NetworkWeights, Read, read_weights
+from model.inference.weights import (
+    HeadWeights,
+    LayerWeights,
+    LinearHeads,
+    NetworkWeights,
+    Read,
+    SerialHeads,
+    read_weights,
+)
 from model.operations.rotary import RotaryTable
 
 _FIRST_POSITIONS = 1024
@@ -64,8 +75,12 @@ class Network:
         A whole number of steps of the width: kernels on GPUs want masks of even rows.
         """
         capacity = -(-capacity // WIDTH_STEP) * WIDTH_STEP
-        groups = self.config.kv_heads
-        sizes = [groups] * self.config.trunk_layers + [self.num_heads * groups]
+        groups, heads = self.config.kv_heads, self.weights.heads
+        sizes = [groups] * self.config.trunk_layers
+        if isinstance(heads, HeadWeights):
+            sizes += [self.num_heads * groups]
+        elif isinstance(heads, SerialHeads):
+            sizes += [groups] * (self.num_heads * self.config.layers_per_head)
         return Cache.zeros(sizes, rows, capacity, self.config.head_dim, self.dtype, self.device)
 
     def block(
@@ -105,7 +120,7 @@ class Network:
             hidden = self._layer(hidden, index, layer, cache, block)
         return hidden
 
-    def fill_heads(self, trunk_output: Tensor, heads: int, cache: Cache, block: Block) -> None:
+    def fill_heads(self, trunk_output: Tensor, heads: int, cache: Cache, block: Block) -> Tensor:
         """Put the keys and values of heads 1 .. `heads` at all new positions into the cache.
 
         Args:
@@ -113,13 +128,21 @@ class Network:
             heads: how many.
             cache: of the rows.
             block: of the new positions.
+
+        Returns:
+            What `heads` takes: z `[N, H]`, or what each head has given already, `[M, N, H]`.
         """
+        if isinstance(self.weights.heads, LinearHeads):
+            return trunk_output
+        if isinstance(self.weights.heads, SerialHeads):
+            return self._run_serially(self.weights.heads, trunk_output, heads, cache, block)
         weights = self._heads(1, heads)
         normed = self._norm(trunk_output, weights.attention_norm)
         new = torch.bmm(normed, weights.key_value)
         new = new.view(heads, -1, 2, self.config.kv_heads, self.config.head_dim)
         self._rotate(new[:, :, 0], block)
         self._write_heads(new, cache, block)
+        return trunk_output
 
     def heads(
         self, trunk_output: Tensor, first: int, last: int, cache: Cache, block: Block
@@ -127,7 +150,8 @@ class Network:
         """Run heads `first` .. `last` at some positions whose keys and values are in the cache.
 
         Args:
-            trunk_output: z `[B * Q, H]` at these positions.
+            trunk_output: of what `fill_heads` gave, `[B * Q, H]` or `[M, B * Q, H]`, these
+                positions.
             first: number of the first head, from 1.
             last: number of the last one.
             cache: of the rows.
@@ -136,6 +160,10 @@ class Network:
         Returns:
             `[M, B * Q, H]`, before the shared norm.
         """
+        if isinstance(self.weights.heads, SerialHeads):
+            return trunk_output[first - 1 : last]
+        if isinstance(self.weights.heads, LinearHeads):
+            return trunk_output @ self.weights.heads.maps[first - 1 : last]
         weights = self._heads(first, last)
         num, rows = last - first + 1, block.rows
         groups, dim = self.config.kv_heads, self.config.head_dim
@@ -153,8 +181,34 @@ class Network:
         return torch.baddbmm(hidden, _swiglu(gate_up), weights.down)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V]` of head outputs `[..., H]`."""
+        """Logits `[..., V]` of outputs `[..., H]` of head 1."""
         return self._norm(hidden, self.weights.norm) @ self.weights.unembedding
+
+    def head_logits(self, hidden: Tensor, first: int) -> Tensor:
+        """Logits `[M, N, V]` of outputs `[M, N, H]` of the heads from `first` on."""
+        if self.weights.own_unembeddings is None:
+            return self.logits(hidden)
+        unembeddings = self.weights.own_unembeddings[first - 1 : first - 1 + len(hidden)]
+        return self._norm(hidden, self.weights.norm) @ unembeddings
+
+    def _run_serially(
+        self, weights: SerialHeads, hidden: Tensor, heads: int, cache: Cache, block: Block
+    ) -> Tensor:
+        """What heads 1 .. `heads` give at all new positions, `[M, N, H]`; M is n if anticausal."""
+        config = self.config
+        wanted = {*range(1, heads + 1), *config.next_token_heads}
+        outputs = {}
+        for place, head in enumerate(config.head_order):
+            if head not in wanted:
+                break  # of a chain and of heads side by side these are the last
+            output = hidden
+            for number, layer in enumerate(weights.layers[head]):
+                index = config.trunk_layers + place * config.layers_per_head + number
+                output = self._layer(output, index, layer, cache, block)
+            outputs[head] = output
+            if config.chain:
+                hidden = output
+        return torch.stack([outputs[head] for head in sorted(outputs)])
 
     def _layer(
         self, hidden: Tensor, index: int, weights: LayerWeights, cache: Cache, block: Block
@@ -204,6 +258,7 @@ class Network:
     def _heads(self, first: int, last: int) -> HeadWeights:
         """Views of the weights of some heads, made once."""
         if (first, last) not in self._some_heads:
+            assert isinstance(self.weights.heads, HeadWeights)
             self._some_heads[first, last] = self.weights.heads.between(first, last)
         return self._some_heads[first, last]
 

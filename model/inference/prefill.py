@@ -16,7 +16,7 @@ _MASK_ELEMENTS = 1 << 24
 
 
 class LastPosition:
-    """The trunk's output at the last position of each prompt, found while pieces go by.
+    """What heads take at the last position of each prompt, found while pieces go by.
 
     Args:
         lengths: `[B]` of the prompts.
@@ -28,10 +28,10 @@ class LastPosition:
         self.output: Tensor | None = None
 
     def look(self, trunk_output: Tensor, start: int) -> None:
-        """Take what belongs to a piece that begins at `start`, z `[B * S', H]`."""
-        pieces = trunk_output.unflatten(0, (len(self._rows), -1))
-        column = (self._last - start).clamp(0, pieces.shape[1] - 1)
-        here = pieces[self._rows, column]
+        """Take what belongs to a piece that begins at `start`, `[..., B * S', H]`."""
+        pieces = trunk_output.unflatten(-2, (len(self._rows), -1))
+        column = (self._last - start).clamp(0, pieces.shape[-2] - 1)
+        here = pieces[..., self._rows, column, :]
         if self.output is not None:
             here = torch.where((self._last >= start).unsqueeze(1), here, self.output)
         self.output = here
@@ -73,14 +73,13 @@ def prefill(
         positions = positions.expand(rows, -1)
         block = network.block(cache, positions, positions, unseen, width)
         trunk_output = network.trunk(prompts[:, start:stop], cache, block)
-        network.fill_heads(trunk_output, heads, cache, block)
-        last.look(trunk_output, start)
+        last.look(network.fill_heads(trunk_output, heads, cache, block), start)
         start = stop
     cache.lengths = lengths - 1
     block = network.following(cache, 1, wide_enough(total, cache.capacity))
     cache.lengths = lengths
     assert last.output is not None, "prompts without a token"
-    return network.logits(network.heads(last.output, 1, heads, cache, block))
+    return network.head_logits(network.heads(last.output, 1, heads, cache, block), 1)
 
 
 def _piece_at(network: Network, width: int) -> int:

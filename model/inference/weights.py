@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.hugging_face.names import EXTRA_HEADS
+from model.hugging_face.names import (
+    EXTRA_HEADS,
+    EXTRA_LM_HEADS,
+    LINEAR_HEAD_1,
+    head_prefixes,
+)
 from model.inference.norm import RMSNorm
 
 Read = Callable[[str], Tensor]
@@ -67,6 +72,29 @@ class HeadWeights(NamedTuple):
         return HeadWeights(*(part[first - 1 : last] for part in self))
 
 
+class SerialHeads(NamedTuple):
+    """Heads that are several layers, or that read one another: layers as the trunk's.
+
+    Attributes:
+        layers: by number of the head, its layers in the order in which they are computed.
+    """
+
+    layers: dict[int, tuple[LayerWeights, ...]]
+
+
+class LinearHeads(NamedTuple):
+    """Heads that are one matrix each.
+
+    Attributes:
+        maps: `[n, H, H]`, inputs as rows.
+    """
+
+    maps: Tensor
+
+
+AnyHeads = HeadWeights | SerialHeads | LinearHeads
+
+
 class NetworkWeights(NamedTuple):
     """All weights.
 
@@ -75,14 +103,16 @@ class NetworkWeights(NamedTuple):
         trunk: its layers, from the first.
         heads: heads 1 .. n.
         norm: `[H]`, final norm.
-        unembedding: `[H, V]`.
+        unembedding: `[H, V]`; of head 1 where each has its own.
+        own_unembeddings: `[n, H, V]` where each head has its own.
     """
 
     embedding: Tensor
     trunk: tuple[LayerWeights, ...]
-    heads: HeadWeights
+    heads: AnyHeads
     norm: Tensor
     unembedding: Tensor
+    own_unembeddings: Tensor | None = None
 
 
 def read_weights(
@@ -101,16 +131,36 @@ def read_weights(
         return read(name).to(device, dtype)
 
     prefixes = [f"model.layers.{index}" for index in range(config.trunk_layers)]
-    heads = [f"model.layers.{config.trunk_layers}"]
-    heads += [f"{EXTRA_HEADS}.{head}" for head in range(2, config.future_tokens + 1)]
     norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
     return NetworkWeights(
         embedding=place("model.embed_tokens.weight"),
         trunk=tuple(_layer(config, norm, place, prefix) for prefix in prefixes),
-        heads=_stack(config, [_layer(config, norm, place, prefix) for prefix in heads]),
+        heads=_read_heads(config, norm, place),
         norm=norm.prepare(place("model.norm.weight")),
         unembedding=place("lm_head.weight").t().contiguous(),
+        own_unembeddings=_read_unembeddings(config, place),
     )
+
+
+def _read_heads(config: ModelConfig, norm: RMSNorm, place: Read) -> AnyHeads:
+    numbers = range(1, config.future_tokens + 1)
+    if config.head_kind == "linear":
+        names = [LINEAR_HEAD_1 if head == 1 else f"{EXTRA_HEADS}.{head}.weight" for head in numbers]
+        return LinearHeads(torch.stack([place(name).t() for name in names]))
+    layers = {
+        head: tuple(_layer(config, norm, place, prefix) for prefix in head_prefixes(head, config))
+        for head in numbers
+    }
+    if config.head_kind == "parallel" and config.head_layers == 1:
+        return _stack(config, [layers[head][0] for head in numbers])
+    return SerialHeads(layers)
+
+
+def _read_unembeddings(config: ModelConfig, place: Read) -> Tensor | None:
+    if config.lm_head == "shared":
+        return None
+    names = [f"{EXTRA_LM_HEADS}.{head}.weight" for head in range(2, config.future_tokens + 1)]
+    return torch.stack([place(name).t() for name in ("lm_head.weight", *names)])
 
 
 def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> LayerWeights:

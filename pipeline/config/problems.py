@@ -111,6 +111,8 @@ def _key_text(key: int | str) -> str:
 def _dotted(section: str, location: Sequence[int | str]) -> str:
     path = section
     for part in location:
+        if isinstance(part, str) and part.startswith("<"):
+            continue  # which form of a value this is, no key
         path += f"[{part}]" if isinstance(part, int) else f".{_key_text(part)}"
     return path
 

@@ -299,9 +299,9 @@ def settings_without_effect(
     if config.model.future_tokens == 1 and config.train.head_backward == "joint":
         lines.append("train.head_backward=joint: with 1 head it is the same as sequential")
     if config.train.freeze == "trunk" and config.model.head_weights is not None:
+        first = config.model.loss_weights(0)[0]
         lines.append(
-            f"model.head_weights[0]={config.model.head_weights[0]:g}: train.freeze=trunk, head 1 "
-            "is only measured"
+            f"model.head_weights[0]={first:g}: train.freeze=trunk, head 1 is only measured"
         )
     if config.train.init_heads == "fresh" and config.train.init_from is None:
         lines.append("train.init_heads=fresh: train.init_from=null, all of the model is fresh")

@@ -7,7 +7,7 @@ of an `Execution`: of the whole model, or of one pipeline stage.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -110,7 +110,6 @@ class Engine:
         self.execution = execution
         self._engine = deepspeed_engine
         self._share = share
-        self._weights = torch.tensor(config.model.loss_weights, device=topology.device)
 
     def train_step(
         self,
@@ -118,6 +117,7 @@ class Engine:
         learning_rate: float,
         flags: Callable[[], RankFlags] = RankFlags,
         loss_limit: float = math.inf,
+        head_weights: Sequence[float] | None = None,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
@@ -126,14 +126,18 @@ class Engine:
             learning_rate: for this step.
             flags: what else this rank tells the others with the step; asked as late as possible.
             loss_limit: a weighted loss above it is not stepped on.
+            head_weights: of each head's loss; None = those of a run's first step.
         """
+        if head_weights is None:
+            head_weights = self.config.model.loss_weights(0)
+        weights = torch.tensor(head_weights, device=self.topology.device)
         batches = [batch.to(self.topology.device) for batch in batches]
         counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
         # DeepSpeed averages over data-parallel ranks; the loss is a mean over global targets.
-        scales = self._weights * self.topology.data_size / counts.clamp(min=1)
+        scales = weights * self.topology.data_size / counts.clamp(min=1)
         sums = self.execution.run(batches, scales)
         head_losses = self._global_sum(sums) / counts.clamp(min=1)
-        loss = (self._weights * head_losses).sum()
+        loss = (weights * head_losses).sum()
         finite = head_losses.isfinite().all() & (loss <= loss_limit)
         finite &= self._share.gradients_finite(self.topology.device)
         agreed = agree(finite, flags())

@@ -119,16 +119,15 @@ def planned_import(config: RunConfig) -> list[str]:
 
 def describe_import(folder: LlamaFolder, config: RunConfig) -> list[str]:
     """What is taken from the folder and what is not, one line each."""
-    heads, held = config.model.future_tokens, folder.heads
-    taken = f"heads 1 to {min(heads, held)}" if min(heads, held) > 1 else "head 1"
-    lines = [f"weights from {folder.directory}: {folder.trunk_layers} trunk layers and {taken}"]
-    if heads > held:
-        new = f"head {heads} is" if heads == held + 1 else f"heads {held + 1} to {heads} are"
-        kind = "a copy" if heads == held + 1 else "copies"
-        copied = f"{kind} of its layer {folder.trunk_layers}, the next-token head"
-        lines.append(f"{new} {'fresh' if config.train.init_heads == 'fresh' else copied}")
-    if heads < held:
-        lines.append(f"heads {heads + 1} to {held} of {folder.directory} are left out")
+    model = config.model
+    heads, new = model.future_tokens, folder.new_heads(model)
+    taken = heads - len(new)
+    told = f"heads 1 to {taken}" if taken > 1 else "head 1" if taken else "no head"
+    lines = [f"weights from {folder.directory}: {model.trunk_layers} trunk layers and {told}"]
+    if new:
+        lines.append(_describe_new_heads(folder, config, new))
+    if heads < folder.heads and not new:
+        lines.append(f"heads {heads + 1} to {folder.heads} of {folder.directory} are left out")
     rows = config.model.vocab_size - folder.sizes.vocab_size
     if rows:
         lines.append(
@@ -140,6 +139,25 @@ def describe_import(folder: LlamaFolder, config: RunConfig) -> list[str]:
     if config.train.freeze == "trunk":
         lines.append(f"only heads 2 to {heads} are trained; its next-token model stays as it is")
     return lines
+
+
+def _describe_new_heads(folder: LlamaFolder, config: RunConfig, new: list[int]) -> str:
+    """What the heads that the folder lacks begin as."""
+    model, fresh = config.model, config.train.init_heads == "fresh"
+    one = len(new) == 1
+    which = f"head {new[0]} is" if one else f"heads {new[0]} to {new[-1]} are"
+    if model.head_kind == "linear":
+        identity = "the identity" if one else "identities"
+        if fresh and 1 in new and not one:
+            return f"head 1 is the identity, and heads 2 to {new[-1]} are fresh"
+        return f"{which} {'fresh' if fresh and 1 not in new else identity}"
+    if fresh:
+        return f"{which} fresh"
+    if model.head_kind == "anticausal":
+        return f"the unembeddings of {which.removesuffix(' are').removesuffix(' is')} are copies"
+    last = folder.sizes.layers - 1
+    copied = f"its layer {last}" if model.head_layers == 1 else "its last layers"
+    return f"{which} {'a copy' if one else 'copies'} of {copied}, the next-token head"
 
 
 def _check_tokenizer(folder: LlamaFolder, shards: ShardSet) -> None:

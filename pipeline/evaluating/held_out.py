@@ -199,7 +199,7 @@ class _Reader:
         tokens, targets, comparable = _tensors(batch, length, heads, network.device)
         cache, block = self._places(len(batch), length)
         trunk_output = network.trunk(tokens, cache, block)
-        network.fill_heads(trunk_output, heads, cache, block)
+        trunk_output = network.fill_heads(trunk_output, heads, cache, block)
         losses = torch.zeros(heads, dtype=torch.float64, device=network.device)
         # Positions past the window's end have no prediction, so none agrees with them.
         shape = (heads, len(batch), length + heads - 1)
@@ -208,7 +208,7 @@ class _Reader:
             wanted = targets[head - 1]
             chosen = wanted.flatten().ne(IGNORED).nonzero().squeeze(1)
             hidden = network.heads(trunk_output, head, head, cache, block)[0, chosen]
-            loss, best = self._losses(hidden, wanted.flatten()[chosen])
+            loss, best = self._losses(head, hidden, wanted.flatten()[chosen])
             losses[head - 1] = loss
             found = predictions[head - 1, :, :length].clone().flatten()
             found[chosen] = best
@@ -222,18 +222,19 @@ class _Reader:
         positions = torch.arange(length, device=network.device).expand(rows, -1)
         return cache, network.block(cache, positions, positions, None, length)
 
-    def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, head: int, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses in float64, and the likeliest tokens.
 
         Args:
-            hidden: `[T, H]` of a head.
+            head: its number.
+            hidden: `[T, H]` of the head.
             targets: `[T]`.
         """
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         best = [targets.new_empty(0)]
         for start in range(0, len(hidden), self._chunk):
             part = slice(start, start + self._chunk)
-            logits = self._network.logits(hidden[part])
+            logits = self._network.head_logits(hidden[part].unsqueeze(0), head)[0]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             total += F.cross_entropy(logits, targets[part], reduction="sum")
             best.append(logits.argmax(dim=-1))

@@ -74,7 +74,7 @@ def head_predictions(network: Network, tokens: Tensor) -> Tensor:
     positions = torch.arange(length).expand(rows, -1)
     block = network.block(cache, positions, positions, None, cache.capacity)
     trunk_output = network.trunk(tokens, cache, block)
-    network.fill_heads(trunk_output, network.num_heads, cache, block)
+    trunk_output = network.fill_heads(trunk_output, network.num_heads, cache, block)
     hidden = network.heads(trunk_output, 1, network.num_heads, cache, block)
-    best = [network.logits(part).argmax(-1) for part in hidden.split(_LOGIT_ROWS, dim=1)]
+    best = [network.head_logits(part, 1).argmax(-1) for part in hidden.split(_LOGIT_ROWS, dim=1)]
     return torch.cat(best, dim=1).unflatten(1, (rows, length)).transpose(1, 2)

@@ -8,7 +8,8 @@ size is compared within the memory of one of its layers.
 Legend: n heads, B batch, S sequence, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +24,15 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from model.config import ModelConfig
 from model.hugging_face.folder import ALL_HEADS_INDEX_NAME, ExportDescription
 from model.hugging_face.loading import DTYPES
-from model.hugging_face.names import EXTRA_HEADS
+from model.hugging_face.modeling_headway import HeadwayConfig
+from model.hugging_face.names import EXTRA_HEADS, EXTRA_LM_HEADS, LINEAR_HEAD_1, head_prefixes
 from model.hugging_face.stored_tensors import StoredTensors
 from model.layers import Layer, LayerContext, transformer_config
 from model.operations.rotary import RotaryTable
-from model.parameter_shapes import layer_shapes
+from model.parameter_shapes import LINEAR, head_layer_names, layer_shapes, own_unembedding
 from model.process_groups import ensure_single_process
 from pipeline.checkpoint.sharded_tensors import StateFiles
 from pipeline.exporting.whole_model import Parity, parity_tokens
@@ -42,8 +45,8 @@ class _Side(Protocol):
         """`[n, B, S, H]` of all heads, after the final norm."""
         ...
 
-    def unembedding(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) in fp32."""
+    def unembedding(self, head: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of what a head uses, in fp32."""
         ...
 
 
@@ -88,13 +91,42 @@ def logit_blocks(
     with torch.no_grad():
         outputs = [side.head_outputs(tokens) for side in sides]
     rows = max(1, block_bytes // (4 * config.hidden_size))
+    heads = range(1, config.future_tokens + 1)
     for start in range(0, config.vocab_size, rows):
         stop = min(start + rows, config.vocab_size)
         expected, found = (
-            output @ side.unembedding(start, stop).t()
+            _logits(side, output, heads, start, stop, shared=config.lm_head == "shared")
             for side, output in zip(sides, outputs, strict=True)
         )
         yield expected, found
+
+
+def _logits(
+    side: _Side, outputs: Tensor, heads: range, start: int, stop: int, *, shared: bool
+) -> Tensor:
+    """`[n, B, S, tokens of the block]`."""
+    if shared:
+        return outputs @ side.unembedding(1, start, stop).t()
+    each = [outputs[head - 1] @ side.unembedding(head, start, stop).t() for head in heads]
+    return torch.stack(each)
+
+
+def heads_by_number(
+    config: ModelConfig, hidden: Tensor, run: Callable[[int, Tensor], Tensor]
+) -> list[Tensor]:
+    """What each head gives, head 1 first.
+
+    Args:
+        config: sizes.
+        hidden: the trunk's output.
+        run: one head on what it reads.
+    """
+    outputs = {}
+    for head in config.head_order:
+        outputs[head] = run(head, hidden)
+        if config.chain:
+            hidden = outputs[head]
+    return [outputs[head] for head in sorted(outputs)]
 
 
 class _Trained:
@@ -117,20 +149,28 @@ class _Trained:
         rows = [self._rows("trunk.embedding.weight", row, row + 1) for row in ids.tolist()]
         hidden = torch.cat(rows)[places]
         for index in range(self._config.trunk_layers):
-            hidden = self._run(f"trunk.layers.{index}", hidden, context)
-        heads = range(1, self._config.future_tokens + 1)
-        outputs = [self._run(f"heads.layers.{head}", hidden, context) for head in heads]
+            hidden = self._run(f"trunk.layers.{index}.block", hidden, context)
+        outputs = heads_by_number(self._config, hidden, functools.partial(self._head, context))
         norm = self._whole("heads.readout.norm_weight")
         stacked = torch.stack(outputs).transpose(1, 2)
         return F.rms_norm(stacked, norm.shape, norm, self._config.norm_eps)
 
-    def unembedding(self, start: int, stop: int) -> Tensor:
+    def unembedding(self, head: int, start: int, stop: int) -> Tensor:
         """See `_Side`."""
-        return self._rows("heads.readout.weight", start, stop)
+        replicated = self._config.lm_head == "replicated" and head > 1
+        name = own_unembedding(head) if replicated else "heads.readout.weight"
+        return self._rows(name, start, stop)
+
+    def _head(self, context: LayerContext, head: int, hidden: Tensor) -> Tensor:
+        if self._config.head_kind == "linear":
+            return F.linear(hidden, self._whole(f"heads.layers.{head}.{LINEAR}"))
+        for prefix in head_layer_names(self._config, head):
+            hidden = self._run(prefix, hidden, context)
+        return hidden
 
     def _run(self, prefix: str, hidden: Tensor, context: LayerContext) -> Tensor:
-        names = [f"block.{name}" for name in layer_shapes(self._config)]
-        weights = {name: self._whole(f"{prefix}.{name}") for name in names}
+        names = list(layer_shapes(self._config))
+        weights = {f"block.{name}": self._whole(f"{prefix}.{name}") for name in names}
         output: Tensor = functional_call(self._layer, weights, (hidden, context))
         return output
 
@@ -146,8 +186,9 @@ class _Written:
 
     def __init__(self, folder: Path, description: ExportDescription) -> None:
         self._tensors = StoredTensors(folder, ALL_HEADS_INDEX_NAME)
-        self._heads = description.model.future_tokens
-        self._config: Any = LlamaConfig.from_pretrained(folder)
+        self._model = description.model
+        linear = description.model.head_kind == "linear"
+        self._config: Any = (HeadwayConfig if linear else LlamaConfig).from_pretrained(folder)
         self._config._attn_implementation = "sdpa"  # causal where it is given no mask
         self._rotary = LlamaRotaryEmbedding(self._config)
         with torch.device("meta"):
@@ -162,18 +203,26 @@ class _Written:
         name = "model.embed_tokens.weight"
         hidden = torch.cat([self._tensors.rows(name, row, row + 1) for row in ids.tolist()])
         hidden = hidden.float()[places]
-        last = self._config.num_hidden_layers - 1
-        for index in range(last):
+        for index in range(self._model.trunk_layers):
             hidden = self._run(f"model.layers.{index}", hidden)
-        heads = [f"{EXTRA_HEADS}.{head}" for head in range(2, self._heads + 1)]
-        outputs = [self._run(prefix, hidden) for prefix in (f"model.layers.{last}", *heads)]
+        outputs = heads_by_number(self._model, hidden, self._head)
         norm = {"weight": self._tensors.whole("model.norm.weight").float()}
         normed: Tensor = functional_call(self._norm, norm, (torch.stack(outputs),))
         return normed
 
-    def unembedding(self, start: int, stop: int) -> Tensor:
+    def unembedding(self, head: int, start: int, stop: int) -> Tensor:
         """See `_Side`."""
-        return self._tensors.rows("lm_head.weight", start, stop).float()
+        replicated = self._model.lm_head == "replicated" and head > 1
+        name = f"{EXTRA_LM_HEADS}.{head}.weight" if replicated else "lm_head.weight"
+        return self._tensors.rows(name, start, stop).float()
+
+    def _head(self, head: int, hidden: Tensor) -> Tensor:
+        if self._model.head_kind == "linear":
+            name = LINEAR_HEAD_1 if head == 1 else f"{EXTRA_HEADS}.{head}.weight"
+            return F.linear(hidden, self._tensors.whole(name).float())
+        for prefix in head_prefixes(head, self._model):
+            hidden = self._run(prefix, hidden)
+        return hidden
 
     def _run(self, prefix: str, hidden: Tensor) -> Tensor:
         weights = {name: self._tensors.whole(f"{prefix}.{name}").float() for name in self._names}

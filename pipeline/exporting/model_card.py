@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.config import ModelConfig
 from model.errors import ConfigError
+from model.head_weights import phases
 from model.hugging_face.folder import ExportDescription
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
@@ -170,12 +172,21 @@ def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:
         ),
         ("Schedule", f"{schedule.kind}, warm-up over {schedule.warmup_steps:,} steps"),
         ("Arithmetic", state.layout.precision),
-        ("Head weights", ", ".join(f"{weight:g}" for weight in config.model.loss_weights)),
+        ("Head weights", _head_weights(config.model)),
         ("Data", f"fingerprint `{state.data_fingerprint[:16]}`, seed {state.data_seed}"),
     ]
     if config.train.freeze == "trunk":
         rows.append(("Trained", f"heads 2 to {config.model.future_tokens} only"))
     return rows
+
+
+def _head_weights(model: ModelConfig) -> str:
+    """Example: `1, 1`; `1, 0; after 500 steps: 1, 1`."""
+    told = []
+    for phase in phases(model.head_weights, model.future_tokens):
+        when = f"after {phase.step:,} steps: " if phase.step else ""
+        told.append(when + ", ".join(f"{weight:g}" for weight in phase.weights))
+    return "; ".join(told)
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

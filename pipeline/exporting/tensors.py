@@ -8,30 +8,40 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from foundation.json_text import read_json
 from model.errors import CheckpointError
+from model.hugging_face.config import CONFIG_NAME, LINEAR_MODEL_TYPE
 from model.hugging_face.folder import ALL_HEADS_INDEX_NAME, ExportDescription
 from model.hugging_face.loading import DTYPES
-from model.hugging_face.modeling_headway import HeadwayForCausalLM
+from model.hugging_face.modeling_headway import (
+    HeadwayConfig,
+    HeadwayForCausalLM,
+    HeadwayLinearForCausalLM,
+)
 from model.hugging_face.names import hf_names, split
 from model.hugging_face.stored_tensors import MODEL_INDEX_NAME, StoredTensors
 from model.parameter_shapes import parameter_shapes
 from pipeline.checkpoint.sharded_tensors import StateFiles
 
 _CLASSES = ((LlamaForCausalLM, MODEL_INDEX_NAME), (HeadwayForCausalLM, ALL_HEADS_INDEX_NAME))
+_LINEAR_CLASSES = ((HeadwayLinearForCausalLM, ALL_HEADS_INDEX_NAME),)
 
 
 def check_names(folder: Path) -> None:
     """See to it that a plain Llama, and the class of all heads, would find just their tensors.
 
+    With linear heads there is the latter alone.
+
     Raises:
         CheckpointError: an index or a file lacks a tensor, has another one, or one of another
             shape.
     """
+    linear = read_json(folder / CONFIG_NAME)["model_type"] == LINEAR_MODEL_TYPE
     try:
-        config = LlamaConfig.from_pretrained(folder)
+        config = (HeadwayConfig if linear else LlamaConfig).from_pretrained(folder)
     except ValueError as error:
         raise CheckpointError(f"transformers refuses the written model: {error}") from error
-    for kind, index in _CLASSES:
+    for kind, index in _LINEAR_CLASSES if linear else _CLASSES:
         with torch.device("meta"):
             model = kind(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

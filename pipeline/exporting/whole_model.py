@@ -23,7 +23,8 @@ class Parity(NamedTuple):
 
     Attributes:
         way: how they were computed, for people: `whole models` or `layer by layer`.
-        transformers: head 1, `transformers` on the folder against our model on the checkpoint.
+        transformers: head 1, `transformers` on the folder (where the next-token model is no plain
+            Llama, with its class) against our model on the checkpoint.
         all_heads: each head, the folder's own class in `transformers` against the same.
         reloaded: each head, our model on the folder against our model on the checkpoint; empty
             layer by layer.
@@ -84,8 +85,9 @@ def compare(
     stored = ((name, tensor.to(DTYPES[description.dtype])) for name, tensor in weights)
     expected = head_logits(build_model(description.model, stored, torch.float32), tokens)
     reloaded = head_logits(load_export(folder, torch.float32).model, tokens)
-    plain = _transformers_logits(folder, tokens, all_heads=False)[0]
-    heads = _transformers_logits(folder, tokens, all_heads=True)
+    linear = description.model.head_kind == "linear"
+    plain = _transformers_logits(folder, tokens, all_heads=False, linear=linear)[0]
+    heads = _transformers_logits(folder, tokens, all_heads=True, linear=linear)
     return Parity(
         way="whole models",
         transformers=float((plain - expected[0]).abs().max()),
@@ -105,15 +107,22 @@ def head_logits(model: "MultiTokenModel", tokens: "Tensor") -> "Tensor":
         return model.all_logits(trunk_output, context).transpose(1, 2)
 
 
-def _transformers_logits(folder: Path, tokens: "Tensor", *, all_heads: bool) -> "Tensor":
-    """`[1 or n, B, S, V]` of the folder as a plain Llama, or as its own class of all heads."""
+def _transformers_logits(
+    folder: Path, tokens: "Tensor", *, all_heads: bool, linear: bool
+) -> "Tensor":
+    """`[1 or n, B, S, V]` of the folder as a plain Llama, or as its own class of all heads.
+
+    With linear heads there is no plain Llama, and its class gives both.
+    """
     import torch
     import transformers
 
-    from model.hugging_face.modeling_headway import HeadwayForCausalLM
+    from model.hugging_face import modeling_headway
 
     transformers.utils.logging.disable_progress_bar()
-    kind = HeadwayForCausalLM if all_heads else transformers.AutoModelForCausalLM
+    kind = modeling_headway.HeadwayForCausalLM if all_heads else transformers.AutoModelForCausalLM
+    if linear:
+        kind = modeling_headway.HeadwayLinearForCausalLM
     try:
         model, found = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except ValueError as error:

@@ -84,7 +84,9 @@ def write_export(
 def hf_config(description: ExportDescription) -> dict[str, Any]:
     """`config.json`, but for what concerns tokens."""
     config = description.model
-    weights = config.head_weights
+    weights = None
+    if config.head_weights is not None:
+        weights = config.loss_weights(max(description.step - 1, 0))
     kind = {
         key: getattr(config, key)
         for key, values in HEAD_KEYS.items()

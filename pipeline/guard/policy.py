@@ -53,6 +53,10 @@ class Guard:
             window=self._options.spike_window,
         )
 
+    def forget_losses(self) -> None:
+        """What the loss is the sum of changes: those before are of another scale."""
+        self._state.recent_losses.clear()
+
     def taken(self, loss: Callable[[], float]) -> None:
         """A step was taken.
 

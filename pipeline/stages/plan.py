@@ -5,6 +5,8 @@ where u is the unembedding's product in units of a layer's (its matrix elements 
 embedding is a look-up and weighs nothing.
 
 Stages hold heads in the order in which they are computed: of anticausal ones the last heads first.
+Linear heads stay together. DeepSpeed reduces the norm of one parameter group after the other over
+all stages, so each needs a weight that decays and one that does not, and they have none.
 """
 
 import re
@@ -74,10 +76,11 @@ def num_stages(stages: StagesSetting) -> int:
 def plan_problems(stages: StagesSetting, model: ModelConfig) -> list[str]:
     """Why the stages do not hold the model, one line each with a plan that does; else empty."""
     count = num_stages(stages)
-    if count > model.layers:
+    if count > (most := model.trunk_layers + len(_head_runs(model))):
         return [
-            f"parallel.stages={count} is more than model.layers={model.layers}, and each stage "
-            f"needs a layer or a head; use at most auto:{model.layers}"
+            f"parallel.stages={count} is more than the {most} that this model can fill, since each "
+            f"stage needs a trunk layer or {'the' if model.head_kind == 'linear' else 'a'} "
+            f"head{'s' * (model.head_kind == 'linear')}; use at most auto:{most}"
         ]
     if count > MAX_STAGES:
         return [
@@ -97,6 +100,8 @@ def plan_problems(stages: StagesSetting, model: ModelConfig) -> list[str]:
                 f"stage {number + 1} has trunk layers below heads of stage {number}, but heads "
                 "read what the whole trunk gives"
             )
+    if model.head_kind == "linear" and sum(1 for part in parts if part.heads) > 1:
+        problems.append("linear heads must be in one stage, together")
     balanced = plan_text(balanced_plan(count, model))
     given = printable(plan_text(parts), _SHOWN_PLAN)
     return [
@@ -127,7 +132,7 @@ def plan_text(plan: Sequence[ModelPart]) -> str:
 
 
 def layer_equivalents(part: ModelPart, model: ModelConfig) -> float:
-    """A stage's weight: 1 per trunk layer, 1 + u per head."""
+    """A stage's weight: 1 per trunk layer, 1 + u per head of one layer."""
     return len(part.trunk_layers) + len(part.heads) * model.head_layer_equivalents
 
 
@@ -140,7 +145,7 @@ def balanced_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
 
     Example: 28 trunk layers and 4 heads with u = 0.65 on 5 stages: 4 x 7 layers, and 6.6.
     """
-    trunk, heads = model.trunk_layers, model.future_tokens
+    trunk, heads = model.trunk_layers, len(_head_runs(model))
     if count == 1:
         return (ModelPart.whole(model),)
     plans = [
@@ -160,17 +165,26 @@ def balanced_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
 def _separate(model: ModelConfig, head_stages: int, count: int) -> tuple[ModelPart, ...]:
     none = range(0)
     trunks = _even_spans(0, model.trunk_layers, count - head_stages)
-    heads = _even_spans(0, model.future_tokens, head_stages)
+    heads = _even_spans(0, len(_head_runs(model)), head_stages)
     return (
         *(ModelPart(span, none) for span in trunks),
         *(ModelPart(none, _heads_at(span, model)) for span in heads),
     )
 
 
+def _head_runs(model: ModelConfig) -> list[range]:
+    """Heads that can be in stages of their own, in the order of computing; rising within a run."""
+    if model.head_kind == "linear":
+        return [model.head_order]
+    return [range(head, head + 1) for head in model.head_order]
+
+
 def _heads_at(places: range, model: ModelConfig) -> range:
-    """The heads at these places, from 0, of the order of computing; as a part names them."""
-    heads = model.head_order[places.start : places.stop]
-    return heads if heads.step > 0 else heads[::-1]
+    """The heads of the runs at these places, from 0; as a part names them."""
+    runs = _head_runs(model)[places.start : places.stop]
+    if not runs:
+        return range(0)
+    return range(min(run.start for run in runs), max(run.stop for run in runs))
 
 
 def _in_order(heads: range, model: ModelConfig) -> range:
@@ -192,8 +206,8 @@ def packed_plan(count: int, model: ModelConfig) -> tuple[ModelPart, ...]:
 
     By dynamic programming over the trunk layers and the heads in one row.
     """
-    trunk, heads = model.trunk_layers, model.future_tokens
-    weights = [1.0] * trunk + [model.head_layer_equivalents] * heads
+    trunk, runs = model.trunk_layers, _head_runs(model)
+    weights = [1.0] * trunk + [len(run) * model.head_layer_equivalents for run in runs]
     sums = [0.0]
     for weight in weights:
         sums.append(sums[-1] + weight)

@@ -33,7 +33,7 @@ def test_sizes_left_out_follow_from_the_others() -> None:
     """kv_heads is attention_heads; the feed-forward width is 8/3 H up to a multiple of 256."""
     config = ModelConfig(**SIZES)
     assert (config.kv_heads, config.head_dim, config.trunk_layers) == (4, 16, 4)
-    assert config.loss_weights == (1.0, 1.0, 1.0, 1.0)
+    assert config.loss_weights(0) == (1.0, 1.0, 1.0, 1.0)
     widths = {64: 256, 96: 256, 1024: 2816, 4096: 11008, 5120: 13824}
     found = {
         hidden: ModelConfig(**{**SIZES, "hidden_size": hidden}).ffn_hidden_size for hidden in widths

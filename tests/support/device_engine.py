@@ -121,7 +121,7 @@ def computed_on_cpu(config: RunConfig, precision: Precision = "fp32") -> DeviceS
         parameter.data.copy_(initial)
     batches = micro_batches(0, config)
     counts = torch.stack([(batch.labels != -100).sum((1, 2)) for batch in batches]).sum(0)
-    scales = torch.tensor(config.model.loss_weights) / counts
+    scales = torch.tensor(config.model.loss_weights(0)) / counts
     sums = torch.zeros(HEADS)
     gradients = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
     for batch in batches:

@@ -60,7 +60,7 @@ def fitting_config(directory: Path, future_tokens: int, **changes: Any) -> Model
     return ModelConfig.model_validate(
         {
             **folder.sizes.keys,
-            "layers": folder.trunk_layers + future_tokens,
+            "layers": folder.sizes.layers - 1 + future_tokens,
             "vocab_size": folder.sizes.vocab_size,
             "future_tokens": future_tokens,
             **changes,

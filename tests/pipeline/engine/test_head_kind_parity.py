@@ -24,16 +24,17 @@ SINGLE_STAGE = [
     Case(world=2, tensor=2, zero=1, accumulation=2, checkpointing="selective"),
     Case(world=4, tensor=2, zero=3, accumulation=2, bucket=TINY_BUCKET),
 ]
-# Of anticausal heads the last ones come first.
+# Of anticausal heads the last ones come first; linear ones stay together.
 STAGES = {
-    "rising": ("trunk 0-2|heads 1|heads 2-3", "trunk 0-1|trunk 2+heads 1|heads 2-3"),
-    "falling": ("trunk 0-2|heads 3|heads 1-2", "trunk 0-1|trunk 2+heads 3|heads 1-2"),
+    "parallel": ("trunk 0-2|heads 1|heads 2-3", "trunk 0-1|trunk 2+heads 1|heads 2-3"),
+    "anticausal": ("trunk 0-2|heads 3|heads 1-2", "trunk 0-1|trunk 2+heads 3|heads 1-2"),
+    "linear": ("trunk 0|trunk 1-2|heads 1-3", "trunk 0|trunk 1|trunk 2+heads 1-3"),
 }
 
 
 def _staged(heads: str) -> list[Case]:
-    falling = VARIANTS[heads].get("head_kind") == "anticausal"
-    apart, mixed = STAGES["falling" if falling else "rising"]
+    kind = VARIANTS[heads].get("head_kind", "parallel")
+    apart, mixed = STAGES.get(kind, STAGES["parallel"])
     return [
         Case(world=3, zero=1, accumulation=4, stages=apart),
         Case(world=3, zero=3, accumulation=2, stages=mixed, checkpointing="full"),
@@ -71,7 +72,8 @@ FAST = [
     ),
     replace(_staged("causal")[1], eps=EPS, heads="causal, two layers, replicated"),
     replace(_staged("anticausal")[0], eps=EPS, heads="anticausal"),
-    replace(_staged("linear")[0], eps=EPS, heads="replicated"),
+    replace(_staged("replicated")[0], eps=EPS, heads="replicated"),
+    replace(_staged("linear")[1], eps=EPS, heads="linear"),
     replace(FROZEN[0], eps=EPS, heads="causal, two layers, replicated"),
 ]
 

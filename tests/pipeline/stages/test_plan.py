@@ -118,7 +118,7 @@ def test_malformed_settings_are_refused(setting: object, words: str) -> None:
         (({"trunk": "0-27"}, {"heads": "0-4"}), "heads 0 do not exist (there are 1 to 4)"),
         (({"trunk": "14-27"}, {"trunk": "0-13"}, {"heads": "1-4"}), "not in rising order"),
         (({"heads": "1-4"}, {"trunk": "0-27"}), "heads read what the whole trunk gives"),
-        ("auto:33", "more than model.layers=32"),
+        ("auto:33", "more than the 32 that this model can fill"),
     ],
 )
 def test_plans_that_do_not_hold_the_model_are_refused(
