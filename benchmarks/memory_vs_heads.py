@@ -1,8 +1,8 @@
 """Peak memory of a training step against the number of heads: sequential, and the joint loss.
 
-`python benchmarks/memory_vs_heads.py [--quick] [--time] [--device auto|cpu|cuda]` measures every
-point in a process of its own, prints the table, and writes it to README.md beside this file and
-the raw numbers to results/.
+`python benchmarks/memory_vs_heads.py [--quick] [--time] [--kind KIND] [--device auto|cpu|cuda]`
+measures every point in a process of its own, prints the table, and writes it to README.md beside
+this file and the raw numbers to results/.
 """
 
 import argparse
@@ -11,12 +11,12 @@ import multiprocessing
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 if __name__ == "__main__" and not __package__:
     # Run by path, Python puts this folder first; the packages are found from its parent.
@@ -25,6 +25,7 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 from benchmarks.workload import Measurement, Mode, Point, Workload
+from model.head_kinds import HeadKind
 
 MODES: tuple[Mode, ...] = ("sequential", "joint")
 FULL = Workload(layers=12, hidden_size=256, batch=2, sequence=512, chunk_tokens=256)
@@ -39,9 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    workload = QUICK if options.quick else FULL
+    workload = replace(QUICK if options.quick else FULL, kind=options.kind)
     vocabularies = (2048,) if options.quick else (32 * 1024, 128 * 1024)
     heads = options.heads or ((1, 2, 4) if options.quick else range(1, 9))
+    if options.vocabularies:
+        vocabularies = tuple(options.vocabularies)
     points = [Point(v, n, mode) for v in vocabularies for n in heads for mode in MODES]
     results: Results = {}
     for point in points:
@@ -63,6 +66,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time", action="store_true", help="also the time of a step (3 more)")
     parser.add_argument(
         "--heads", type=int, nargs="+", metavar="N", help="numbers of heads (default 1 .. 8)"
+    )
+    parser.add_argument(
+        "--kind", choices=get_args(HeadKind), default="parallel", help="of heads (model.head_kind)"
+    )
+    parser.add_argument(
+        "--vocabularies", type=int, nargs="+", metavar="V", help="default 32768 131072"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -109,8 +118,8 @@ def _section(workload: Workload, results: Results, device: str) -> str:
     """The Markdown between a device's markers."""
     parts = [
         f"{hardware(device)}; {versions()}; {date.today().isoformat()}. "
-        f"{workload.layers} layers in all, hidden size {workload.hidden_size}, "
-        f"{workload.batch} x {workload.sequence} tokens, "
+        f"{workload.layers} layers in all, {workload.kind} heads, hidden size "
+        f"{workload.hidden_size}, {workload.batch} x {workload.sequence} tokens, "
         f"{'bf16' if device == 'cuda' else 'fp32'}, loss chunks of {workload.chunk_tokens} tokens."
     ]
     parts += [_table(results, v) for v in sorted({point.vocabulary for point in results})]
@@ -165,9 +174,10 @@ def versions() -> str:
 
 
 def _write(output: Path, section: str, workload: Workload, results: Results, device: str) -> None:
-    """Replace the device's section of README.md, and write results/memory_vs_heads-DEVICE.json."""
+    """Replace the section of device and kind in README.md, and write results/."""
     readme = output / "README.md"
-    begin, end = (f"<!-- memory_vs_heads {device} {word} -->" for word in ("begin", "end"))
+    kind = "" if workload.kind == "parallel" else f" {workload.kind}"
+    begin, end = (f"<!-- memory_vs_heads {device}{kind} {word} -->" for word in ("begin", "end"))
     text = readme.read_text()
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
@@ -182,7 +192,8 @@ def _write(output: Path, section: str, workload: Workload, results: Results, dev
     }
     folder = output / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"memory_vs_heads-{device}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    name = f"memory_vs_heads-{device}{kind.replace(' ', '-')}.json"
+    (folder / name).write_text(json.dumps(raw, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def _build(workload: Workload, point: Point, device: torch.device) -> MultiToken
         attention_heads=workload.hidden_size // 64,
         vocab_size=point.vocabulary,
         future_tokens=point.heads,
+        head_kind=workload.kind,
     )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = MultiTokenModel(config, dtype=dtype).to(device)
@@ -93,9 +94,9 @@ def _joint_loss(model: MultiTokenModel, tokens: Tensor, labels: Tensor) -> Tenso
     trunk_output = model(tokens)
     context = model.context(tokens.shape[1], tokens.device)
 
-    def head_loss(head: int) -> Tensor:
-        hidden = model.heads.hidden(head, trunk_output, context)
+    def head_loss(head: int, hidden: Tensor) -> Tensor:
         logits = model.heads.lm_head.normalize(hidden, norm).flatten(0, 1) @ unembedding.t()
         return F.cross_entropy(logits.float(), labels[head - 1].t().flatten())
 
-    return torch.stack([head_loss(head) for head in model.heads.numbers]).sum()
+    outputs = model.heads.outputs(trunk_output, context)
+    return torch.stack([head_loss(head, hidden) for head, hidden in outputs]).sum()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from model.head_kinds import HeadKind
+
 Mode = Literal["sequential", "joint", "frozen"]  # frozen: sequential, heads 2 .. n alone
 
 
@@ -16,6 +18,7 @@ class Workload:
         batch: B.
         sequence: S.
         chunk_tokens: tokens whose logits the sequential step forms at once.
+        kind: of the heads.
     """
 
     layers: int
@@ -23,6 +26,7 @@ class Workload:
     batch: int
     sequence: int
     chunk_tokens: int
+    kind: HeadKind = "parallel"
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,8 @@ class Trainer:
         if self.parts.validation is None or not due:
             return {}
         self.parts.progress.enter("evaluation")
-        result = self.parts.engine.evaluate(self.parts.validation)
+        validation = self.parts.validation
+        result = self.parts.engine.evaluate(validation, validation.token_bytes)
         weights = self.config.model.loss_weights(self.state.step - 1)
         losses = result.head_losses
         loss = sum(w * loss for w, loss in zip(weights, losses, strict=True))
@@ -228,6 +229,10 @@ class Trainer:
         return {
             "eval_loss": loss,
             **{f"eval_loss_head_{k}": loss for k, loss in enumerate(losses, start=1)},
+            **{
+                f"eval_bits_per_byte_head_{k}": bits
+                for k, bits in enumerate(result.bits_per_byte or (), start=1)
+            },
             "eval_tokens_per_forward": result.tokens_per_forward,
         }
 

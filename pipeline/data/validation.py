@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+import tokenizers
 import torch
 
 from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
 from data_prep.shards.shard_set import ShardSet
+from model.hugging_face.token_bytes import bytes_of_tokens
 from model.loss import IGNORED
 from pipeline.config.run_config import RunConfig
 from pipeline.data.sequence_format import sequence_format
@@ -24,6 +26,9 @@ class ValidationSamples:
         data_rank: this rank's index among those that hold different data.
         data_size: how many such ranks there are.
 
+    Attributes:
+        token_bytes: `[V]` float64, bytes that each token spells.
+
     Raises:
         DataError: the split is smaller than one sequence per rank.
     """
@@ -37,6 +42,10 @@ class ValidationSamples:
             BatchLayout(micro_size=1, data_rank=data_rank, data_size=data_size),
             seed=0,
             shuffle=config.data.packing == "best_fit",
+        )
+        tokenizer = tokenizers.Tokenizer.from_file(str(shards.tokenizer_path))
+        self.token_bytes = torch.tensor(
+            bytes_of_tokens(tokenizer, config.model.vocab_size), dtype=torch.float64
         )
         self.num_samples = min(config.eval.samples, self._loader.num_samples)
         self._rank, self._size = data_rank, data_size

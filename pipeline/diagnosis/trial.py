@@ -28,7 +28,8 @@ def trial_config(config: RunConfig, width: Width, precision: Precision) -> RunCo
         precision: arithmetic of the run.
     """
     stages, trunk = _shrunk_stages(config.stage_plan)
-    model = config.model.model_dump() | {"layers": trunk + config.model.future_tokens}
+    in_heads = config.model.layers - config.model.trunk_layers
+    model = config.model.model_dump() | {"layers": trunk + in_heads}
     values: dict[str, Any] = config.model_dump()
     values["parallel"]["stages"] = stages
     values["train"] |= {"steps": 2, "stop_at_step": None, "precision": precision}

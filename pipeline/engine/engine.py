@@ -7,7 +7,7 @@ of an `Execution`: of the whole model, or of one pipeline stage.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +23,7 @@ from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.agreement import Agreed, RankFlags, agree
 from pipeline.distributed.topology import Topology
-from pipeline.engine.evaluation import EvalResult
+from pipeline.engine.evaluation import EvalResult, spelled_bytes
 from pipeline.engine.optimizer import clip_whole_gradients
 from pipeline.engine.optimizer_share import OptimizerShare
 
@@ -174,16 +174,32 @@ class Engine:
         dist.all_reduce(tensor, group=self.topology.get_data_parallel_group())
         return tensor
 
-    def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
+    def evaluate(self, batches: Iterable[Batch], token_bytes: Tensor | None = None) -> EvalResult:
         """Losses and head agreement over this rank's share of the validation samples.
 
         Every rank passes equally many batches; sequences that are only padding have no labels.
+
+        Args:
+            batches: of this rank.
+            token_bytes: `[V]` float64, bytes that each token spells, for figures per byte.
         """
+        device, heads = self.topology.device, self.config.model.future_tokens
+        spelled = torch.zeros(heads, dtype=torch.float64)
+
+        def moved() -> Iterator[Batch]:
+            for batch in batches:
+                if token_bytes is not None:
+                    spelled.add_(spelled_bytes(batch.labels.cpu(), token_bytes))
+                yield batch.to(device)
+
         self._engine.eval()
         with torch.no_grad():
-            sums = self.execution.evaluate(batch.to(self.topology.device) for batch in batches)
+            sums = self.execution.evaluate(moved())
         self._engine.train()
-        return EvalResult.from_sums(self._global_sum(sums))
+        sums = self._global_sum(sums)
+        if token_bytes is None:
+            return EvalResult.from_sums(sums)
+        return EvalResult.from_sums(sums, self._global_sum(spelled.to(device)))
 
     def snapshot(self) -> Snapshot:
         """This rank's share of weights and optimizer states, as views that training changes.

@@ -3,6 +3,7 @@
 Legend: B batch, S sequence, H hidden, n heads.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,17 +25,40 @@ class EvalResult(NamedTuple):
         tokens_per_forward: expected tokens that greedy self-speculation with all heads commits
             per forward: 1 + the sum over j of the share of positions where heads 2 .. j all
             agree with head 1 (which sees the true text, as a verifier does after acceptance).
+        bits_per_byte: each head's loss in bits, over the bytes that its targets spell; None when
+            it is not known what tokens spell.
     """
 
     head_losses: list[float]
     tokens_per_forward: float
+    bits_per_byte: list[float] | None = None
 
     @classmethod
-    def from_sums(cls, sums: Tensor) -> "EvalResult":
-        """From what `evaluate_heads` gave, summed over batches and ranks."""
+    def from_sums(cls, sums: Tensor, spelled: Tensor | None = None) -> "EvalResult":
+        """From what `evaluate_heads` gave, summed over batches and ranks.
+
+        Args:
+            sums: `[3 * n]`.
+            spelled: `[n]` bytes that each head's targets spell.
+        """
         losses, counts, agreed = sums.view(3, -1)
         positions = agreed[0].clamp(min=1)
-        return cls((losses / counts.clamp(min=1)).tolist(), float((agreed / positions).sum()))
+        bits = None
+        if spelled is not None:
+            bits = (losses / math.log(2) / spelled.clamp(min=1)).tolist()
+        means = (losses / counts.clamp(min=1)).tolist()
+        return cls(means, float((agreed / positions).sum()), bits)
+
+
+def spelled_bytes(labels: Tensor, token_bytes: Tensor) -> Tensor:
+    """Bytes that each head's targets spell, `[n]`.
+
+    Args:
+        labels: `[n, B, S]`, -100 where ignored.
+        token_bytes: `[V]` of each token.
+    """
+    valid = labels != IGNORED
+    return (token_bytes[labels.clamp(min=0)] * valid).sum((1, 2))
 
 
 def evaluate_heads(

@@ -23,7 +23,7 @@ GLOBAL_BATCH = 8
 
 
 def _figures(run_dir: Path) -> list[dict[str, Any]]:
-    compared = ("loss_head_", "grad_norm", "eval_")
+    compared = ("loss_head_", "grad_norm", "eval_loss", "eval_tokens")
     return [
         {k: v for k, v in record.items() if k.startswith(compared)}
         for record in metrics_without_times(run_dir)
