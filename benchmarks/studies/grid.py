@@ -1,0 +1,60 @@
+"""The runs of a study: one configuration, and the keys that take several values."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+SEED = "run.seed"
+
+
+class Grid(NamedTuple):
+    """What a study trains.
+
+    Attributes:
+        run: a run's configuration, by section.
+        axes: by key, as `section.key`, the values it takes; every combination is a point.
+        points: further points as settings, instead of combinations where it is not empty.
+    """
+
+    run: dict[str, Any]
+    axes: dict[str, list[Any]]
+    points: list[dict[str, Any]]
+
+    def settings(self) -> Iterator[dict[str, Any]]:
+        """The settings of every point."""
+        seeds = self.axes.get(SEED, [1])
+        if self.points:
+            for point, seed in itertools.product(self.points, seeds):
+                yield {**point, SEED: seed}
+            return
+        for values in itertools.product(*self.axes.values()):
+            yield dict(zip(self.axes, values, strict=True))
+
+
+def load_grid(path: Path, *, quick: bool) -> Grid:
+    """Read `grid.yaml`: `run`, `axes`, `points`, and under `quick` what a try in a minute changes.
+
+    `quick` holds settings by dotted key, and an own `axes` or `points`.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    changes = dict(content.get("quick", {})) if quick else {}
+    axes = changes.pop("axes", content.get("axes", {}))
+    points = changes.pop("points", content.get("points", []))
+    return Grid(configured(content["run"], changes), axes, points)
+
+
+def configured(run: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with settings, given as `section.key`, put in."""
+    sections = {name: dict(section) for name, section in run.items()}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def point_name(settings: Mapping[str, Any]) -> str:
+    """A point as people and file names say it: `future_tokens=4,seed=1`."""
+    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())

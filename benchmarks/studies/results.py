@@ -1,0 +1,134 @@
+"""A study's table and page: mean and range over seeds, for each setting."""
+
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from markupsafe import Markup
+
+from benchmarks.studies.grid import SEED, Grid
+from benchmarks.tables import machine_line, replace_section
+from foundation.durable_files import write_whole
+from foundation.pages import Figures, Paragraph, Section, Table, render_page
+from foundation.plots import shades, svg_plot
+
+Group = tuple[str, ...]
+
+
+def write_results(
+    title: str,
+    columns: Mapping[str, str],
+    grid: Grid,
+    results: Sequence[Mapping[str, Any]],
+    output: Path | None,
+) -> str:
+    """The table as Markdown; with `output` also its section of README.md there, and result.html.
+
+    Args:
+        title: of the page.
+        columns: figures, with their headings.
+        grid: of the study.
+        results: of all points.
+        output: where to write.
+    """
+    settings = [key for key in results[0]["settings"] if key != SEED]
+    groups = grouped(results, settings)
+    heads = [*(key.rpartition(".")[2] for key in settings), *columns.values()]
+    rows = [
+        [
+            *group,
+            *(
+                _cell([figures[column] for figures in found if column in figures])
+                for column in columns
+            ),
+        ]
+        for group, found in groups.items()
+    ]
+    markdown = "\n".join(
+        ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        + ["| " + " | ".join(row) + " |" for row in rows]
+    )
+    told = _told(grid, results)
+    if output is not None:
+        replace_section(output / "README.md", "study", f"{told}\n\n{markdown}")
+        page = _page(title, told, heads, rows, columns, groups)
+        write_whole(output / "result.html", page.encode())
+    return f"{told}\n\n{markdown}"
+
+
+def grouped(
+    results: Sequence[Mapping[str, Any]], settings: Sequence[str]
+) -> dict[Group, list[dict[str, float]]]:
+    """Figures of all seeds, by the values of the other settings."""
+    groups: dict[Group, list[dict[str, float]]] = defaultdict(list)
+    for result in results:
+        groups[tuple(str(result["settings"][key]) for key in settings)].append(result["figures"])
+    return dict(groups)
+
+
+def _cell(values: Sequence[float]) -> str:
+    """Mean and range over seeds: `0.52 (0.49 to 0.55)`; a dash where it was not measured."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
+    return f"{mean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def _told(grid: Grid, results: Sequence[Mapping[str, Any]]) -> str:
+    """What was run, and where."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    command = " ".join(["python", "-m", f"benchmarks.studies.{Path(sys.argv[0]).parent.name}"])
+    seeds = ", ".join(map(str, grid.axes.get(SEED, [1])))
+    hours = sum(result["seconds"] for result in results) / 3600
+    return (
+        f"{machine_line()} Commit {commit or 'unknown'}, `{command}`, seeds {seeds}: mean, and "
+        f"least to most, over seeds; {hours:.1f} hours in all."
+    )
+
+
+def _page(
+    title: str,
+    told: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    columns: Mapping[str, str],
+    groups: Mapping[Group, Sequence[Mapping[str, float]]],
+) -> str:
+    plots = [_plot(name, heading, groups) for name, heading in columns.items()]
+    return render_page(
+        "study",
+        title,
+        told,
+        [
+            Section("Figures", [Table(rows, heads)]),
+            Section("Over settings", [Figures(plots)]),
+            Section(
+                "", [Paragraph("Bars are means, whiskers reach from the least seed to the most.")]
+            ),
+        ],
+    )
+
+
+def _plot(name: str, heading: str, groups: Mapping[Group, Sequence[Mapping[str, float]]]) -> Markup:
+    """One bar for each setting."""
+
+    def draw(axes: Any) -> None:
+        colors = shades(len(groups))
+        for place, (group, found) in enumerate(groups.items()):
+            values = [figures[name] for figures in found if name in figures]
+            if not values:
+                continue
+            middle = mean(values)
+            error = [[middle - min(values)], [max(values) - middle]]
+            axes.bar(place, middle, yerr=error, color=colors[place], label=", ".join(group))
+        axes.set_xticks(range(len(groups)), [", ".join(group) for group in groups], rotation=30)
+        axes.set_ylabel(heading)
+
+    return svg_plot(heading, draw)

@@ -1,0 +1,102 @@
+"""Study: which n, and which kind of heads, on source code and on prose.
+
+`python -m benchmarks.studies.which_heads [--quick]` trains models of equally many parameters on
+equally many tokens of the standard library's sources, and of the documentation that lies on the
+machine, and evaluates each on held-out text of its own corpus.
+"""
+
+import json
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.studies.runner import Figures, Study, Trained, command, main, shard
+
+_MOST_BYTES, _QUICK_BYTES = 24_000_000, 400_000
+_VOCABULARY = 2048
+_PROSE = (".md", ".rst", ".txt")
+
+
+def prepare(folder: Path, quick: bool) -> dict[str, Path]:
+    """Two shard sets, each with a tokenizer of its own of the same size."""
+    most = _QUICK_BYTES if quick else _MOST_BYTES
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    packages = Path(sysconfig.get_path("purelib"))
+    sources = (p for p in sorted(stdlib.rglob("*.py")) if "site-packages" not in p.parts)
+    # Documentation of the system, and of the installed packages.
+    documents = [
+        path
+        for root in (Path("/usr/share/doc"), Path("/usr/share/common-licenses"), packages)
+        for path in sorted(root.rglob("*"))
+        if path.suffix in _PROSE or path.name == "copyright"
+    ]
+    found = {}
+    for name, paths in (("code", sources), ("prose", iter(documents))):
+        raw = _copied(folder / name, paths, most)
+        found[name] = shard(
+            folder / f"{name}-shards",
+            *("--input", str(raw), "--tokenizer", f"train:{_VOCABULARY}", "--dedup"),
+            *("--validation-fraction", "0.05", "--glob", "*.txt"),
+        )
+    return found
+
+
+def _copied(folder: Path, paths: Iterable[Path], most_bytes: int) -> Path:
+    """Files that are text, up to a size in all, under names that take is easy from."""
+    if folder.exists():
+        return folder
+    unfinished = folder.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    size = 0
+    for number, path in enumerate(paths):
+        if size >= most_bytes:
+            break
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        (unfinished / f"{number:06d}.txt").write_text(text, encoding="utf-8")
+        size += len(text)
+    unfinished.rename(folder)
+    return folder
+
+
+def measure(trained: Trained, quick: bool) -> Figures:
+    """Held-out losses and bits per byte, tokens per forward expected and realised."""
+    path = trained.export.parent / "evaluation.json"
+    command(
+        *("-m", "pipeline.evaluate", str(trained.export), "--data", str(trained.shards)),
+        *("--max-tokens", "2000" if quick else "200000", "--prompts", "2" if quick else "32"),
+        *("--json", str(path)),
+    )
+    found = json.loads(path.read_text())
+    held_out, decoding = found["held_out"]["all"], next(iter(found["decoding"].values()))
+    figures = {
+        "bits_per_byte": held_out["bits_per_byte"][0],
+        "expected": held_out["tokens_per_forward"][-1],
+        "realised": decoding["tokens_per_forward"],
+    }
+    for head, loss in enumerate(held_out["losses"], 1):
+        figures[f"loss_{head}"] = loss
+    return figures
+
+
+STUDY = Study(
+    folder=Path(__file__).parent,
+    title="Which n, and which kind of heads",
+    prepare=prepare,
+    measure=measure,
+    columns={
+        "loss_1": "loss, next token",
+        "bits_per_byte": "bits per byte",
+        **{f"loss_{k}": f"loss, head {k}" for k in (2, 3, 4)},
+        "expected": "tokens per forward, expected",
+        "realised": "realised",
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))
