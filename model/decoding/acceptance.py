@@ -74,6 +74,47 @@ def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainProbabil
     return ChainProbabilities(accept, torch.cat([rest, target[..., -1:, :]], dim=-2))
 
 
+class SiblingProbabilities(NamedTuple):
+    """Speculative sampling of m candidates for one token, as probabilities.
+
+    Attributes:
+        accept: `[..., m]` of keeping candidate i, once all before it were not kept.
+        following: `[..., m + 1, V]` distribution of the token when the first j were not kept.
+    """
+
+    accept: Tensor
+    following: Tensor
+
+
+def accept_siblings(target: Tensor, draft: Tensor, tokens: Tensor) -> SiblingProbabilities:
+    """Distribution-exact: the candidate that is kept, or the token instead, has the target's.
+
+    The rule of a chain's draft, one candidate after the other: what is left to be given, first p,
+    is held against what the candidate was drawn from, q without those before it. When a candidate
+    is not kept, the normalized positive part of the difference is left (recursive rejection
+    sampling without replacement, Yang et al. 2024, Jeon et al. 2024).
+
+    Args:
+        target: `[..., V]` distribution p of head 1.
+        draft: `[..., V]` distribution q of the first candidate, fixed before the draw.
+        tokens: `[..., m]` the candidates, drawn one after the other and none twice. Where q had
+            no mass left, a candidate may be any token, and is never kept.
+    """
+    accepts, left = [], [target]
+    for column in range(tokens.shape[-1]):
+        token, p = tokens[..., column, None], left[-1]
+        mass = draft.sum(-1, keepdim=True)
+        q = torch.where(mass > 0, draft / mass, 0.0)
+        wanted, drawn = p.gather(-1, token), q.gather(-1, token)
+        accepts.append(torch.where(drawn > 0, wanted / drawn, 0.0).clamp(max=1.0))
+        excess = (p - q).clamp(min=0)
+        total = excess.sum(-1, keepdim=True)
+        # No excess means p = q up to rounding: then the candidate is kept, and p is as good.
+        left.append(torch.where(total > 0, excess / total, p))
+        draft = draft.scatter(-1, token, 0.0)
+    return SiblingProbabilities(torch.cat(accepts, dim=-1), torch.stack(left, dim=-2))
+
+
 def leading(right: Tensor) -> Tensor:
     """`[B]` number of true values before the first false one in each row of `[B, g]`."""
     return right.long().cumprod(1).sum(1)

@@ -6,11 +6,14 @@
 
 A node sees the text and its ancestors. The one path that head 1 would have taken is kept: its
 keys and values move to where a chain's would be (Cai et al. 2024, for heads of another kind).
+At a temperature the tokens of a depth are drawn from the head, none twice, and head 1 keeps one of
+a node's children, or none, by speculative sampling.
 
-Legend: B rows, k heads in use, N nodes, W keys looked at, V vocabulary.
+Legend: B rows, k heads in use, N nodes, m candidates of a depth, W keys looked at, V vocabulary.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from torch import Tensor
 from model.decoding.acceptance import accept_tree
 from model.decoding.chain import ChainDecoder, Step
 from model.decoding.choosing import Drafts
+from model.decoding.sampling import GREEDY, Sampling
 from model.inference.cache import Block, wide_enough
 from model.inference.network import Network
 
@@ -40,6 +44,7 @@ class Tree:
         ancestors: `[N, N]` bool, true where the column is the row's node or an ancestor of it.
         paths: `[N, k]` the node's ancestors by depth, then itself, then d at depth d.
         levels: for each depth from 1 its nodes and their parents.
+        children: `[N, spread + 1]` the node's children by rank; -1 = there is none.
     """
 
     def __init__(self, heads: int, spread: int, device: torch.device) -> None:
@@ -59,6 +64,8 @@ class Tree:
             self.ancestors[index, line] = True
         padded = [[*line, *range(len(line), heads)] for line in lines]
         self.paths = torch.tensor(padded, device=device)
+        below = [[number.get((*ranks, rank), -1) for rank in range(spread + 1)] for ranks in nodes]
+        self.children = torch.tensor(below, device=device)
         self.levels = []
         for depth in range(1, heads):
             here = [ranks for ranks in nodes if len(ranks) == depth]
@@ -71,19 +78,29 @@ class Tree:
 class TreeDecoder(ChainDecoder):
     """A batch that is decoded by trees of drafts.
 
-    Class: greedy-exact. It keeps at least as many drafts as the chain, and computes more.
+    Class: greedy-exact at temperature 0, else distribution-exact. At temperature 0 it keeps at
+    least as many drafts as the chain; it always computes more.
 
     Args:
         network: the model.
         heads: k, how many of its heads to use.
-        spread: how far from the likeliest tokens it looks, see `Tree`.
-        logprobs: whether to compute them.
+        spread: how far from the likeliest tokens, or from the first drawn, it looks, see `Tree`.
+        sampling: how head 1 chooses, in rows that `prefill` begins.
+        seeds: of these, one for each row; 0, 1, .. unless given.
+        logprobs: whether to compute them for these.
     """
 
     def __init__(
-        self, network: Network, *, heads: int, spread: int, logprobs: bool = False
+        self,
+        network: Network,
+        *,
+        heads: int,
+        spread: int,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
     ) -> None:
-        super().__init__(network, heads=heads, logprobs=logprobs)
+        super().__init__(network, heads=heads, sampling=sampling, seeds=seeds, logprobs=logprobs)
         spread = min(spread, network.config.vocab_size - 1)
         self.tree = Tree(heads, spread, network.device)
         self.spread = spread
@@ -94,17 +111,20 @@ class TreeDecoder(ChainDecoder):
         """One forward: verify the tree, commit the right path, propose again."""
         tree, heads = self.tree, self._heads
         width = wide_enough(max(self._used) + tree.size, self.cache.capacity)
-        pending = torch.cat([self._following.unsqueeze(1), self._drafts.tokens], dim=1)
+        pending = self._following.unsqueeze(1)
+        if heads > 1:
+            below = self._drafts.tokens[:, tree.depths[1:] - 1, tree.ranks[1:]]
+            pending = torch.cat([pending, below], dim=1)
         block = self._block(width)
         trunk_output = self.network.trunk(pending, self.cache, block)
         trunk_output = self.network.fill_heads(trunk_output, heads, self.cache, block)
         hidden = self._run_heads(trunk_output, block)
         logits = self.network.logits(hidden[0]).unflatten(0, pending.shape)
-        best = logits.argmax(-1)
-        node = accept_tree(best, pending, tree.levels)
-        rows = self.network.numbers(len(node))
+        node, self._following = self._verify(logits, pending)
         kept, path = tree.depths[node], tree.paths[node]
-        self._following = best[rows, node]
+        tokens = pending.gather(1, path.roll(-1, dims=1))
+        tokens = tokens.scatter(1, kept.unsqueeze(1), self._following.unsqueeze(1))
+        self._chooser.see(tokens, self.network.numbers(heads) <= kept.unsqueeze(1))
         if heads > 1:
             drafts = self._others_at(node, hidden, trunk_output, block)
             first = self.cache.lengths.unsqueeze(1)
@@ -112,13 +132,26 @@ class TreeDecoder(ChainDecoder):
             self.cache.move(self.cache.slots(first + path), self.cache.slots(places))
             self._draft(drafts)
         self.cache.lengths = self.cache.lengths + kept + 1
-        tokens = pending.gather(1, path.roll(-1, dims=1))
-        tokens = tokens.scatter(1, kept.unsqueeze(1), self._following.unsqueeze(1))
         if any(row.likeliest is not None for row in self._rows):
-            logits = logits[rows.unsqueeze(1), path]
+            logits = logits[self.network.numbers(len(node)).unsqueeze(1), path]
         step = self._step(tokens, kept + 1, logits)
         self._used = [u + len(n) for u, n in zip(self._used, step.tokens, strict=True)]
         return step
+
+    def _verify(self, logits: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+        """The last node that is kept, `[B]`, and the token that follows it, `[B]`.
+
+        Args:
+            logits: `[B, N, V]` of head 1.
+            pending: `[B, N]` tokens of the nodes.
+        """
+        tree = self.tree
+        logits = self._chooser.penalized_along(logits, pending[:, 1:], tree.ancestors[:, 1:])
+        if not self._chooser.sampling.greedy:
+            return self._chooser.verify_tree(logits, self._drafts, tree.children)
+        best = logits.argmax(-1)
+        node = accept_tree(best, pending, tree.levels)
+        return node, best.gather(1, node.unsqueeze(1)).squeeze(1)
 
     def _block(self, width: int) -> Block:
         """Nodes lie one after the other in the cache, at the positions that their depths give."""
@@ -131,11 +164,8 @@ class TreeDecoder(ChainDecoder):
         return self.network.block(self.cache, lengths + tree.depths, places, ~seen, width)
 
     def _draft(self, logits: Tensor) -> None:
-        """The tokens of all nodes but the root, from logits `[k - 1, B, V]` of heads 2 .. k."""
-        rows = logits.shape[1]
-        if self._heads == 1:
-            self._drafts = Drafts(self._following.new_empty(rows, 0), None)
-            return
-        likeliest = logits.topk(self.spread + 1, dim=-1).indices
-        tokens = likeliest[self.tree.depths[1:] - 1, :, self.tree.ranks[1:]]
-        self._drafts = Drafts(tokens.transpose(0, 1), None)
+        """The candidates of all depths, from logits `[k - 1, B, V]` of heads 2 .. k."""
+        if self._heads > 1:
+            self._drafts = self._chooser.candidates(logits, self.spread + 1)
+        else:
+            self._drafts = Drafts(self._following.new_empty(logits.shape[1], 0), None)
