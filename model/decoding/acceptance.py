@@ -120,26 +120,26 @@ def leading(right: Tensor) -> Tensor:
     return right.long().cumprod(1).sum(1)
 
 
-def accept_tree(best: Tensor, tokens: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+def accept_tree(
+    best: Tensor, tokens: Tensor, parents: Tensor, ancestors: Tensor, depths: Tensor
+) -> Tensor:
     """Greedy-exact: the deepest node that is reached by head 1's likeliest tokens alone.
 
     Args:
         best: `[B, N]` the likeliest token after each node.
         tokens: `[B, N]` of the nodes; the root, node 0, is committed already.
-        levels: for each depth from 1 its nodes and their parents, as numbers of nodes. Children of
-            one node have different tokens, so no more than one of them is right.
+        parents: `[N]` of each node, the root's is itself. Children of one node have different
+            tokens, so no more than one of them is right.
+        ancestors: `[N, N]` bool, true where the column is the row's node or an ancestor of it.
+        depths: `[N]`.
 
     Returns:
         `[B]` numbers of nodes.
     """
-    node = torch.zeros_like(tokens[:, 0])
-    right = torch.zeros_like(tokens, dtype=torch.bool)
+    right = tokens == best[:, parents]
     right[:, 0] = True
-    for nodes, parents in levels:
-        here = right[:, parents] & (tokens[:, nodes] == best[:, parents])
-        right[:, nodes] = here
-        node = torch.where(here.any(1), nodes[here.long().argmax(1)], node)
-    return node
+    reached = (right.unsqueeze(1) | ~ancestors).all(-1)
+    return torch.where(reached, depths, -1).argmax(1)
 
 
 def accept_top_k(logits: Tensor, drafts: Tensor, k: int) -> Tensor:

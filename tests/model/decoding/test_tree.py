@@ -28,11 +28,13 @@ def test_shape_of_a_small_tree() -> None:
     """Three heads, spread 1: two tokens of head 2, then three pairs."""
     tree = Tree(3, 1, CPU)
     assert tree.size == 6
-    assert tree.depths.tolist() == [0, 1, 1, 2, 2, 2]
-    assert tree.ranks.tolist() == [0, 0, 1, 0, 1, 0]
-    assert tree.paths.tolist() == [[0, 1, 2], [0, 1, 2], [0, 2, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5]]
-    assert tree.ancestors[5].nonzero().flatten().tolist() == [0, 2, 5]
-    assert tree.children.tolist()[:3] == [[1, 2], [3, 4], [5, -1]]
+    assert tree.depths.tolist() == [0, 1, 2, 1, 2, 2]
+    assert tree.candidates.tolist() == [0, 2, 1, 3, 2]
+    assert tree.parents.tolist() == [0, 0, 1, 0, 1, 3]
+    assert tree.paths.tolist() == [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 3, 2], [0, 1, 4], [0, 3, 5]]
+    assert tree.ancestors[5].nonzero().flatten().tolist() == [0, 3, 5]
+    assert tree.children.tolist()[:4] == [[1, 3], [2, 4], [-1, -1], [5, -1]]
+    assert tree.straight == [True, True, True, False, False, False]
     assert Tree(4, 0, CPU).paths[-1].tolist() == [0, 1, 2, 3]
     assert Tree(1, 3, CPU).size == 1
 
@@ -41,7 +43,7 @@ def test_shape_of_a_small_tree() -> None:
 def test_the_path_of_the_likeliest_tokens_is_kept(heads: int, spread: int) -> None:
     """Against a walk from the root, over random trees with few tokens, so that many are right."""
     tree, chance = Tree(heads, spread, CPU), random.Random(0)
-    parents = {int(n): int(p) for nodes, ps in tree.levels for n, p in zip(nodes, ps, strict=True)}
+    parents = dict(enumerate(tree.parents.tolist()[1:], 1))
     depths = set()
     for _ in range(300):
         tokens, best = [0] * tree.size, [chance.randrange(5) for _ in range(tree.size)]
@@ -52,7 +54,13 @@ def test_the_path_of_the_likeliest_tokens_is_kept(heads: int, spread: int) -> No
         node = 0
         while right := [n for n, p in parents.items() if p == node and tokens[n] == best[node]]:
             [node] = right
-        found = accept_tree(torch.tensor([best]), torch.tensor([tokens]), tree.levels)
+        found = accept_tree(
+            torch.tensor([best]),
+            torch.tensor([tokens]),
+            tree.parents,
+            tree.ancestors,
+            tree.depths,
+        )
         assert found.tolist() == [node]
         depths.add(int(tree.depths[node]))
     assert depths == set(range(heads))
