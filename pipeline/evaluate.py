@@ -62,7 +62,7 @@ def evaluate(options: argparse.Namespace, report: Callable[[str], None]) -> Figu
 
     if options.lm_eval:
         check_installed()
-    problems = read_problems(options.problems) if options.problems else []
+    problems = read_problems(options.problems, options.shots) if options.problems else []
     sandbox = _sandbox(options) if problems else None
     figures: Figures = {"model": str(options.directory)}
     if options.data or options.text or problems:
@@ -202,6 +202,7 @@ def _solve(
         report(line)
     return {
         "problems": len(problems),
+        "shots": options.shots,
         "samples": options.samples,
         "temperature": options.temperature,
         "top_p": options.top_p,

@@ -224,3 +224,25 @@ def test_samples_are_on_the_disk_as_they_come(tmp_path: Path) -> None:
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert kept == [one._asdict(), other._asdict()]
     assert not partial.exists()
+
+
+def test_solved_tasks_stand_before_those_of_mbpp(tmp_path: Path) -> None:
+    """Tasks 2 to 4, in their order, in the words of Austin et al. 2021; they are no problems."""
+    path = tmp_path / "mbpp.jsonl"
+    tasks = [MBPP | {"task_id": number, "text": f"Task {number}."} for number in (4, 2, 3, 1, 11)]
+    path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    first, second = read_problems(path, shots=3)
+    assert [first.task_id, second.task_id] == ["1", "11"]
+    shown = "assert add(1, 2) == 3\nassert add(0, 0) == 0"
+    asked = (
+        "You are an expert Python programmer, and here is your task: Task {}. "
+        f"Your code should pass these tests:\n\n{shown}\n[BEGIN]\n"
+    )
+    solved = f"{MBPP['code']}\n[DONE]\n\n"
+    examples = "".join(asked.format(number) + solved for number in (2, 3, 4))
+    assert second.prompt == examples + asked.format(11)
+    assert second.stops == ("[DONE]",)
+    assert second.program(MBPP["code"]) == read_problems(path)[4].program(MBPP["code"])
+    path.write_text(json.dumps(tasks[1]) + "\n")
+    with pytest.raises(ConfigError, match="--shots 3 takes task 3 of MBPP, which is not there"):
+        read_problems(path, shots=3)
