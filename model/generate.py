@@ -225,7 +225,14 @@ def _decoder(
             logprobs=logprobs,
         )
     if options.tree:
-        return TreeDecoder(network, heads=heads, spread=options.tree, logprobs=logprobs)
+        return TreeDecoder(
+            network,
+            heads=heads,
+            spread=options.tree,
+            sampling=sampling,
+            seeds=seeds,
+            logprobs=logprobs,
+        )
     if options.lossy is None:
         return ChainDecoder(network, heads=heads, sampling=sampling, seeds=seeds, logprobs=logprobs)
     rule = LossyRule(top_k=lossy_top_k(options.lossy) or 0)

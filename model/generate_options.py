@@ -206,11 +206,6 @@ def _check_sampling(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--tree {options.tree} must be from 0 to {_WIDEST_TREE}; 0 is a chain of drafts"
         )
-    if options.tree and (options.temperature != 0 or options.repetition_penalty != 1):
-        raise ConfigError(
-            "--tree is for the likeliest tokens alone, without --temperature or "
-            "--repetition-penalty; leave --tree out"
-        )
     filters = {"--top-k": options.top_k != 0, "--top-p": options.top_p != 1}
     filters["--min-p"] = options.min_p != 0
     if options.temperature == 0 and (given := [name for name, is_set in filters.items() if is_set]):

@@ -62,7 +62,7 @@ def evaluate(options: argparse.Namespace, report: Callable[[str], None]) -> Figu
 
     if options.lm_eval:
         check_installed()
-    problems = read_problems(options.problems) if options.problems else []
+    problems = read_problems(options.problems, options.shots) if options.problems else []
     sandbox = _sandbox(options) if problems else None
     figures: Figures = {"model": str(options.directory)}
     if options.data or options.text or problems:
@@ -172,7 +172,7 @@ def _solve(
     from model.inference.loading import limit_threads
     from pipeline.evaluating.completions import Drawing
     from pipeline.evaluating.pass_at_k import mean_pass_at_k, solve
-    from pipeline.evaluating.results import pass_table, write_samples
+    from pipeline.evaluating.results import pass_table, sample_file
 
     available = model.network.num_heads
     heads = options.heads or available
@@ -189,18 +189,20 @@ def _solve(
     limit_threads(model.network)
     samples: list[Sample] = []
     solved = solve(model, problems, drawing, sandbox, workers_of(options))
-    for done, found in enumerate(solved, 1):
-        samples += found
-        if sys.stderr.isatty():
-            end = "\n" if done == len(problems) else ""
-            print(f"\r{done} of {len(problems)} problems", end=end, file=sys.stderr, flush=True)
-    if options.results is not None:
-        write_samples(options.results, samples)
+    with sample_file(options.results) as write:
+        for done, found in enumerate(solved, 1):
+            samples += found
+            write(found)
+            if sys.stderr.isatty():
+                end = "\n" if done == len(problems) else ""
+                line = f"\r{done} of {len(problems)} problems"
+                print(line, end=end, file=sys.stderr, flush=True)
     means = mean_pass_at_k(samples, ks_of(options))
     for line in pass_table(means, samples):
         report(line)
     return {
         "problems": len(problems),
+        "shots": options.shots,
         "samples": options.samples,
         "temperature": options.temperature,
         "top_p": options.top_p,

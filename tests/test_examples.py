@@ -1,12 +1,16 @@
 """Every example runs as its README says: one after the other, each on what the others have left."""
 
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from data_prep.tokenization.tokenizer import bytes_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".sh"))
@@ -84,6 +88,17 @@ def test_a_checkpoint_is_read(run_dir: Path) -> None:
     assert "checkpoints/step_00000004: step 4, 2,048 tokens\n" in said
     assert re.search(r"1024 x 64  root mean square 0\.\d+|1024 x 64  root mean square 1\.\d+", said)
     assert len(re.findall(r"root mean square", said)) > 6 * 5
+
+
+def test_llama_cpp_is_told_how_our_tokenizers_split_text() -> None:
+    """Those of `train:V` and `bytes` have a name there; others are left to its converter."""
+    name = runpy.run_path(str(ROOT / "examples" / "to_llama_cpp.py"))["pre_tokenizer"]
+    trained = json.loads(train_tokenizer(["some words, some more words\n"] * 9, 270))
+    assert trained["model"]["merges"]
+    assert name(trained) == "dbrx"
+    assert name(json.loads(bytes_tokenizer())) == "gpt-2"
+    trained["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\s+"}
+    assert name(trained) is None
 
 
 @pytest.mark.stress

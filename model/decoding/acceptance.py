@@ -74,31 +74,72 @@ def accept_chain(target: Tensor, draft: Tensor, tokens: Tensor) -> ChainProbabil
     return ChainProbabilities(accept, torch.cat([rest, target[..., -1:, :]], dim=-2))
 
 
+class SiblingProbabilities(NamedTuple):
+    """Speculative sampling of m candidates for one token, as probabilities.
+
+    Attributes:
+        accept: `[..., m]` of keeping candidate i, once all before it were not kept.
+        following: `[..., m + 1, V]` distribution of the token when the first j were not kept.
+    """
+
+    accept: Tensor
+    following: Tensor
+
+
+def accept_siblings(target: Tensor, draft: Tensor, tokens: Tensor) -> SiblingProbabilities:
+    """Distribution-exact: the candidate that is kept, or the token instead, has the target's.
+
+    The rule of a chain's draft, one candidate after the other: what is left to be given, first p,
+    is held against what the candidate was drawn from, q without those before it. When a candidate
+    is not kept, the normalized positive part of the difference is left (recursive rejection
+    sampling without replacement, Yang et al. 2024, Jeon et al. 2024).
+
+    Args:
+        target: `[..., V]` distribution p of head 1.
+        draft: `[..., V]` distribution q of the first candidate, fixed before the draw.
+        tokens: `[..., m]` the candidates, drawn one after the other and none twice. Where q had
+            no mass left, a candidate may be any token, and is never kept.
+    """
+    accepts, left = [], [target]
+    for column in range(tokens.shape[-1]):
+        token, p = tokens[..., column, None], left[-1]
+        mass = draft.sum(-1, keepdim=True)
+        q = torch.where(mass > 0, draft / mass, 0.0)
+        wanted, drawn = p.gather(-1, token), q.gather(-1, token)
+        accepts.append(torch.where(drawn > 0, wanted / drawn, 0.0).clamp(max=1.0))
+        excess = (p - q).clamp(min=0)
+        total = excess.sum(-1, keepdim=True)
+        # No excess means p = q up to rounding: then the candidate is kept, and p is as good.
+        left.append(torch.where(total > 0, excess / total, p))
+        draft = draft.scatter(-1, token, 0.0)
+    return SiblingProbabilities(torch.cat(accepts, dim=-1), torch.stack(left, dim=-2))
+
+
 def leading(right: Tensor) -> Tensor:
     """`[B]` number of true values before the first false one in each row of `[B, g]`."""
     return right.long().cumprod(1).sum(1)
 
 
-def accept_tree(best: Tensor, tokens: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+def accept_tree(
+    best: Tensor, tokens: Tensor, parents: Tensor, ancestors: Tensor, depths: Tensor
+) -> Tensor:
     """Greedy-exact: the deepest node that is reached by head 1's likeliest tokens alone.
 
     Args:
         best: `[B, N]` the likeliest token after each node.
         tokens: `[B, N]` of the nodes; the root, node 0, is committed already.
-        levels: for each depth from 1 its nodes and their parents, as numbers of nodes. Children of
-            one node have different tokens, so no more than one of them is right.
+        parents: `[N]` of each node, the root's is itself. Children of one node have different
+            tokens, so no more than one of them is right.
+        ancestors: `[N, N]` bool, true where the column is the row's node or an ancestor of it.
+        depths: `[N]`.
 
     Returns:
         `[B]` numbers of nodes.
     """
-    node = torch.zeros_like(tokens[:, 0])
-    right = torch.zeros_like(tokens, dtype=torch.bool)
+    right = tokens == best[:, parents]
     right[:, 0] = True
-    for nodes, parents in levels:
-        here = right[:, parents] & (tokens[:, nodes] == best[:, parents])
-        right[:, nodes] = here
-        node = torch.where(here.any(1), nodes[here.long().argmax(1)], node)
-    return node
+    reached = (right.unsqueeze(1) | ~ancestors).all(-1)
+    return torch.where(reached, depths, -1).argmax(1)
 
 
 def accept_top_k(logits: Tensor, drafts: Tensor, k: int) -> Tensor:

@@ -9,7 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.decoding.acceptance import Verdict, accept_chain, accept_greedy, leading
+from model.decoding.acceptance import (
+    Verdict,
+    accept_chain,
+    accept_greedy,
+    accept_siblings,
+    leading,
+)
 from model.decoding.sampling import RowSampling, RowUniforms, Sampling, draw
 
 
@@ -17,8 +23,9 @@ class Drafts(NamedTuple):
     """What the heads propose.
 
     Attributes:
-        tokens: `[B, g]`.
-        distributions: `[B, g, V]` what each was drawn from; None when all rows are greedy.
+        tokens: `[B, g]`; of a tree `[B, g, m]`, the m candidates of each depth as they were drawn.
+        distributions: `[B, g, V]` what each, or the first of each depth, was drawn from; None when
+            all rows are greedy.
     """
 
     tokens: Tensor
@@ -36,15 +43,15 @@ class Drafts(NamedTuple):
         like = self.distributions if self.distributions is not None else other.distributions
         if like is None:
             return Drafts(tokens, None)
-        chances = [
-            torch.zeros(
-                *drafts.tokens.shape, like.shape[-1], dtype=like.dtype, device=like.device
-            ).scatter_(-1, drafts.tokens.unsqueeze(-1), 1)
-            if drafts.distributions is None
-            else drafts.distributions
-            for drafts in (self, other)
-        ]
-        return Drafts(tokens, torch.cat(chances))
+        return Drafts(tokens, torch.cat([self._chances(like), other._chances(like)]))
+
+    def _chances(self, like: Tensor) -> Tensor:
+        """The distributions; of greedy rows with everything on the token, or the first of each."""
+        if self.distributions is not None:
+            return self.distributions
+        first = self.tokens if self.tokens.dim() == 2 else self.tokens[..., 0]
+        chances = like.new_zeros(*first.shape, like.shape[-1])
+        return chances.scatter_(-1, first.unsqueeze(-1), 1)
 
 
 class Chooser:
@@ -99,6 +106,59 @@ class Chooser:
         self.sound = self.sound & _sound(drafts).all(-1)
         return Drafts(draw(drafts, self.uniforms.next(logits.shape[1])), drafts)
 
+    def candidates(self, logits: Tensor, count: int) -> Drafts:
+        """Drafts of a tree, m for each depth and none twice, from logits `[g, B, V]`.
+
+        Greedy rows have the likeliest ones; where all are greedy, that is. Beside sampled rows the
+        first is, and the others are of no use.
+        """
+        logits = self._penalized(logits.transpose(0, 1))
+        if self.sampling.greedy:
+            return Drafts(logits.topk(count, dim=-1).indices, None)
+        distributions = self.sampling.chosen_from(logits)
+        self.sound = self.sound & _sound(distributions).all(-1)
+        rest = distributions.clone()
+        uniforms = self.uniforms.next(rest.shape[1] * count).unflatten(1, (-1, count))
+        drawn = []
+        for number in range(count):
+            drawn.append(draw(rest, uniforms[..., number]))
+            rest.scatter_(-1, drawn[-1].unsqueeze(-1), 0)
+        return Drafts(torch.stack(drawn, dim=-1), distributions)
+
+    def verify_tree(
+        self, logits: Tensor, drafts: Drafts, children: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Walk down from the root, a child being kept or not as drafts of a chain are.
+
+        Args:
+            logits: `[B, N, V]` of head 1, after `penalized_along`.
+            drafts: from `candidates`; rows are not all greedy.
+            children: `[N, m]` nodes below each, by the candidate that they stand for; -1 = none.
+
+        Returns:
+            `[B]` the last node that is kept, and `[B]` the token that follows it.
+        """
+        target = self.sampling.chosen_from(logits)
+        self.sound = _sound(target).all(-1)
+        chances = drafts.distributions
+        depths, count = (0, 0) if chances is None else drafts.tokens.shape[1:]
+        uniforms = self.uniforms.next(1 + depths * count)
+        rows = torch.arange(len(target), device=target.device)
+        node, going = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
+        last = target[:, 0]
+        for depth, q in enumerate([] if chances is None else chances.unbind(1)):
+            below = children[node]
+            found = accept_siblings(target[rows, node], q, drafts.tokens[:, depth])
+            mine = uniforms[:, 1 + depth * count : 1 + (depth + 1) * count]
+            right = (mine < found.accept) & (below >= 0) & going.unsqueeze(1)
+            kept = right.any(1)
+            ends = (going & ~kept).unsqueeze(1)
+            last = torch.where(ends, found.following[rows, (below >= 0).sum(1)], last)
+            node = torch.where(kept, below[rows, right.long().argmax(1)], node)
+            going = kept
+        last = torch.where(going.unsqueeze(1), target[rows, node], last)
+        return node, draw(last, uniforms[:, 0])
+
     def verify(self, logits: Tensor, drafts: Drafts) -> Verdict:
         """Which drafts are kept and what follows them, from head 1's logits `[B, S, V]`."""
         logits = self.penalized_along(logits, drafts.tokens)
@@ -145,16 +205,24 @@ class Chooser:
             return logits
         return self.sampling.penalized_logits(logits, self._seen.unsqueeze(1))
 
-    def penalized_along(self, logits: Tensor, drafts: Tensor) -> Tensor:
-        """Each position counts the drafts before it as tokens that the text has."""
+    def penalized_along(self, logits: Tensor, drafts: Tensor, sees: Tensor | None = None) -> Tensor:
+        """Each position counts the drafts before it as tokens that the text has.
+
+        Args:
+            logits: `[B, S, V]` of head 1.
+            drafts: `[B, g]`.
+            sees: `[S, g]` bool, which drafts a position counts; None = a chain's.
+        """
         if self._seen is None:
             return logits
-        seen = self._seen.unsqueeze(1).repeat(1, logits.shape[1], 1)
-        for column in range(drafts.shape[1]):
-            later = seen[:, column + 1 :]
-            token = drafts[:, column, None, None].expand(-1, later.shape[1], 1)
-            later.scatter_(2, token, True)
-        return self.sampling.penalized_logits(logits, seen)
+        positions = logits.shape[1]
+        if sees is None:
+            sees = torch.ones(positions, positions, dtype=torch.bool, device=logits.device)
+            sees = sees.tril()[:, 1:]
+        counts = torch.zeros(logits.shape, dtype=torch.int, device=logits.device)
+        tokens = drafts.unsqueeze(1).expand(-1, positions, -1)
+        counts.scatter_add_(2, tokens, sees.int().expand_as(tokens))
+        return self.sampling.penalized_logits(logits, self._seen.unsqueeze(1) | (counts > 0))
 
 
 def _sound(distributions: Tensor) -> Tensor:

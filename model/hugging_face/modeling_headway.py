@@ -16,11 +16,12 @@ Other kinds, by keys of config.json:
                    class of its own, since the next token passes one, too
     lm_head        "replicated": an unembedding for each head
 
-It imports torch and transformers (4.56 and newer) only, and is one file, since it travels with
-every export and is to be read before it is trusted. Part of Headway, Apache-2.0.
+It imports torch, safetensors and transformers (4.56 and newer) only, and is one file, since it
+travels with every export and is to be read before it is trusted. Part of Headway, Apache-2.0.
 """
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -166,7 +168,10 @@ class HeadwayForCausalLM(LlamaForCausalLM):
             output_loading_info=True,
             **kwargs,
         )
-        if lost := sorted(key for key in info["missing_keys"] if key.startswith(_OF_HEADS)):
+        missing = {key for key in info["missing_keys"] if key.startswith(_OF_HEADS)}
+        if index is not None:  # transformers 4 believes it
+            missing |= _not_in_files(pretrained_model_name_or_path, Path(index), where)
+        if lost := sorted(missing):
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {lost[0]} and {len(lost) - 1} more tensors "
                 "of its extra heads; export it again, or load it as a plain Llama without "
@@ -732,6 +737,16 @@ def _first(positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     """What a layer reads, of the arguments it is called with."""
     found: Tensor = positional[0] if positional else named["hidden_states"]
     return found
+
+
+def _not_in_files(source: Any, index: Path, where: dict[str, Any]) -> set[str]:
+    """Tensors of extra heads that the index names and its files do not hold."""
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    names = {name for name in places if name.startswith(_OF_HEADS)}
+    for file in {places[name] for name in names}:
+        with safe_open(cached_file(source, file, **where), "pt") as tensors:
+            names -= set(tensors.keys())
+    return names
 
 
 def _refuse_cache(cache: Any) -> None:

@@ -138,10 +138,12 @@ class Engine:
         finally:
             with self._changed:
                 numbers = {row.number for row in rows if not row.over}
-                waiting = [row for row in self._waiting if row.number not in numbers]
-                numbers -= {row.number for row in self._waiting}
-                self._waiting = collections.deque(waiting)
-                self._gone |= numbers
+                unbegun = numbers & {row.number for row in self._waiting}
+                self._waiting = collections.deque(
+                    row for row in self._waiting if row.number not in unbegun
+                )
+                self._gone |= numbers - unbegun
+            self._metrics.count("cancelled_total", len(unbegun))
 
     def _submit(self, requests: Sequence[Request]) -> list[Row]:
         if self._refusing:

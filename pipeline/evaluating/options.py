@@ -10,6 +10,7 @@ from model.errors import CheckpointError, ConfigError
 from model.hugging_face.folder import RECORD_NAME
 
 # What training leaves in the folder of a run or of a checkpoint, and an export never has.
+_MOST_SHOTS = 8
 _OF_A_RUN = ("checkpoints", "metrics.jsonl", "state.json", "tensors", "latest")
 
 EPILOG = """\
@@ -86,6 +87,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _add_problems(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("programming problems").add_argument
     add("--problems", type=Path, metavar="FILE", help=".jsonl[.gz] of HumanEval or MBPP")
+    add("--shots", type=int, default=0, metavar="N", help="solved tasks before each of MBPP (0)")
     add("--samples", type=int, default=1, metavar="N", help="completions of each problem (1)")
     add("--k", default="1", metavar="K[,K]", help="for pass@k, each at most --samples (1)")
     add("--temperature", type=float, default=0.2, metavar="T", help="0 = the likeliest token (0.2)")
@@ -130,6 +132,10 @@ def check(options: argparse.Namespace) -> None:
             raise ConfigError(f"{option} {value} must be at least 1; give a larger number")
     if options.prompts < 0:
         raise ConfigError(f"--prompts {options.prompts} must be at least 0; 0 decodes nothing")
+    if not 0 <= options.shots <= _MOST_SHOTS:
+        raise ConfigError(
+            f"--shots {options.shots} must be from 0 to {_MOST_SHOTS}; 3 is MBPP's usual form"
+        )
     if not 0 <= options.seed < 1 << 63:
         raise ConfigError(f"--seed {options.seed} must be from 0 to 2^63 - 1; the default is 0")
     if not 0.1 <= options.time_limit <= 3600:

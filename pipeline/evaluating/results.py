@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from foundation.durable_files import write_whole
+from foundation.durable_files import sync_folder, write_whole
 from pipeline.evaluating.decoding import Decoded
 from pipeline.evaluating.held_out import HeldOut
 from pipeline.evaluating.pass_at_k import Sample
@@ -92,14 +94,31 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, f"{text}\n".encode())
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Write completions and verdicts as JSON lines, as a whole or not at all.
+@contextmanager
+def sample_file(path: Path | None) -> Iterator[Callable[[Sequence[Sample]], None]]:
+    """A function that writes completions and verdicts as JSON lines, as they come; None: nowhere.
+
+    They go into PATH.partial, which is on the disk after each call and gets its name at the end:
+    an evaluation that is killed loses nothing that was finished.
 
     Raises:
         OSError: the file cannot be written.
     """
-    lines = [json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in samples]
-    write_whole(path, "".join(lines).encode())
+    if path is None:
+        yield lambda samples: None
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+
+        def write(samples: Sequence[Sample]) -> None:
+            for sample in samples:
+                file.write(json.dumps(sample._asdict(), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        yield write
+    partial.replace(path)
+    sync_folder(path.parent)
 
 
 def _plain(value: Any) -> Any:

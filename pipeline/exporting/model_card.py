@@ -60,6 +60,10 @@ or, faster, by Headway itself:
 python -m model.generate folder --prompt "..." --compare
 ```
 
+Head 1 was tried in vLLM 0.32 as it is, and in llama.cpp by way of Headway's
+`examples/to_llama_cpp.py`, since its converter does not know tokenizers trained on other text; its
+`docs/guides/other_engines.md` says how they compared, and how the heads draft in vLLM.
+
 To train on, pass `labels`: the loss is that of all heads, for `transformers.Trainer` and adapters.
 `save_pretrained` keeps the heads.
 

@@ -108,7 +108,6 @@ def test_bf16_runs(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--lossy", "top-1"], "--lossy top-1 is no rule; give typical, or top-K"),
         (["--lossy", "typical", "--compare"], "--lossy gives another text than head 1 alone"),
         (["--tree", "9"], "--tree 9 must be from 0 to 8"),
-        (["--tree", "1", "--temperature", "1"], "--tree is for the likeliest tokens alone"),
         (["--stream", "--prompt", "b"], "--stream shows one text as it comes, not 2 prompts"),
         (["--prompt-file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
     ],
@@ -211,6 +210,18 @@ def test_a_tree_prints_the_same_text(export: Path, capsys: pytest.CaptureFixture
     assert "outputs are equal" in tree
     forwards = [int(re.findall(r"4 heads: \d+ tokens, (\d+)", out)[0]) for out in (chain, tree)]
     assert forwards[1] <= forwards[0]
+
+
+def test_a_tree_samples_by_its_seed(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text repeats with its seed, another seed gives another; a penalty is compared, too."""
+    arguments = [str(export), "--prompt", "ab", "--max-new-tokens", "30", "--ids", "--tree", "2"]
+    one, again, other = (
+        printed_ids(output(capsys, *arguments, "--temperature", "1", "--seed", seed))
+        for seed in ("1", "1", "2")
+    )
+    assert one == again != other
+    penalized = output(capsys, *arguments, "--compare", "--repetition-penalty", "1.5")
+    assert "outputs are equal" in penalized
 
 
 @pytest.mark.parametrize("rule", ["top-30", "typical"])

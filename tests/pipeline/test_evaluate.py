@@ -94,6 +94,8 @@ def test_shards_are_kinds_by_source(
         (["--problems", "PROBLEMS", "--temperature", "0", "--samples", "2"], "same completion 2"),
         (["--problems", "PROBLEMS", "--top-p", "0"], "--top-p 0 must be above 0"),
         (["--problems", "TEXT"], "line 1 is not JSON"),
+        (["--problems", "PROBLEMS", "--shots", "3"], "--shots 3 takes task 2 of MBPP"),
+        (["--problems", "PROBLEMS", "--shots", "-1"], "--shots -1 must be from 0 to"),
     ],
 )
 def test_options_are_refused_in_one_line(

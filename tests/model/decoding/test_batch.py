@@ -94,8 +94,7 @@ def alone(decoder: Decoder, request: Request) -> list[Piece]:
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_row_gets_what_it_gets_alone(kind: str) -> None:
     """Rows join and are taken out at random; all others are token for token as alone."""
-    samplings = (GREEDY,) if kind == "tree" else SAMPLINGS
-    requests = some_requests(samplings)
+    requests = some_requests(SAMPLINGS)
     batch = Batch(DECODERS[kind](), ROWS, CAPACITY)
     chance = random.Random(1)
     pieces: dict[int, list[Piece]] = {number: [] for number in range(len(requests))}

@@ -15,6 +15,7 @@ from pipeline.evaluating.completions import Drawing, draw
 from pipeline.evaluating.model_folder import EvaluatedModel, open_model
 from pipeline.evaluating.pass_at_k import Sample, mean_pass_at_k, pass_at_k, solve
 from pipeline.evaluating.problems import Problem, read_problems
+from pipeline.evaluating.results import sample_file
 from pipeline.sandbox.run import Limits, Sandbox, open_sandbox
 from tests.support.tiny_export import export_tiny
 
@@ -197,3 +198,51 @@ def test_solving_runs_every_completion(model: EvaluatedModel, sandbox: Sandbox) 
         assert sample.passed == sandbox.run(always.program(sample.completion)).passed
     assert not any(sample.passed for sample in found[1] + found[2])
     assert "its prompt is as long" in found[2][0].reason
+
+
+def test_samples_are_on_the_disk_as_they_come(tmp_path: Path) -> None:
+    """An evaluation that ends early leaves what was finished beside the older results."""
+    path, partial = tmp_path / "s.jsonl", tmp_path / "s.jsonl.partial"
+    path.write_text("older\n")
+    one, other = Sample("T/0", "é", True, "passed"), Sample("T/1", "", False, "why")
+
+    def killed() -> None:
+        with sample_file(path) as write:
+            write([one])
+            assert [json.loads(line) for line in partial.read_text().splitlines()] == [
+                one._asdict()
+            ]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert path.read_text() == "older\n"
+    assert partial.read_text().count("\n") == 1
+    with sample_file(path) as write:
+        write([one])
+        write([other])
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert kept == [one._asdict(), other._asdict()]
+    assert not partial.exists()
+
+
+def test_solved_tasks_stand_before_those_of_mbpp(tmp_path: Path) -> None:
+    """Tasks 2 to 4, in their order, in the words of Austin et al. 2021; they are no problems."""
+    path = tmp_path / "mbpp.jsonl"
+    tasks = [MBPP | {"task_id": number, "text": f"Task {number}."} for number in (4, 2, 3, 1, 11)]
+    path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    first, second = read_problems(path, shots=3)
+    assert [first.task_id, second.task_id] == ["1", "11"]
+    shown = "assert add(1, 2) == 3\nassert add(0, 0) == 0"
+    asked = (
+        "You are an expert Python programmer, and here is your task: Task {}. "
+        f"Your code should pass these tests:\n\n{shown}\n[BEGIN]\n"
+    )
+    solved = f"{MBPP['code']}\n[DONE]\n\n"
+    examples = "".join(asked.format(number) + solved for number in (2, 3, 4))
+    assert second.prompt == examples + asked.format(11)
+    assert second.stops == ("[DONE]",)
+    assert second.program(MBPP["code"]) == read_problems(path)[4].program(MBPP["code"])
+    path.write_text(json.dumps(tasks[1]) + "\n")
+    with pytest.raises(ConfigError, match="--shots 3 takes task 3 of MBPP, which is not there"):
+        read_problems(path, shots=3)
