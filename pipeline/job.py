@@ -41,6 +41,7 @@ from pipeline.guard.policy import GoBack
 from pipeline.guard.progress import Progress
 from pipeline.guard.stall import StallWatch
 from pipeline.launching.explanation import Explanation, explain
+from pipeline.launching.notification import Ending, notify_as_rank
 from pipeline.launching.verdict import Outcome, Verdict, blamed_host
 from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
@@ -299,9 +300,10 @@ class Job:
     def record(
         self, outcome: Outcome, message: str, *, exit_code: int, host: str | None = None
     ) -> None:
-        """Say in the run's folder how it ended, unless another rank has said so before."""
+        """Say how it ended, in the run's folder and by run.notify; the first rank's word holds."""
         step = self._state.step if self._state else None
-        self.verdict.record(outcome, message, exit_code=exit_code, host=host, step=step)
+        if self.verdict.record(outcome, message, exit_code=exit_code, host=host, step=step):
+            notify_as_rank(self.config.run, Ending(outcome, message, step), os.environ)
 
     def explain(self, error: Exception) -> Explanation:
         """An unforeseen error in one line; after a broken collective, who broke it."""
