@@ -26,6 +26,7 @@ from pipeline.data.samples import (
     open_data,
     weight_phases,
 )
+from pipeline.distributed.agreement import from_all
 from pipeline.distributed.identity import Identity
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.lease import Lease
@@ -40,6 +41,7 @@ from pipeline.engine.init_from import imported_identity, imported_weights
 from pipeline.guard.policy import GoBack
 from pipeline.guard.progress import Progress
 from pipeline.guard.stall import StallWatch
+from pipeline.guard.straggler import Stragglers
 from pipeline.launching.explanation import Explanation, explain
 from pipeline.launching.notification import Ending, notify_as_rank
 from pipeline.launching.verdict import Outcome, Verdict, blamed_host
@@ -161,11 +163,13 @@ class Job:
             waiting_for=self._waiting_for,
             abort=self._abort,
         )
+        self._stragglers = Stragglers(topology, from_all(socket.gethostname()))
         self._stall_watch = StallWatch(
             topology,
             self._progress,
             host=socket.gethostname(),
             run_dir=config.run.dir,
+            straggler=self._stragglers.told,
             abort=self._abort,
         )
         self._lease.acquire()
@@ -263,7 +267,7 @@ class Job:
                     resumed_step=state.step,
                     changes=self._changes,
                 ),
-                throughput=Throughput(config, topology),
+                throughput=Throughput(config, topology, self._stragglers),
                 stop=self._stop,
                 progress=self._progress,
             ),
