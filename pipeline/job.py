@@ -26,6 +26,7 @@ from pipeline.data.samples import (
     open_data,
     weight_phases,
 )
+from pipeline.distributed.agreement import from_all
 from pipeline.distributed.identity import Identity
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.lease import Lease
@@ -40,7 +41,9 @@ from pipeline.engine.init_from import imported_identity, imported_weights
 from pipeline.guard.policy import GoBack
 from pipeline.guard.progress import Progress
 from pipeline.guard.stall import StallWatch
+from pipeline.guard.straggler import Stragglers
 from pipeline.launching.explanation import Explanation, explain
+from pipeline.launching.notification import Ending, notify_as_rank
 from pipeline.launching.verdict import Outcome, Verdict, blamed_host
 from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
@@ -160,11 +163,13 @@ class Job:
             waiting_for=self._waiting_for,
             abort=self._abort,
         )
+        self._stragglers = Stragglers(topology, from_all(socket.gethostname()))
         self._stall_watch = StallWatch(
             topology,
             self._progress,
             host=socket.gethostname(),
             run_dir=config.run.dir,
+            straggler=self._stragglers.told,
             abort=self._abort,
         )
         self._lease.acquire()
@@ -262,7 +267,7 @@ class Job:
                     resumed_step=state.step,
                     changes=self._changes,
                 ),
-                throughput=Throughput(config, topology),
+                throughput=Throughput(config, topology, self._stragglers),
                 stop=self._stop,
                 progress=self._progress,
             ),
@@ -299,9 +304,10 @@ class Job:
     def record(
         self, outcome: Outcome, message: str, *, exit_code: int, host: str | None = None
     ) -> None:
-        """Say in the run's folder how it ended, unless another rank has said so before."""
+        """Say how it ended, in the run's folder and by run.notify; the first rank's word holds."""
         step = self._state.step if self._state else None
-        self.verdict.record(outcome, message, exit_code=exit_code, host=host, step=step)
+        if self.verdict.record(outcome, message, exit_code=exit_code, host=host, step=step):
+            notify_as_rank(self.config.run, Ending(outcome, message, step), os.environ)
 
     def explain(self, error: Exception) -> Explanation:
         """An unforeseen error in one line; after a broken collective, who broke it."""

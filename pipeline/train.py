@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from data_prep.errors import DataError
 from foundation.shown_text import printable, told
@@ -28,7 +28,9 @@ from pipeline.config.run_config import (
 from pipeline.distributed.cuda_settings import prepare_cuda
 from pipeline.distributed.launch import Launch
 from pipeline.distributed.rendezvous import RankInfo, rank_info
-from pipeline.launching.verdict import blamed_host
+from pipeline.launching.notification import Ending, notify, notify_as_rank
+from pipeline.launching.verdict import OUTCOMES, blamed_host
+from pipeline.reporting.metrics import read_metrics
 from pipeline.reporting.run_log import quieten_libraries
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
     options = _parse(arguments, prog)
     quieten_libraries()
     launch: Launch | None = None
+    config: RunConfig | None = None
     try:
         info = rank_info(os.environ)
         launch = Launch(info, os.environ, orphaned=lambda reason: _end_orphan(info, reason))
@@ -65,13 +68,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         if options.check:
             _check(config, options, info)
             return 0
+        if options.notify:
+            _notify(config, *options.notify)
+            return 0
         data_parallel_size(config, info.world_size)
         prepare_cuda(
             os.environ, stages=len(config.stage_plan), deterministic=config.train.deterministic
         )
         device, precision = _resolve(config)
     except (ConfigError, DataError, CheckpointError, OSError) as error:
-        _refuse(told(error) if isinstance(error, OSError) else str(error), launch)
+        message = told(error) if isinstance(error, OSError) else str(error)
+        _refuse(message, launch)
+        if config is not None and info.rank == 0 and not (options.dry_run or options.check):
+            notify_as_rank(config.run, Ending("refused", message, None), os.environ)
         return EXIT_USER_FAULT
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # also where there are GPUs that this run leaves alone
@@ -167,6 +176,13 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "prints run.dir",
     )
     parser.add_argument(
+        "--notify",
+        nargs=2,
+        metavar=("OUTCOME", "REASON"),
+        help="call run.notify as if the run had ended so, and do nothing else; job scripts do, and "
+        f"it is a way to try the command; OUTCOME: {', '.join(OUTCOMES)}",
+    )
+    parser.add_argument(
         "--world-size", type=int, metavar="N", help="ranks that --dry-run and --check assume"
     )
     return parser.parse_args(arguments)
@@ -191,6 +207,20 @@ def _check(config: RunConfig, options: argparse.Namespace, info: RankInfo) -> No
     _resolve(config)
     check_run(config, _assumed_ranks(options.world_size, info), options.resume)
     print(config.run.dir)
+
+
+def _notify(config: RunConfig, outcome: str, reason: str) -> None:
+    """Tell what a job script knows of the run's end."""
+    if outcome not in OUTCOMES:
+        raise ConfigError(
+            f"--notify {printable(outcome, 20)} must begin with one of {', '.join(OUTCOMES)}, the "
+            "words of a verdict"
+        )
+    try:
+        step = read_metrics(config.run.dir)[-1]["step"]
+    except (ConfigError, IndexError):
+        step = None
+    notify(config.run, Ending(outcome, reason, cast(int | None, step)))
 
 
 def _resolve(config: RunConfig) -> tuple[Device, Precision]:

@@ -174,6 +174,8 @@ class Trainer:
         if not (due or evaluation or not result.applied):
             return
         losses, weights = result.head_losses.tolist(), options.model.loss_weights(step - 1)
+        execution = self.parts.engine.execution
+        idle = execution.idle_fractions()
         record: Record = {
             "step": step,
             "tokens": self.state.tokens,
@@ -181,13 +183,13 @@ class Trainer:
             **{f"loss_head_{k}": loss for k, loss in enumerate(losses, start=1)},
             "grad_norm": result.grad_norm,
             "learning_rate": self._learning_rate(step),
-            **self.parts.throughput.figures(),
+            **self.parts.throughput.figures(execution.own_seconds()),
             **self._source_figures(),
             **self.parts.saver.figures(),
         }
         if is_schedule(options.model.head_weights):
             record["head_weights"] = list(weights)
-        if idle := self.parts.engine.execution.idle_fractions():
+        if idle:
             record["stage_idle_fraction"] = idle
         if not result.applied:
             record["skipped"] = 1

@@ -98,10 +98,18 @@ say "$config on $nodes nodes x $ranks processes ($SLURM_JOB_NODELIST), rendezvou
 arguments=("$config" --resume auto ${ARGS:-} "$@")
 # A job that is queued again goes on from its own newest checkpoint, also if it began elsewhere or anew.
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || arguments+=(--resume auto)
+export HEADWAY_NOTIFIED_BY=job # run.notify is called here, where it is known whether the job goes on by itself
+tell_end() { call_python -m pipeline.train "${arguments[@]}" --notify "$1" "$2" || true; }
 if [ "$warned$cancelled" = 00 ]; then
-  checked=0
-  run_dir=$(call_python -m pipeline.train "${arguments[@]}" --check --world-size "$((nodes * ranks))" | tail -n 1) || checked=$?
-  [ "$checked" = 0 ] || [ "$warned$cancelled" != 00 ] || exit "$checked"
+  checked=0 check_errors=$(mktemp)
+  run_dir=$(call_python -m pipeline.train "${arguments[@]}" --check --world-size "$((nodes * ranks))" 2>"$check_errors" | tail -n 1) ||
+    checked=$?
+  if [ "$checked" != 0 ] && [ "$warned$cancelled" = 00 ]; then
+    tell_end refused "$(sed -n 's/^error: //p' "$check_errors" | tail -n 1)" 2>/dev/null # what the check has said, too
+    cat "$check_errors" >&2
+    exit "$checked"
+  fi
+  cat "$check_errors" >&2
 fi
 progress_mark() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
 

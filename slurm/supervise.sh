@@ -156,6 +156,9 @@ job_field() {
   scontrol show job "$job" 2>/dev/null | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d = -f 2-
 }
 
+# What is told of the end of a job that is not queued again; scripts of runs define their own.
+tell_end() { :; } # OUTCOME REASON, as in a verdict
+
 # Ends the job: with the step's status and the reason as the log's last line, or in the queue again.
 # 75: stopped on a signal after saving (EX_TEMPFAIL). 138, 143: ended by USR1 or TERM before it could save;
 # the newest checkpoint, or the finished units of work, are the point to go on from.
@@ -164,6 +167,7 @@ finish_job() {
   notes=$(job_field StdOut || true).requeues # beside the job's output, which all nodes see
   if [ "$status" = 0 ]; then
     rm -f "$notes"
+    tell_end "done" "$(verdict_value message)"
     exit 0
   fi
   outcome=$(verdict_value outcome) message=$(verdict_value message)
@@ -171,9 +175,13 @@ finish_job() {
     is_over_time || leave_to_slurm
     warned=1
   fi
-  [ "$outcome" != "done" ] || exit 0 # whatever became of a task that had nothing left to do
+  if [ "$outcome" = "done" ]; then # whatever became of a task that had nothing left to do
+    tell_end "done" "$message"
+    exit 0
+  fi
   # Of the tasks that srun ends after one has failed some report 75: what the run says comes first.
   if [ "$outcome" = failed ] || [ "$outcome" = refused ]; then
+    tell_end "$outcome" "$message"
     echo "error: $message"
     exit_code=$(verdict_value exit_code)
     exit "${exit_code:-$status}"
@@ -191,7 +199,10 @@ finish_job() {
   elif [ "$status" = 75 ]; then
     # Preemption with a time of grace sends TERM to the tasks only.
     case $(job_field PreemptTime || true) in
-      "" | None) say "stopped on request; the same sbatch command goes on where it stopped" ;;
+      "" | None)
+        say "stopped on request; the same sbatch command goes on where it stopped"
+        tell_end stopped "stopped on request"
+        ;;
       *) queue_again "the job is being preempted" ;;
     esac
   elif [ -z "$outcome" ] && [ "$status" = 137 ]; then
@@ -199,6 +210,7 @@ finish_job() {
   else
     [ -n "$message" ] || message=$(first_error)
     [ -n "$message" ] || message="the step ended with status $status; its own lines above say why"
+    tell_end failed "$message"
     echo "error: $message"
   fi
   exit "$status"
@@ -212,6 +224,7 @@ leave_to_slurm() {
     say "Slurm has queued job $job again; it goes on by itself where it stopped"
   else
     say "stopped on request; the same sbatch command goes on where it stopped"
+    tell_end stopped "stopped on request"
   fi
   exit "$status"
 }
@@ -228,7 +241,9 @@ queue_again() {
   [ "$before" = "$mark" ] && count=$((count + 1)) || count=1
   say "$reason"
   if [ "$count" -gt "$max_idle_requeues" ]; then
-    echo "error: queued again $max_idle_requeues times without progress (it is at: $mark), now stopped: $reason." \
+    reason="queued again $max_idle_requeues times without progress (it is at: $mark), now stopped: $reason"
+    tell_end failed "$reason"
+    echo "error: $reason." \
       "Give a longer --time, a shorter --signal=B:USR1@SECONDS, or save more often; MAX_IDLE_REQUEUES changes the number"
     exit 1
   fi
@@ -250,6 +265,7 @@ queue_again() {
     exit "$status"
   fi
   say "job $job could not be queued again; the same sbatch command goes on where it stopped"
+  tell_end failed "$reason; job $job could not be queued again"
   echo "error: $reason"
   exit "$status"
 }
@@ -265,8 +281,9 @@ refuse_early_warning() {
   lead=$(sed -n 's/^#SBATCH --signal=.*@\([0-9]*\)$/\1/p' "$0" | head -n 1)
   limit=$(seconds_of "$(job_field TimeLimit || true)")
   [ -n "$limit" ] && [ -n "$lead" ] && [ "$limit" -le "$lead" ] || return 0
-  echo "error: the time limit of $limit s is not above the $lead s of --signal, so the job is warned as soon as it starts;" \
-    "give sbatch a longer --time, or a shorter --signal=B:USR1@SECONDS"
+  limit="the time limit of $limit s is not above the $lead s of --signal, so the job is warned as soon as it starts"
+  tell_end refused "$limit"
+  echo "error: $limit; give sbatch a longer --time, or a shorter --signal=B:USR1@SECONDS"
   exit 2
 }
 

@@ -74,11 +74,15 @@ class RunSection(Section):
         name: of the run; letters, digits, - and _.
         dir: folder of everything that the run writes; runs/NAME unless given.
         seed: of initial weights and data order.
+        notify: shell command that one rank, or the job script, runs when the run has ended or
+            failed; it finds HEADWAY_STATUS, HEADWAY_RUN, HEADWAY_STEP, HEADWAY_RUN_DIR and
+            HEADWAY_REASON in its environment.
     """
 
     name: Name
     dir: FilePath = Field(default_factory=_run_dir)
     seed: int = Field(default=1234, ge=0, lt=2**32)
+    notify: Name | None = None
 
     @field_validator("name")
     @classmethod

@@ -79,6 +79,13 @@ class Execution(Protocol):
         """Share of the steps since the last call that each stage waited; none for one stage."""
         ...
 
+    def own_seconds(self) -> float | None:
+        """Seconds since the last call in which the device worked and waited for no other rank.
+
+        None where the host's clock knows them. To be asked after `idle_fractions`.
+        """
+        ...
+
     @property
     def waiting_for(self) -> str | None:
         """Which transfer this rank is waiting for, if any."""

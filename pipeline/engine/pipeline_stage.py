@@ -178,6 +178,10 @@ class PipelineStage:
         """Share of the steps since the last call that each stage waited; a collective."""
         return self.runner.idle_fractions()
 
+    def own_seconds(self) -> float | None:
+        """Of the steps that the last `idle_fractions` was about, without the waiting."""
+        return self.runner.own_s if self._topology.device.type == "cuda" else None
+
     @property
     def waiting_for(self) -> str | None:
         """Which transfer this rank is waiting for, if any."""

@@ -30,6 +30,8 @@ class SingleStage:
         self._chunk_tokens = config.train.chunk_tokens(device.type)
         self._engine = deepspeed_engine
         self._model: MultiTokenModel = deepspeed_engine.module
+        # On a GPU: before and after what no other rank takes part in.
+        self._own_work: list[tuple[Any, Any]] = []
 
     def run(self, batches: list[Batch], scales: Tensor) -> Tensor:
         """Forward and backward of a step's micro-batches; each head's loss sum over them `[n]`."""
@@ -41,6 +43,7 @@ class SingleStage:
 
     def _micro_step(self, batch: Batch, scales: Tensor) -> Tensor:
         """Forward and backward of one micro-batch; each head's local loss sum `[n]`."""
+        begun = self._now()
         if self._config.train.head_backward == "joint":
 
             def joint(trunk_output: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,8 +70,27 @@ class SingleStage:
                 chunk_tokens=self._chunk_tokens,
                 documents=batch.documents,
             )
+        if begun is not None:  # the trunk's backward, which follows, has the reduction in it
+            self._own_work.append((begun, self._now()))
         self._engine.backward(surrogate, scale_wrt_gas=False)
         return sums.float()
+
+    def own_seconds(self) -> float | None:
+        """Of the trunk's forward and the heads, on a GPU; ZeRO-3 gathers weights within."""
+        if self._device.type != "cuda":
+            return None
+        work, self._own_work = self._own_work, []
+        if work:
+            work[-1][1].synchronize()
+        return sum(float(begin.elapsed_time(end)) for begin, end in work) / 1000
+
+    def _now(self) -> Any:
+        """An event on a GPU's stream; None on a CPU."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
         """Sum of `evaluate_heads` over batches: `[3 * n]`."""

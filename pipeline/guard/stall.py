@@ -107,6 +107,7 @@ class StallWatch:
         progress: of the main thread.
         host: of this rank.
         run_dir: below it stacks are written, in `stalls/`.
+        straggler: the rank that was slowest before, in words.
         abort: called with the verdict; does not return.
     """
 
@@ -117,12 +118,14 @@ class StallWatch:
         *,
         host: str,
         run_dir: Path,
+        straggler: Callable[[], str | None] = lambda: None,
         abort: Callable[[str], None],
     ) -> None:
         self._topology = topology
         self._progress = progress
         self._host = host
         self._stalls = run_dir / STALLS
+        self._straggler = straggler
         self._abort = abort
         self._main = threading.main_thread().ident or 0
         self._closed = threading.Event()
@@ -180,6 +183,8 @@ class StallWatch:
         told += f"; stacks of all ranks are in {folder}"
         if self._topology.is_main:
             lines = [told, *(place.told() for place in places)]
+            if slowest := self._straggler():
+                lines.append(f"slowest in the last steps: {slowest}")
             self._write(folder / "summary.txt", "\n".join(lines) + "\n")
         logger.error("%s", told)
         self._abort(told)

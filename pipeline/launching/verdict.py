@@ -5,7 +5,6 @@ start are consequences and leave the file alone. Job scripts read it, people's o
 JSON with a key in each line.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -15,13 +14,14 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from foundation.durable_files import discard, write_synced
 from foundation.json_text import read_json
 
 VERDICT_NAME = "verdict.json"
 Outcome = Literal["done", "stopped", "refused", "failed", "lost"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _MAX_BYTES = 1 << 16
 _POLL_S = 0.1
 # How messages that cross the ranks as text name who is at fault: the watchdog and the meeting by
@@ -69,7 +69,7 @@ class Verdict:
         exit_code: int,
         host: str | None = None,
         step: int | None = None,
-    ) -> None:
+    ) -> bool:
         """Write how this start ended, unless a rank has done so before.
 
         A folder that cannot be written loses the verdict and nothing else.
@@ -80,6 +80,9 @@ class Verdict:
             exit_code: of the rank that says so.
             host: the node where it happened, if it happened on one.
             step: the run's last step, if it has begun.
+
+        Returns:
+            Whether this rank is the one that says so; without a folder, rank 0 is.
         """
         content = {
             "start": self._start,
@@ -92,14 +95,20 @@ class Verdict:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         temporary = self.path.with_name(f"{VERDICT_NAME}.{secrets.token_hex(4)}.tmp")
-        with contextlib.suppress(OSError):
+        try:
             if self._is_known():
-                return
+                return False
             self.path.unlink(missing_ok=True)
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             write_synced(temporary, text.encode(errors="replace"))
-            os.link(temporary, self.path)  # fails where another rank was quicker
-        discard(temporary)
+            os.link(temporary, self.path)
+        except FileExistsError:  # another rank was quicker
+            return False
+        except OSError:
+            return self._rank == 0
+        finally:
+            discard(temporary)
+        return True
 
     def clear(self) -> None:
         """Take away the verdict on an earlier start: this one has begun."""

@@ -82,6 +82,9 @@ class StageRunner:
         chunk_tokens: tokens whose logits exist at once.
         sparse_first_gradient: give the LM head a gradient of zeros in a step's first micro-batch,
             for an optimizer that overwrites its buffers then and adds to them afterwards.
+
+    Attributes:
+        own_s: seconds of the steps of the last `idle_fractions` in which this rank did not wait.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class StageRunner:
         self._order = order
         self._chunk_tokens = chunk_tokens
         self._sparse_first_gradient = sparse_first_gradient
+        self.own_s = 0.0
 
     def run(self, batches: Sequence[Batch], scales: Tensor) -> Tensor:
         """Forward and backward of all micro-batches of a step.
@@ -138,7 +142,9 @@ class StageRunner:
     def idle_fractions(self) -> list[float]:
         """Share of the steps since the last call that each stage waited; a collective."""
         seconds = torch.zeros(2, self._topology.num_stages, dtype=torch.float64)
-        seconds[:, self._topology.stage] = torch.tensor(self._links.clock.take())
+        waited_s, elapsed_s = self._links.clock.take()
+        self.own_s = elapsed_s - waited_s
+        seconds[:, self._topology.stage] = torch.tensor([waited_s, elapsed_s])
         seconds = seconds.to(self._topology.device)
         dist.all_reduce(seconds)
         idle, elapsed = seconds

@@ -96,6 +96,29 @@ class Job:
         self._cluster.run("scancel", "--batch", f"--signal={name}", self.number)
 
 
+def submit_training(
+    cluster: Cluster, folder: Path, config: Path, options: Sequence[str], *settings: str
+) -> Job:
+    """Submit a run of the real trainer.
+
+    Args:
+        cluster: where to.
+        folder: of the job's output.
+        config: of the run.
+        options: of sbatch.
+        settings: of `--set`.
+    """
+    return Job(
+        cluster,
+        folder,
+        "slurm/pretrain_7b.sh",
+        options=options,
+        arguments=[str(config), "--set", *settings],
+        PYTHON=sys.executable,
+        OMP_NUM_THREADS="1",
+    )
+
+
 def interpreter(folder: Path) -> str:
     """An interpreter for job scripts that is `tests/cluster/trainer.py`."""
     path = folder / "python"

@@ -17,7 +17,7 @@ from tests.cluster.conftest import running
 from tests.cluster.jobs import Job, interpreter, light_run, trained_steps
 from tests.cluster.settings import Settings
 from tests.cluster.testbed import Cluster
-from tests.cluster.trainer import LOST
+from tests.cluster.trainer import LOST, TOLD
 
 pytestmark = pytest.mark.cluster
 LONG = functools.partial(pytest.param, marks=pytest.mark.stress)
@@ -72,10 +72,12 @@ def test_a_configuration_error_is_the_last_line(pretrain: Pretrain) -> None:
     assert "srun" not in job.log
 
 
-def test_the_error_of_any_rank_is_the_last_line(pretrain: Pretrain) -> None:
+def test_the_error_of_any_rank_is_the_last_line(tmp_path: Path, pretrain: Pretrain) -> None:
     """Also of one that is not on the first node; a fault of its own is not tried again."""
     job = pretrain(failing_rank=3)
     assert job.finish() == "FAILED"
+    told = (tmp_path / "run" / TOLD).read_text()
+    assert told == "failed rank 3: ValueError: a bug\n"  # once, whatever the other ranks said
     assert job.last_line == "error: rank 3: ValueError: a bug"
     assert job.field("Restarts") == "0"
 
@@ -163,6 +165,8 @@ def test_a_killed_task_costs_its_node(cluster: Cluster, tmp_path: Path, pretrain
     assert "node2" not in job.starts[1] + job.field("NodeList")
     assert job.finish() == "COMPLETED", job.log
     _assert_went_on(tmp_path, 60)
+    told = (tmp_path / "run" / TOLD).read_text()
+    assert told.split() == ["done"]  # not of the start that was queued again
     assert "a task on node2 was killed" in job.log
     assert "node2 is excluded from the next start" in job.log
 

@@ -3,34 +3,18 @@
 import json
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pipeline.launching.snapshot import SUBMISSIONS
-from tests.cluster.jobs import Job
+from tests.cluster.jobs import submit_training
 from tests.cluster.testbed import Cluster
 from tests.support.training_runs import last_step, metrics_without_times, run_job
 
 pytestmark = pytest.mark.cluster
 
-SCRIPT = "slurm/pretrain_7b.sh"
 START_S = 300  # ranks import their libraries on the cores that this machine really has
-
-
-def _submit(
-    cluster: Cluster, folder: Path, config: Path, options: Sequence[str], *settings: str
-) -> Job:
-    return Job(
-        cluster,
-        folder,
-        SCRIPT,
-        options=options,
-        arguments=[str(config), "--set", *settings],
-        PYTHON=sys.executable,
-        OMP_NUM_THREADS="1",
-    )
 
 
 def _verdict(run_dir: Path) -> dict[str, object]:
@@ -64,7 +48,7 @@ def test_a_folder_that_is_not_shared_is_refused(
 ) -> None:
     """On a node's own disk: before the first step, and the log ends with what to do."""
     local = cluster.local_folder / "run"
-    job = _submit(cluster, tmp_path, config, ["--nodes=2"], f"run.dir={local}")
+    job = submit_training(cluster, tmp_path, config, ["--nodes=2"], f"run.dir={local}")
     assert job.finish(START_S) == "FAILED"
     assert "set run.dir to a folder that all nodes share" in job.last_line
     assert job.last_line.startswith("error: rank 1: run.dir=")
@@ -79,7 +63,7 @@ def test_a_node_with_another_file_is_refused(
     local = cluster.local_folder / "config.yaml"
     copy = 'sed "s/seed: 7/seed: 7$SLURM_NODEID/" "$1" >"$2"'
     cluster.run("srun", "--nodes=2", "bash", "-c", copy, "bash", str(config), str(local))
-    job = _submit(cluster, tmp_path, local, ["--nodes=2"], "train.steps=9")
+    job = submit_training(cluster, tmp_path, local, ["--nodes=2"], "train.steps=9")
     assert job.finish(START_S) == "FAILED"
     assert "rank 1/2 on node2 has another configuration than rank 0 on node1" in job.log
     assert "run.seed is 71 there and 70 on rank 0" in job.last_line
@@ -97,7 +81,10 @@ def test_a_disturbed_run_is_the_undisturbed_one(
         tmp_path, [str(config), "--set", *steps, f"run.dir={quiet}"], world=2, timeout_s=600
     )
     assert outcome.codes == [0, 0], outcome.output
-    job, run_dir = _submit(cluster, tmp_path, config, ["--nodes=2"], *steps), tmp_path / "run"
+    job, run_dir = (
+        submit_training(cluster, tmp_path, config, ["--nodes=2"], *steps),
+        tmp_path / "run",
+    )
 
     def reach(step: int) -> list[str]:
         """Wait for a step; the job's nodes."""

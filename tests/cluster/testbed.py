@@ -5,6 +5,7 @@ files, as the nodes of a cluster see its shared file system. Everything it start
 process that started it, however that ends.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -192,7 +193,8 @@ class Cluster:
         found = self.processes_of(node, *words)
         assert found, f"no process with {words} on {node}"
         for pid in found:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # one ends with another
+                os.kill(pid, number)
 
     def wait(
         self, condition: Callable[[], object], what: str, timeout_s: float = 60, poll_s: float = 0.1
@@ -211,7 +213,7 @@ class Cluster:
         """The last lines of every daemon."""
         texts = []
         for path in sorted((self.folder / "log").glob("*")):
-            lines = path.read_text(errors="replace").splitlines()[-8:]
+            lines = path.read_text(errors="replace").splitlines()[-25:]
             texts += [f"== {path.name}", *lines]
         return "\n".join(texts)
 

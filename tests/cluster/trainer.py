@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.launching.verdict import Verdict
 
 STEP_S = 0.1
+TOLD = "told"  # a file in the run's folder: outcome and reason of each call of run.notify
 LOST = "lost"  # a file in the run's folder that names a node: rank 0 blames it, as a watchdog does
 
 
@@ -26,6 +27,10 @@ def main(arguments: list[str]) -> int:
     options = json.loads(Path(arguments[2]).read_text(encoding="utf-8"))
     run_dir = Path(options["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
+    if "--notify" in arguments:
+        with (run_dir / TOLD).open("a", encoding="utf-8") as file:
+            file.write(" ".join(arguments[-2:]) + "\n")
+        return 0
     if "--check" in arguments:
         if problem := options.get("problem"):
             print(f"error: {problem}", file=sys.stderr)

@@ -48,7 +48,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(shards: Path, tmp_path: Path) -> Path:
     """The YAML of a tiny run on these shards; its run.dir is `tmp_path / "run"`."""
-    path = tmp_path / "tiny.yaml"
+    return written_config(shards, tmp_path)
+
+
+def written_config(shards: Path, folder: Path, run_dir: Path | None = None) -> Path:
+    """The YAML of a tiny run, in a folder; its run.dir is `folder / "run"` unless given."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "tiny.yaml"
     text = CONFIG.replace("shards: unset", f"shards: {shards}")
-    path.write_text(text.replace("name: tiny", f"name: tiny, dir: {tmp_path / 'run'}"))
+    path.write_text(text.replace("name: tiny", f"name: tiny, dir: {run_dir or folder / 'run'}"))
     return path

@@ -18,6 +18,7 @@ STARTED = "started"
 
 # Writes down how it was called, runs as the test says; USR1 ends it with the trainer's status 75.
 FAKE_SRUN = """#!/bin/bash
+case "$*" in *--notify*) exit ;; esac
 printf '%s\\n' "$@" > "$RECORD/srun_arguments"
 env > "$RECORD/srun_environment"
 trap 'echo USR1 >> "$RECORD/signals"; sleep 0.3; exit "${STATUS_ON_USR1:-75}"' USR1
@@ -51,6 +52,7 @@ case "$*" in
     [ -n "${CHECK_STATUS:-}" ] || { echo "$RECORD/run"; exit 0; }
     echo "error: train.steps must be a number" >&2
     exit "$CHECK_STATUS" ;;
+  *--notify*) printf '%s\\n' "${@: -2}" >> "$RECORD/told" ;;
 esac
 """
 
@@ -124,6 +126,11 @@ class Job:
     def srun_arguments(self) -> list[str]:
         """What srun was called with."""
         return (self.record / "srun_arguments").read_text().splitlines()
+
+    def told(self) -> list[str]:
+        """Outcome and reason of each call of run.notify."""
+        path = self.record / "told"
+        return path.read_text().splitlines() if path.exists() else []
 
     def mpirun_arguments(self) -> list[str]:
         """What mpirun was called with."""
@@ -592,3 +599,36 @@ def test_export_runs_the_export_command(tmp_path: Path) -> None:
     ]
     status, output = export.run("runs/7b")
     assert (status, "give a run or checkpoint and a folder" in output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, ["done", ""]),
+        ({"CHECK_STATUS": "2"}, ["refused", "train.steps must be a number"]),
+        (
+            {"STEP_STATUS": "9"},
+            ["failed", "the step ended with status 9; its own lines above say why"],
+        ),
+        ({"STEP_STATUS": "75"}, ["stopped", "stopped on request"]),
+    ],
+)
+def test_the_job_tells_how_it_ended(
+    tmp_path: Path, environment: dict[str, str], told: list[str]
+) -> None:
+    """`run.notify` is the script's to call, once; the ranks are told that it does."""
+    job = Job(tmp_path, "pretrain_7b.sh")
+    _, output = job.run(**environment)
+    assert job.told() == told, output
+    if "CHECK_STATUS" in environment:
+        assert output.splitlines()[-1] == "error: train.steps must be a number"
+    else:
+        assert "HEADWAY_NOTIFIED_BY=job" in (job.record / "srun_environment").read_text()
+
+
+def test_a_job_that_is_queued_again_tells_nothing(tmp_path: Path) -> None:
+    """It has not ended."""
+    job = Job(tmp_path, "pretrain_7b.sh")
+    job.signal_step(signal.SIGUSR1)
+    assert (job.record / "requeued").exists()
+    assert job.told() == []

@@ -24,7 +24,7 @@ from tests.support.harness import prepared_context
 # Of a clock, of the memory's history, or of the first step after a resume.
 TIMES = (
     *("tokens_per_s", "step_time_s", "memory_peak_gib", "save_stall_s", "save_total_s"),
-    "resume_changes",
+    *("resume_changes", "slowest_rank", "slowest_rank_time_s", "median_rank_time_s"),
 )
 CONFIG = """
 run: {name: tiny, seed: 7}
