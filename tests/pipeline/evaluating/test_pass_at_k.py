@@ -169,25 +169,21 @@ def test_completions_depend_on_seed_problem_and_number_alone(
 
 def test_completions_end_at_stop_strings(model: EvaluatedModel) -> None:
     """Whatever follows one is cut off, and the string, too."""
-    problem = Problem("t", "HumanEval", "x", "x", "")
+    problem = Problem("t", "HumanEval", "x", "x", "", ("\0",))
     whole = next(draw(model, problem, _drawing(1, sampling=Sampling(), max_new_tokens=40)))
     stop = whole[7:10]
     assert len(stop) == 3
 
-    class Stopped(Problem):
-        @property
-        def stops(self) -> tuple[str, ...]:
-            return (stop,)
-
-    cut = next(draw(model, Stopped(*problem), _drawing(1, sampling=Sampling(), max_new_tokens=40)))
+    stopped = problem._replace(stops=(stop,))
+    cut = next(draw(model, stopped, _drawing(1, sampling=Sampling(), max_new_tokens=40)))
     assert cut == whole[: whole.index(stop)]
 
 
 def test_solving_runs_every_completion(model: EvaluatedModel, sandbox: Sandbox) -> None:
     """In order; what passes is what its own program says."""
-    always = Problem("always", "HumanEval", "#", "#", "pass")
-    never = Problem("never", "HumanEval", "#", "#", "assert False")
-    long = Problem("long", "HumanEval", "#" * 64, "#" * 64, "pass")
+    always = Problem("always", "HumanEval", "#", "#", "pass", ("\0",))
+    never = Problem("never", "HumanEval", "#", "#", "assert False", ("\0",))
+    long = Problem("long", "HumanEval", "#" * 64, "#" * 64, "pass", ("\0",))
     found = list(solve(model, [always, never, long], _drawing(3), sandbox, workers=2))
     assert [[sample.task_id for sample in part] for part in found] == [
         ["always"] * 3,
