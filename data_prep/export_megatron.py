@@ -78,6 +78,12 @@ def export(shards: ShardSet, prefix: str) -> None:
     """
     if not shards.num_documents:
         raise DataError(f"{shards.directory} has no documents in its split {shards.split}")
+    if shards.has_targets:
+        raise DataError(
+            f"{shards.directory} ({shards.split}) says which tokens are targets, which Megatron's "
+            "format cannot hold; export --source NAME of a source of texts, or make shards of the "
+            "prompts and completions as texts (--text-key)"
+        )
     longest = max(int(lengths.max()) for lengths in _lengths(shards))
     if longest >= 1 << 31:
         raise DataError(f"a document of {longest:,} tokens does not fit Megatron's index")

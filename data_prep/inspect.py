@@ -5,12 +5,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.errors import DataError, run_command
 from data_prep.shards.arrow_file import ShardRows, read_shard
 from data_prep.shards.shard_set import ShardSet
+from data_prep.tokenization.tokenizer import TokenArray, Tokenizer
 
 EPILOG = """\
 examples:
@@ -24,6 +29,14 @@ CONTEXT_CHARACTERS = 60
 SECONDS_BETWEEN_LINES = 10.0
 
 
+class Part(NamedTuple):
+    """A run of tokens of a document: all of them targets, or none."""
+
+    is_target: bool
+    num_tokens: int
+    text: str
+
+
 class Document(NamedTuple):
     """One document of a stream.
 
@@ -33,6 +46,7 @@ class Document(NamedTuple):
         origin: Input file and the record's byte offset or row number in it, as `FILE:OFFSET`.
         num_tokens: Tokens, the end-of-document token included.
         text: Its text.
+        parts: The same in parts of prompts and targets; None when all of it is targets.
     """
 
     number: int
@@ -40,6 +54,7 @@ class Document(NamedTuple):
     origin: str
     num_tokens: int
     text: str
+    parts: Sequence[Part] | None = None
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m data_prep.inspect") -> int:
@@ -127,14 +142,29 @@ def _documents(shards: ShardSet, index: int, first: int, skipped: int) -> Iterat
     rows = _read(shards.directory / shard.path)
     for index_in_shard in range(skipped, shard.rows):
         start, end = (int(offset) for offset in rows.offsets[index_in_shard : index_in_shard + 2])
+        ids, targets = rows.tokens[start:end], rows.targets
         file, offset = int(rows.src[index_in_shard]), int(rows.row[index_in_shard])
         yield Document(
             number=first + index_in_shard,
             source=shard.source,
             origin=f"{inputs[file].path}:{offset}",
             num_tokens=end - start,
-            text=tokenizer.decode(rows.tokens[start : end - 1]),
+            text=tokenizer.decode(ids[:-1]),
+            parts=None if targets is None else _parts(tokenizer, ids, targets[start:end]),
         )
+
+
+def _parts(tokenizer: Tokenizer, ids: TokenArray, targets: NDArray[np.bool_]) -> list[Part]:
+    """The parts of a document; the end of the document is counted and not shown."""
+    borders = [0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(ids)]
+    return [
+        Part(
+            bool(targets[first]),
+            last - first,
+            tokenizer.decode(ids[first : min(last, len(ids) - 1)]),
+        )
+        for first, last in pairwise(borders)
+    ]
 
 
 def _read(path: Path) -> ShardRows:
@@ -151,7 +181,11 @@ def _show(document: Document) -> None:
     print(f"tokens    {document.num_tokens:,} with the end of the document")
     print(f"bytes     {len(document.text.encode()):,}")
     print()
-    print(document.text)
+    for part in document.parts or ():
+        print(f"[{'targets' if part.is_target else 'prompt'}, {part.num_tokens:,} tokens]")
+        print(part.text)
+    if document.parts is None:
+        print(document.text)
 
 
 def _print_matches(shards: ShardSet, text: str, limit: int) -> int:
@@ -187,6 +221,7 @@ def _summarize(shards: ShardSet) -> None:
         print(
             f"source {name}: {stream.num_documents:,} documents, {stream.num_tokens:,} tokens, "
             f"{len(stream.shards):,} shards, {stream.total_bytes / 1e6:,.1f} MB"
+            + (f", {stream.num_targets:,} targets" if stream.has_targets else "")
         )
 
 

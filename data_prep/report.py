@@ -88,6 +88,7 @@ def _totals(manifest: Manifest, lengths: NDArray[np.int64]) -> list[Cells]:
     return [
         ("Documents", f"{ledger.documents:,}"),
         ("Tokens, ends of documents included", f"{tokens:,}"),
+        *_targets(manifest),
         ("Text", f"{ledger.text_bytes / 1e6:,.1f} MB"),
         ("Bytes of text per token", f"{ledger.text_bytes / max(tokens, 1):.3f}"),
         ("Shards", f"{len(manifest.shards):,}"),
@@ -98,6 +99,14 @@ def _totals(manifest: Manifest, lengths: NDArray[np.int64]) -> list[Cells]:
         ("Duplicates", f"{ledger.duplicates:,}"),
         ("Rejected", f"{ledger.rejects:,}"),
     ]
+
+
+def _targets(manifest: Manifest) -> list[Cells]:
+    """How many tokens are targets, where a part of the set says so."""
+    if not manifest.has_targets:
+        return []
+    count = sum(shard.targets.count if shard.targets else shard.tokens for shard in manifest.shards)
+    return [("Targets: completions, and texts", f"{count:,}")]
 
 
 def _splits(manifest: Manifest) -> Table:

@@ -48,6 +48,8 @@ examples:
   PROG --input raw/*.jsonl.gz --output data/corpus --tokenizer train:32000
   PROG --input src docs --exclude tests --output data/code --tokenizer bytes --dedup
   PROG --input hf:allenai/c4:en@train --output data/c4 --tokenizer train:8192
+  PROG --input qa.jsonl --prompt-key question --completion-key answer --output data/qa \
+    --tokenizer export
   PROG --config configs/data/mixture.yaml
 
 exit status: 0 complete, {EXIT_ERROR} an error, 2 wrong arguments,
@@ -177,6 +179,19 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
         help="files and folders to leave out of directories",
     )
     add("--text-key", metavar="KEY", help="key or column of the text; a.b is nested (text)")
+    add("--prompt-key", metavar="KEY", help="key of prompts: context, on which there is no loss")
+    add("--completion-key", metavar="KEY", help="key of the completions to them")
+    add(
+        "--messages-key",
+        metavar="KEY",
+        help="key of lists of messages; the loss is on what the assistant says",
+    )
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template that writes messages out (that of the tokenizer's folder)",
+    )
     add(
         "--dedup",
         nargs="?",

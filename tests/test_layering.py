@@ -11,7 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("foundation", "data_prep", "model", "pipeline")
 # The rooms of each package, lowest first: a room imports from itself and from those before it.
 ROOMS = {
-    "data_prep": ("tokenization", "inputs", "shards", "workers", "building", "loading"),
+    "data_prep": (
+        "tokenization",
+        "conversations",
+        "inputs",
+        "shards",
+        "workers",
+        "building",
+        "loading",
+    ),
     "model": ("operations", "hugging_face", "inference", "decoding", "serving"),
     "pipeline": (
         "distributed",

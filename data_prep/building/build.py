@@ -18,6 +18,7 @@ from data_prep.building.plan import make_plan
 from data_prep.building.prepare import PreparedJob, intend, prepare
 from data_prep.building.unit import UnitJob, UnitSource, encode_unit
 from data_prep.inputs.input_files import LeftOut
+from data_prep.inputs.records import Reading
 from data_prep.shards.atomic import remove_leftovers
 from data_prep.shards.manifest import Manifest
 from data_prep.tokenization.encoder import EncoderName, choose_encoder
@@ -100,8 +101,8 @@ def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
         tokenizer_sha256=job.tokenizer.sha256,
         eos_token=job.tokenizer.eos_token,
         sources=tuple(
-            UnitSource(source.name, source.text_key or options.text_key)
-            for source in job.plan.sources
+            UnitSource(source.name, source.text_key or options.text_key, form)
+            for source, form in zip(job.plan.sources, job.forms, strict=True)
         ),
         validation_fraction=options.validation_fraction,
         shard_tokens=options.shard_tokens,
@@ -119,8 +120,10 @@ def _encode(job: PreparedJob, workers: Workers, observer: Observer) -> None:
         dedup = DedupJob(
             output=output,
             job_id=job.job_id,
-            text_keys=tuple(source.text_key for source in unit_job.sources),
-            max_document_bytes=options.max_document_bytes,
+            readings=tuple(
+                Reading(source.text_key, options.max_document_bytes, source.form)
+                for source in unit_job.sources
+            ),
             num_units=len(job.sizes),
         )
         if not workers.shares_output:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.conversations.encoding import encode_marked
 from data_prep.shards.arrow_file import ShardRows
 from data_prep.tokenization.encoder import Encoder
 from data_prep.tokenization.tokenizer import TokenArray
@@ -20,9 +21,10 @@ class Columns:
     Args:
         encoder: Makes ids of texts.
         limit_tokens: Most tokens in one shard; a longer document still gets one of its own.
+        marked: Texts are marked (`data_prep.conversations.marks`), and shards get targets.
     """
 
-    def __init__(self, encoder: Encoder, limit_tokens: int) -> None:
+    def __init__(self, encoder: Encoder, limit_tokens: int, *, marked: bool = False) -> None:
         self._encoder = encoder
         self._limit = min(limit_tokens, LARGEST_LIMIT_TOKENS)
         self._texts: list[bytes] = []
@@ -30,6 +32,8 @@ class Columns:
         # Not touched, not in memory: the room is virtual until tokens are put there.
         self._tokens: TokenArray = np.empty(min(limit_tokens, LARGEST_ROOM_TOKENS), encoder.dtype)
         self._num_tokens = 0
+        self._marked = marked
+        self._targets: list[NDArray[np.bool_]] = []
         self._lengths: list[NDArray[np.int64]] = []
         self._src: list[int] = []
         self._row: list[int] = []
@@ -58,7 +62,11 @@ class Columns:
 
     def _encode(self) -> None:
         if self._texts:
-            tokens, lengths = self._encoder.encode(self._texts)
+            if self._marked:
+                tokens, lengths, targets = encode_marked(self._encoder, self._texts)
+                self._targets.append(targets)
+            else:
+                tokens, lengths = self._encoder.encode(self._texts)
             self._keep(tokens)
             self._lengths.append(lengths)
             self._texts = []
@@ -82,6 +90,7 @@ class Columns:
         self._tokens[: len(last.tokens)] = last.tokens.copy()
         self._num_tokens = len(last.tokens)
         self._lengths = [np.diff(last.offsets)]
+        self._targets = [] if last.targets is None else [last.targets]
         self._src, self._row = last.src.tolist(), last.row.tolist()
 
     def _join(self) -> ShardRows:
@@ -94,6 +103,7 @@ class Columns:
             offsets=offsets,
             src=np.array(self._src, dtype=np.uint32),
             row=np.array(self._row, dtype=np.uint64),
+            targets=np.concatenate(self._targets) if self._marked else None,
         )
 
 
@@ -112,6 +122,7 @@ def cut_shards(rows: ShardRows, limit_tokens: int) -> Iterator[ShardRows]:
             offsets=rows.offsets[first : last + 1] - base,
             src=rows.src[first:last],
             row=rows.row[first:last],
+            targets=None if rows.targets is None else rows.targets[base : rows.offsets[last]],
         )
         first = last
 

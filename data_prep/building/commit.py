@@ -162,8 +162,9 @@ def _describe(
             text_key=source.text_key or options.text_key,
             totals=Ledger.total(entry.ledger for entry in inputs if entry.source == source.name),
             splits=total_splits(*facts, (s for s in shards if s.source == source.name)),
+            form=form,
         )
-        for source in job.plan.sources
+        for source, form in zip(job.plan.sources, job.forms, strict=True)
     ]
     return Manifest(
         fingerprint=order_fingerprint(*facts, shards),

@@ -29,7 +29,7 @@ from foundation.yaml_text import YamlError, read_yaml
 _YAML_NAMES = {"inputs": "input", "globs": "glob"}
 _FIELD_NAMES = {name: field for field, name in _YAML_NAMES.items()}
 _LISTS = ("input", "glob", "exclude")
-_PATHS = ("input", "output", "tokenizer")
+_PATHS = ("input", "output", "tokenizer", "chat_template")
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 

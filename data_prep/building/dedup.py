@@ -52,8 +52,7 @@ class DedupJob:
 
     output: Path
     job_id: str
-    text_keys: tuple[str, ...]
-    max_document_bytes: int
+    readings: tuple[Reading, ...]  # of each source
     num_units: int
     partitions: int = 0
 
@@ -137,7 +136,7 @@ def forget_duplicates(output: Path) -> None:
 def _hash_unit(job: DedupJob, number: int) -> Done:
     """First phase: the hashes of the texts of one unit."""
     planned = unit_list(job.output, job.job_id)[number]
-    reading = Reading(job.text_keys[planned.source], job.max_document_bytes)
+    reading = job.readings[planned.source]
     digests, records = bytearray(), array("I")
     texts = (text for batch in _counted(read_unit(planned.unit, reading)) for text in batch.texts)
     for index, text in enumerate(texts):

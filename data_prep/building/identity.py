@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.building.journal import JOURNAL, forget_job, has_shards
 from data_prep.building.options import BuildOptions
 from data_prep.building.plan import Plan
+from data_prep.conversations.forms import RecordForm
 from data_prep.errors import DataError
 from data_prep.shards.atomic import write_whole
 from data_prep.shards.manifest import FORMAT_VERSION
@@ -18,7 +19,10 @@ NAMED_INPUTS = 3
 
 
 def describe_job(
-    options: BuildOptions, plan: Plan, tokenizer: Mapping[str, str | None]
+    options: BuildOptions,
+    plan: Plan,
+    forms: Sequence[RecordForm | None],
+    tokenizer: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """Everything that determines the bytes of the shards, as it is kept in journal/job.json.
 
@@ -37,10 +41,15 @@ def describe_job(
         "max_document_bytes": options.max_document_bytes,
         "dedup": options.dedup,
         "sources": {
-            source.name: {"text_key": source.text_key, "inputs": files}
-            for source, files in zip(plan.sources, inputs, strict=True)
+            source.name: {"text_key": source.text_key, **_form_facts(form), "inputs": files}
+            for source, form, files in zip(plan.sources, forms, inputs, strict=True)
         },
     }
+
+
+def _form_facts(form: RecordForm | None) -> dict[str, Any]:
+    """What identifies a form; nothing for texts, whose jobs have no such key."""
+    return {"form": form.model_dump(exclude_defaults=True)} if form else {}
 
 
 def hash_description(description: Mapping[str, Any]) -> str:
@@ -115,11 +124,24 @@ def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return found or ["the order of the sources or inputs"]
 
 
+def _form_change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys of prompts, completions and chats that differ, without the text of templates."""
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    shown_ones = [
+        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+        for name in names
+        if name.endswith("_key")
+    ]
+    return "; ".join(shown_ones) or f"another chat {' and '.join(names)}"
+
+
 def _source_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two states of one source."""
     found = []
     if then["text_key"] != now["text_key"]:
         found.append(f"text_key: {then['text_key']!r} then, {now['text_key']!r} now")
+    if then.get("form") != now.get("form"):
+        found.append(_form_change(then.get("form") or {}, now.get("form") or {}))
     then_inputs, now_inputs = then["inputs"], now["inputs"]
     changes = {
         "new": [path for path in now_inputs if path not in then_inputs],

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,7 +22,8 @@ class UnitRecord(BaseModel):
 
     `xxh3` is the checksum of the rest: an entry that does not match it counts as not there. Of a
     tokenizer that may change text, `sampled` documents were decoded again, and `altered` of them
-    came back as other text; entries of other tokenizers do not have these keys.
+    came back as other text; entries of other tokenizers do not have these keys. Nor have entries of
+    texts the key `targets` of shards.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +45,11 @@ class UnitRecord(BaseModel):
         return self.model_copy(update={"xxh3": self.checksum()})._as_json(set())
 
     def _as_json(self, left_out: set[str]) -> bytes:
-        without = left_out if self.sampled else {*left_out, "sampled", "altered"}
+        without: dict[str, Any] = dict.fromkeys(left_out, True)
+        if not self.sampled:
+            without |= {"sampled": True, "altered": True}
+        if not any(shard.targets for shard in self.shards):
+            without["shards"] = {"__all__": {"targets"}}
         return self.model_dump_json(exclude=without).encode()
 
 

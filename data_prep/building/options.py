@@ -21,6 +21,9 @@ LONGEST_NAME_BYTES = 200
 LONGEST_SHOWN = 80
 
 
+FormKeys = tuple[str | None, str | None, str | None]  # of prompt, completion, messages
+
+
 @dataclass(frozen=True)
 class Source:
     """One named corpus of a job.
@@ -33,6 +36,10 @@ class Source:
         globs: Patterns of the files to take from directories; None = those of the job.
         exclude: Patterns of files and folders to leave out; None = those of the job.
         text_key: The key of the text in its records; None = that of the job.
+        prompt_key: Instead, that of a prompt, on which there is no loss.
+        completion_key: That of the completion to it.
+        messages_key: Instead, that of a list of messages.
+        chat_template: File of the template that writes them out; None = that of the job.
     """
 
     name: str
@@ -41,6 +48,15 @@ class Source:
     globs: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     text_key: str | None = None
+    prompt_key: str | None = None
+    completion_key: str | None = None
+    messages_key: str | None = None
+    chat_template: Path | None = None
+
+    @property
+    def form_keys(self) -> FormKeys:
+        """The keys of records that are not one text."""
+        return self.prompt_key, self.completion_key, self.messages_key
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,10 @@ class BuildOptions:
         globs: Patterns of the files to take from directories; none = text and source code.
         exclude: Patterns of files and folders to leave out of directories.
         text_key: The key or column of the text; one with dots is nested.
+        prompt_key: Instead, that of a prompt, on which there is no loss.
+        completion_key: That of the completion to it.
+        messages_key: Instead, that of a list of messages; the loss is on the assistant's.
+        chat_template: File of the template that writes them out; None = the tokenizer's.
         dedup: "exact" keeps the first of documents with the same text, over all sources.
         on_bad: "skip" counts bad records and continues; "fail" ends the job at the first.
         max_bad_fraction: Largest share of bad records in files of records that is still committed.
@@ -80,6 +100,10 @@ class BuildOptions:
     globs: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     text_key: str = "text"
+    prompt_key: str | None = None
+    completion_key: str | None = None
+    messages_key: str | None = None
+    chat_template: Path | None = None
     dedup: Dedup = "none"
     on_bad: BadRecordPolicy = "skip"
     max_bad_fraction: float = 0.001
@@ -95,15 +119,21 @@ class BuildOptions:
     def all_sources(self) -> tuple[Source, ...]:
         """The sources, with what they inherit from the job filled in."""
         given = self.sources or (Source(self.source, self.inputs),)
+        own = (self.prompt_key, self.completion_key, self.messages_key)
         return tuple(
             replace(
                 source,
+                prompt_key=prompt_key,
+                completion_key=completion_key,
+                messages_key=messages_key,
+                chat_template=source.chat_template or self.chat_template,
                 inputs=tuple(_resolve(path) for path in source.inputs),
                 globs=self.globs if source.globs is None else source.globs,
                 exclude=self.exclude if source.exclude is None else source.exclude,
                 text_key=source.text_key or self.text_key,
             )
             for source in given
+            for prompt_key, completion_key, messages_key in (_inherited_keys(source, own),)
         )
 
     def check(self) -> None:
@@ -137,6 +167,9 @@ class BuildOptions:
             ("tokenizer", self.tokenizer),
             ("eos-token", self.eos_token or ""),
             ("text-key", self.text_key),
+            ("prompt-key", self.prompt_key or ""),
+            ("completion-key", self.completion_key or ""),
+            ("messages-key", self.messages_key or ""),
         ):
             if problem := _why_no_text(text):
                 yield f"--{option} {text[:LONGEST_SHOWN]!a} {problem}; write it another way"
@@ -145,6 +178,7 @@ class BuildOptions:
         if self.sources and self.inputs:
             yield "--input and sources are both given; name the inputs in one of them"
         yield from _source_problems(self.sources or (Source(self.source, self.inputs),))
+        yield from _form_problems(self.all_sources)
 
 
 def _source_problems(sources: tuple[Source, ...]) -> Iterator[str]:
@@ -168,6 +202,32 @@ def _source_problems(sources: tuple[Source, ...]) -> Iterator[str]:
             f"{', '.join(weighted)} with a weight but {missing} without one; give every source a "
             "weight, or none to mix by tokens"
         )
+
+
+def _inherited_keys(source: Source, own: FormKeys) -> FormKeys:
+    """The keys of a source's form: its own if it names any key, else those of the job."""
+    names_one = source.text_key is not None or any(source.form_keys)
+    return source.form_keys if names_one else own
+
+
+def _form_problems(sources: tuple[Source, ...]) -> Iterator[str]:
+    """What is wrong with the keys of sources that have inherited those of the job."""
+    for source in sources:
+        where = f"source {source.name}: " if len(sources) > 1 else ""
+        prompt, completion, messages = source.form_keys
+        if (prompt is None) != (completion is None):
+            given, missing = (
+                ("completion", "prompt") if prompt is None else ("prompt", "completion")
+            )
+            yield f"{where}--{given}-key is given without --{missing}-key; give both"
+        if messages is not None and (prompt is not None or completion is not None):
+            yield (
+                f"{where}--messages-key and --prompt-key are both given; records are chats, or "
+                "prompts and completions: keep one"
+            )
+    with_template = [source for source in sources if source.chat_template is not None]
+    if with_template and not any(source.messages_key for source in sources):
+        yield "--chat-template has no effect without --messages-key; add it or leave both out"
 
 
 def _why_no_text(text: str) -> str:

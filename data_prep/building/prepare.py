@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from data_prep.building.identity import claim_output, describe_job, hash_description
 from data_prep.building.journal import JOURNAL, is_unit_finished
-from data_prep.building.options import BuildOptions
+from data_prep.building.options import BuildOptions, Source
 from data_prep.building.plan import Plan, PlannedUnit, are_units_written, write_units
 from data_prep.building.unit import is_held_out
+from data_prep.conversations.declared import chat_form, prompt_form, with_tokenizer
+from data_prep.conversations.forms import RecordForm
+from data_prep.conversations.marks import plain_text
 from data_prep.errors import DataError
 from data_prep.inputs.reading import read_unit
 from data_prep.inputs.records import Reading
@@ -45,6 +48,7 @@ class PreparedJob(NamedTuple):
         job_id: In the journal entry of each unit.
         spec: How the tokenizer was asked for: "file", "bytes" or "train:VOCABULARY".
         tokenizer: Of the shards.
+        forms: Of the records of each source; None = they are texts.
     """
 
     options: BuildOptions
@@ -53,6 +57,7 @@ class PreparedJob(NamedTuple):
     job_id: str
     spec: str
     tokenizer: Tokenizer
+    forms: tuple[RecordForm | None, ...]
 
 
 class Intent(NamedTuple):
@@ -63,6 +68,12 @@ class Intent(NamedTuple):
     description: dict[str, object]
     spec: str
     given: Tokenizer | None
+    forms: tuple[RecordForm | None, ...]
+
+    def forms_for(self, tokenizer: Tokenizer | None) -> tuple[RecordForm | None, ...]:
+        """The forms with what they must know of the tokenizer; None = it is still to be trained."""
+        special_tokens = self.options.special_tokens
+        return tuple(with_tokenizer(form, tokenizer, special_tokens) for form in self.forms)
 
 
 def intend(options: BuildOptions, plan: Plan) -> Intent:
@@ -78,7 +89,14 @@ def intend(options: BuildOptions, plan: Plan) -> Intent:
         "sha256": given.sha256 if given else None,
         "eos_token": given.eos_token if given else options.eos_token,
     }
-    return Intent(options, plan, describe_job(options, plan, facts), spec, given)
+    forms = tuple(_form_of(source, options.tokenizer) for source in plan.sources)
+    return Intent(options, plan, describe_job(options, plan, forms, facts), spec, given, forms)
+
+
+def _form_of(source: Source, tokenizer_spec: str) -> RecordForm | None:
+    if source.messages_key is not None:
+        return chat_form(source.messages_key, source.chat_template, tokenizer_spec)
+    return prompt_form(source.prompt_key, source.completion_key)
 
 
 def prepare(intent: Intent, observer: Observer) -> PreparedJob:
@@ -101,6 +119,7 @@ def prepare(intent: Intent, observer: Observer) -> PreparedJob:
         job_id=_job_id(intent, tokenizer),
         spec=intent.spec,
         tokenizer=tokenizer,
+        forms=intent.forms_for(tokenizer),
     )
 
 
@@ -171,7 +190,7 @@ def _train(intent: Intent, observer: Observer) -> Tokenizer:
     path = options.output / TOKENIZER
     vocabulary = int(options.tokenizer.removeprefix(TRAIN_PREFIX))
     observer.say(f"training a tokenizer of {vocabulary:,} tokens on a sample of the input")
-    texts = _training_texts(options, intent.plan)
+    texts = _training_texts(intent)
     write_whole(path, train_watched(texts, vocabulary, observer.say))
     tokenizer = read_tokenizer(path, options.eos_token, options.special_tokens)
     if tokenizer.vocab_size < vocabulary:
@@ -183,18 +202,20 @@ def _train(intent: Intent, observer: Observer) -> Tokenizer:
     return tokenizer
 
 
-def _training_texts(options: BuildOptions, plan: Plan) -> Iterator[str]:
+def _training_texts(intent: Intent) -> Iterator[str]:
     """Documents from the starts of evenly spread units, without those that are held out."""
+    options, plan, forms = intent.options, intent.plan, intent.forms_for(None)
     units: Sequence[PlannedUnit] = plan.units
     sampled = min(len(units), TRAINING_SAMPLE_UNITS)
     for number in range(sampled):
         budget = TRAINING_SAMPLE_CHARACTERS // sampled
         planned = units[number * len(units) // sampled]
         text_key = plan.sources[planned.source].text_key or options.text_key
-        reading = Reading(text_key, options.max_document_bytes)
+        form = forms[planned.source]
+        reading = Reading(text_key, options.max_document_bytes, form)
         for content in (text for batch in read_unit(planned.unit, reading) for text in batch.texts):
             if content and not is_held_out(content, options.validation_fraction):
-                text = content.decode("utf-8")
+                text = (plain_text(content) if form else content).decode("utf-8")
                 yield text[:budget]
                 budget -= len(text)
             if budget <= 0:

@@ -16,6 +16,8 @@ from data_prep.building.dedup import find_duplicates
 from data_prep.building.journal import UnitRecord, find_finished, record_finished, rejects_path
 from data_prep.building.options import BadRecordPolicy, Dedup
 from data_prep.building.plan import unit_list
+from data_prep.conversations.forms import ChatForm, RecordForm
+from data_prep.conversations.marks import plain_text
 from data_prep.errors import BadRecordsError, DataError, shown
 from data_prep.inputs.input_files import InputFile
 from data_prep.inputs.reading import read_unit, text_keys_of
@@ -47,6 +49,7 @@ class UnitSource(NamedTuple):
 
     name: str
     text_key: str
+    form: RecordForm | None = None
 
 
 @dataclass(frozen=True)
@@ -92,30 +95,32 @@ def process_unit(job: UnitJob, unit: Unit, source: UnitSource) -> UnitRecord:
     )
     encoder = _load_encoder(tokenizer, job.encoder)
     writers = {
-        split: _SplitWriter(job, source.name, unit.number, split, tokenizer, encoder)
+        split: _SplitWriter(job, source, unit.number, split, tokenizer, encoder)
         for split in (TRAIN, VALIDATION)
     }
     counts = {segment.file: _Counts() for segment in unit.segments}
     inputs = {segment.file: segment.input for segment in unit.segments}
     before = encoder.sampled, encoder.altered
     duplicates = find_duplicates(job.output, unit.number) if job.dedup == "exact" else frozenset()
+    reading = Reading(source.text_key, job.max_document_bytes, source.form)
     first_text = 0
     with _RejectList(rejects_path(job.output, unit.number)) as rejects:
-        for batch in read_unit(unit, Reading(source.text_key, job.max_document_bytes)):
+        for batch in read_unit(unit, reading):
             num_texts = len(batch.texts)
             pulse.add(sum(map(len, batch.texts)))
             if duplicates:
                 counts[batch.file].duplicates += _drop_duplicates(batch, first_text, duplicates)
             first_text += num_texts
-            if job.special_tokens == "reject":
+            # What a chat template writes may be special tokens; messages were looked at before it.
+            if job.special_tokens == "reject" and not isinstance(source.form, ChatForm):
                 _refuse_special(batch, tokenizer)
-            counts[batch.file].add(batch)
+            counts[batch.file].add(batch, marked=source.form is not None)
             rejects.add(inputs[batch.file].path, batch.rejects)
             if batch.rejects and job.on_bad == "fail":
                 raise rejection(inputs[batch.file], batch.rejects[0])
             for split, texts, offsets in _divide(batch, job.validation_fraction):
                 writers[split].add(batch.file, texts, offsets)
-        _refuse_wrong_key(job, unit, source.text_key, counts)
+        _refuse_wrong_key(job, unit, reading, counts)
     shards = [entry for writer in writers.values() for entry in writer.finish()]
     done = UnitRecord(
         unit=unit.number,
@@ -210,11 +215,12 @@ class _Counts:
     text_bytes: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
 
-    def add(self, batch: RecordBatch) -> None:
+    def add(self, batch: RecordBatch, *, marked: bool) -> None:
         empty = batch.texts.count(b"")
         self.documents += len(batch.texts) - empty
         self.empty += empty
-        self.text_bytes += sum(map(len, batch.texts))
+        texts = map(plain_text, batch.texts) if marked else batch.texts
+        self.text_bytes += sum(map(len, texts))
         for reject in batch.rejects:
             self.rejects[reject.reason] = self.rejects.get(reject.reason, 0) + reject.records
 
@@ -237,14 +243,14 @@ class _SplitWriter:
     def __init__(
         self,
         job: UnitJob,
-        source: str,
+        source: UnitSource,
         unit: int,
         split: str,
         tokenizer: Tokenizer,
         encoder: Encoder,
     ) -> None:
-        self._job, self._source, self._unit, self._split = job, source, unit, split
-        self._columns = Columns(encoder, job.shard_tokens)
+        self._job, self._source, self._unit, self._split = job, source.name, unit, split
+        self._columns = Columns(encoder, job.shard_tokens, marked=source.form is not None)
         self._entries: list[ShardEntry] = []
         self._metadata = {
             "format": FORMAT,
@@ -254,7 +260,7 @@ class _SplitWriter:
             "dtype": str(tokenizer.dtype),
             "eos_id": str(tokenizer.eos_id),
             "eos": "one after each document",
-            "source": source,
+            "source": source.name,
             "split": split,
         }
 
@@ -278,18 +284,15 @@ class _SplitWriter:
 
 
 def _refuse_wrong_key(
-    job: UnitJob, unit: Unit, text_key: str, counts: Mapping[int, "_Counts"]
+    job: UnitJob, unit: Unit, reading: Reading, counts: Mapping[int, "_Counts"]
 ) -> None:
     """End the job when no record of a unit has the key: the key is wrong, not the records.
 
     Raises:
         BadRecordsError: Naming the key and the keys that the records do have.
     """
-    reading = Reading(text_key)
     bad = sum(
-        count.rejects.get(reason, 0)
-        for count in counts.values()
-        for reason in (reading.missing, reading.no_string)
+        count.rejects.get(reason, 0) for count in counts.values() for reason in reading.key_faults
     )
     all_records = sum(count.ledger().records for count in counts.values())
     if job.max_bad_fraction >= 1 or bad < max(all_records, FEWEST_RECORDS_TO_JUDGE):
@@ -302,7 +305,7 @@ def _refuse_wrong_key(
         else "its records have no text"
     )
     raise BadRecordsError(
-        f"{shown(file.path)}: none of {bad:,} records has text at --text-key {text_key}; {have}: "
+        f"{shown(file.path)}: none of {bad:,} records has text at {reading.options}; {have}: "
         "name the key, --exclude the file, or count such records with --max-bad-fraction 1"
     )
 

@@ -1,4 +1,8 @@
-"""Read the text column of .parquet (by row groups) and of .arrow (IPC files and streams)."""
+"""Read the text column of .parquet (by row groups) and of .arrow (IPC files and streams).
+
+Of records with a form (`data_prep.conversations.forms`) the columns of its keys are read; the path
+to "the" column is then empty.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.errors import DataError, shown
+from data_prep.inputs.jsonl_inputs import Unusable, text_of
 from data_prep.inputs.records import Reading, RecordBatch
 
 PARQUET_MAGIC = b"PAR1"
@@ -59,7 +64,7 @@ def read_parquet(
     """
     with pa.OSFile(path) as opened, _explained(path):
         parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
-        column = _find_column(parquet.schema_arrow, path, reading)
+        column = _find_columns(parquet.schema_arrow, path, reading)
         row = 0
         for number in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(number)
@@ -76,7 +81,7 @@ def read_parquet_row(path: str, row: int, reading: Reading) -> Iterator[RecordBa
     """
     with pa.OSFile(path) as opened, _explained(path):
         parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=READ_BYTES)
-        column = _find_column(parquet.schema_arrow, path, reading)
+        column = _find_columns(parquet.schema_arrow, path, reading)
         first = 0
         for number in range(parquet.num_row_groups):
             last = first + parquet.metadata.row_group(number).num_rows
@@ -110,7 +115,7 @@ def _read_stream(
         else:
             opened.seek(0)
         stream = pa.ipc.open_stream(opened)
-        column = _find_column(stream.schema, path, reading)
+        column = _find_columns(stream.schema, path, reading)
     row = 0
     while True:
         try:
@@ -127,7 +132,7 @@ def _read_stream(
             row += rows.num_rows
             continue
         for piece in _cut(rows):
-            yield _take_rows(_descend(piece, column), file, row, reading)
+            yield _take(piece, column, file, row, reading)
             row += piece.num_rows
     if damage:
         batch = RecordBatch(file)
@@ -168,6 +173,30 @@ def _first_byte(group: Any) -> int:
         for offset in (column.dictionary_page_offset, column.data_page_offset)
         if offset is not None
     )
+
+
+def _find_columns(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
+    """The path to the text column; empty when records have a form, whose columns are all there.
+
+    Raises:
+        DataError: One is not there, or does not hold text.
+    """
+    if reading.form is None:
+        return _find_column(schema, path, reading)
+    found = _form_columns(schema, reading)
+    if len(found) < len(reading.form.keys):
+        raise DataError(
+            f"{shown(path)} lacks a column of {reading.options}; it has {_listed(schema.names)}: "
+            "name the columns by these options, or --exclude the file"
+        )
+    return ()
+
+
+def _form_columns(schema: Any, reading: Reading) -> list[str]:
+    """The columns at the top that hold the keys of a form, as far as they are there once."""
+    keys = reading.form.keys if reading.form else ()
+    names = [key if key in schema.names else key.partition(".")[0] for key in keys]
+    return [name for name in names if schema.names.count(name) == 1]
 
 
 def _find_column(schema: Any, path: str, reading: Reading) -> tuple[str, ...]:
@@ -235,10 +264,12 @@ def _read_group(
     end = row + parquet.metadata.row_group(number).num_rows
     try:
         for rows in parquet.iter_batches(
-            batch_size=BATCH_ROWS, row_groups=[number], columns=[".".join(column)]
+            batch_size=BATCH_ROWS,
+            row_groups=[number],
+            columns=[".".join(column)] if column else _form_columns(parquet.schema_arrow, reading),
         ):
             for piece in _cut(rows):
-                yield _take_rows(_descend(piece, column), file, row, reading)
+                yield _take(piece, column, file, row, reading)
                 row += piece.num_rows
         fault = f"it ends {end - row:,} rows before its end" if row < end else ""
     except (pa.ArrowException, OSError) as error:
@@ -256,7 +287,9 @@ def _find_fault(rows: Any, column: tuple[str, ...]) -> str:
     Arrow trusts the offsets that it reads; wrong ones would crash the process.
     """
     try:
-        rows.validate()
+        rows.validate(full=not column)
+        if not column:
+            return ""
         array = _descend(rows, column)
         array.validate()
         if pa.types.is_dictionary(array.type):
@@ -292,6 +325,23 @@ def _descend(rows: Any, column: tuple[str, ...]) -> Any:
     for name in column[1:]:
         array = pa.compute.struct_field(array, name)
     return array
+
+
+def _take(rows: Any, column: tuple[str, ...], file: int, row: int, reading: Reading) -> RecordBatch:
+    """Rows to records: by their column of text, or by their form."""
+    if column:
+        return _take_rows(_descend(rows, column), file, row, reading)
+    batch = RecordBatch(file)
+    names = dict.fromkeys(_form_columns(rows.schema, reading))
+    for number, record in enumerate(rows.select(list(names)).to_pylist(), row):
+        text = text_of(record, reading)
+        if isinstance(text, Unusable):
+            batch.reject(number, text.reason)
+        elif len(text) > reading.max_document_bytes:
+            batch.reject(number, reading.too_long, text)
+        else:
+            batch.add(number, text)
+    return batch
 
 
 def _take_rows(array: Any, file: int, row: int, reading: Reading) -> RecordBatch:

@@ -220,7 +220,8 @@ class _Scanner:
             self._give_up(self._reading.too_long)
             return place
         value = b"".join(self._pieces)
-        parsed = _parse_string(value) if value[0] == QUOTE else parse_record(value, self._reading)
+        is_text = value[0] == QUOTE and self._reading.form is None
+        parsed = _parse_string(value) if is_text else parse_record(value, self._reading)
         if isinstance(parsed, Unusable):
             self._give_up(parsed.reason)
         else:

@@ -6,6 +6,7 @@ from typing import BinaryIO, NamedTuple
 
 import orjson
 
+from data_prep.conversations.values import MISSING, FormError, value_at
 from data_prep.inputs.codecs import DamagedInputError, Stream
 from data_prep.inputs.records import BYTE_ORDER_MARK, Reading, RecordBatch
 
@@ -94,14 +95,14 @@ def text_of(value: object, reading: Reading) -> bytes | Unusable:
     """The text of a parsed record: at the literal key, else below the keys between the dots."""
     if not isinstance(value, dict):
         return Unusable("not a JSON object")
-    text: object = value
-    if reading.text_key in value:
-        text = value[reading.text_key]
-    else:
-        for key in reading.text_key.split("."):
-            if not isinstance(text, dict) or key not in text:
-                return Unusable(reading.missing)
-            text = text[key]
+    if reading.form is not None:
+        try:
+            return reading.form.document(value)
+        except FormError as error:
+            return Unusable(str(error))
+    text = value_at(value, reading.text_key)
+    if text is MISSING:
+        return Unusable(reading.missing)
     if not isinstance(text, str):
         return Unusable(reading.no_string)
     try:
@@ -138,7 +139,8 @@ def _parse_block(
 ) -> RecordBatch:
     """The records of whole lines; the loop that the speed of .jsonl depends on."""
     batch = RecordBatch(file)
-    key, loads = reading.text_key, orjson.loads
+    # Of a record with a form no key gives the text: each goes through `add_record`.
+    key, loads = reading.text_key if reading.form is None else None, orjson.loads
     add_text, add_offset = batch.texts.append, batch.offsets.append
     may_be_long = len(data) > reading.max_document_bytes
     stop = offset + len(data) + 1 if end is None else end

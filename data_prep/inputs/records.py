@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from data_prep.conversations.forms import RecordForm
+from data_prep.conversations.values import key_faults
+
 SAMPLE_CHARACTERS = 80
 LARGEST_DOCUMENT_BYTES = 1 << 26
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -11,11 +14,13 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Reading(NamedTuple):
     """How records are read: the key of the text, and the size above which one is rejected.
 
-    A key with dots names a nested value (`meta.text`), unless a record has that very key.
+    A key with dots names a nested value (`meta.text`), unless a record has that very key. With a
+    form the text is what that makes of a record, marked (`data_prep.conversations.marks`).
     """
 
     text_key: str
     max_document_bytes: int = LARGEST_DOCUMENT_BYTES
+    form: RecordForm | None = None
 
     @property
     def too_long(self) -> str:
@@ -25,12 +30,22 @@ class Reading(NamedTuple):
     @property
     def missing(self) -> str:
         """The reason of a reject without the key."""
-        return f"no {self.text_key!r}"
+        return key_faults(self.text_key)[0]
 
     @property
     def no_string(self) -> str:
         """The reason of a reject whose text is null, a number, or anything else."""
-        return f"{self.text_key!r} is not a string"
+        return key_faults(self.text_key)[1]
+
+    @property
+    def key_faults(self) -> tuple[str, ...]:
+        """The reasons of rejects that lack a key, or hold something else there."""
+        return (self.missing, self.no_string) if self.form is None else self.form.key_faults
+
+    @property
+    def options(self) -> str:
+        """The options that name the keys, for messages."""
+        return f"--text-key {self.text_key}" if self.form is None else self.form.options
 
 
 class Reject(NamedTuple):

@@ -12,6 +12,9 @@ def read_document(stream: Stream, file: int, reading: Reading) -> RecordBatch:
     What is longer than the limit, binary, not UTF-8 or cut short is a reject.
     """
     batch = RecordBatch(file)
+    if reading.form is not None:
+        batch.reject(0, f"a text file has no keys ({reading.options})")
+        return batch
     pieces: list[bytes] = []
     held = 0
     try:

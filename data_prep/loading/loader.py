@@ -31,10 +31,11 @@ class Batch(NamedTuple):
     Attributes:
         tokens: `[B, S]` int64.
         labels: `[n, B, S]` int64; labels[k - 1, b, t] is the token t + k of sequence b, the
-            target of head k at t. -100 = no target: padding, and with `documents` a token of
-            another document. Example with S = 3, n = 2 and [5, 6, 7, 8, 9]: tokens [5, 6, 7],
-            labels [6, 7, 8] for head 1 and [7, 8, 9] for head 2; if a document ends with the 7,
-            [6, 7, -100] and [7, -100, -100].
+            target of head k at t. -100 = no target: padding; with `documents` a token of another
+            document; and of prompts and completions a token of a prompt, and one of another
+            document whether or not `documents` are asked for. Example with S = 3, n = 2 and
+            [5, 6, 7, 8, 9]: tokens [5, 6, 7], labels [6, 7, 8] for head 1 and [7, 8, 9] for head 2;
+            if a document ends with the 7, [6, 7, -100] and [7, -100, -100].
         documents: `[B, S]` int32, or None when not asked for; the number of each token's document
             within its sequence: 0, 1, 2, ... A sequence that begins inside a document has the rest
             of that document as document 0; padding counts as one more document.
@@ -138,6 +139,7 @@ class TokenLoader:
         self.seed = seed
         self.shuffle = shuffle
         self._streams = [shards.of_source(name) for name in shards.sources]
+        self._has_targets = [stream.has_targets for stream in self._streams]
         self._sequences = [cut_sequences(stream, sequence_format) for stream in self._streams]
         self.num_samples = sum(cut.count for cut in self._sequences)
         self.padding_share = sum(cut.padding_share * cut.count for cut in self._sequences) / (
@@ -254,7 +256,13 @@ class TokenLoader:
         length, stored = form.sequence_length, form.stored_tokens
         buffer = self._buffer(count)
         documents = np.empty((count, stored), np.int32) if form.documents else None
-        ends = self._fill(first_sample, buffer.sequences, documents)
+        targets: NDArray[np.bool_] | None = None
+        if self.shards.has_targets:
+            # Sequences of texts, in a mixture with others, leave these as they are: all of them one
+            # document, all of it targets.
+            documents = np.zeros((count, stored), np.int32) if documents is None else documents
+            targets = np.ones((count, stored), np.bool_)
+        ends = self._fill(first_sample, buffer.sequences, documents, targets)
         # Tokens and labels are written once, straight from the stored type.
         views = np.empty((1 + form.future_tokens, count, length), np.int64)
         for ahead, view in enumerate(views):
@@ -265,27 +273,38 @@ class TokenLoader:
             _ignore_padding(batch.labels, torch.tensor(ends))
         if documents is None:
             return batch
+        if targets is not None:
+            _ignore_prompts(batch.labels, torch.from_numpy(targets))
         numbers_ahead = torch.from_numpy(documents)
         numbers_here = numbers_ahead[:, :length].contiguous()
         for head, labels in enumerate(batch.labels, start=1):
             labels.masked_fill_(numbers_ahead[:, head : head + length] != numbers_here, IGNORED)
-        return batch._replace(documents=numbers_here)
+        return batch._replace(documents=numbers_here) if form.documents else batch
 
     def _fill(
-        self, first_sample: int, tokens: list[TokenArray], documents: NDArray[np.int32] | None
+        self,
+        first_sample: int,
+        tokens: list[TokenArray],
+        documents: NDArray[np.int32] | None,
+        targets: NDArray[np.bool_] | None,
     ) -> list[int]:
         """Write samples from `first_sample` on; how many positions of each hold tokens."""
         sources, numbers = self._order.locate(first_sample, len(tokens))
         if len(self._sequences) == 1:
             document_rows = None if documents is None else list(documents)
-            return self._sequences[0].fill(numbers, tokens, document_rows)
+            target_rows = None if targets is None else list(targets)
+            return self._sequences[0].fill(numbers, tokens, document_rows, target_rows)
         ends = [0] * len(numbers)
         for source in set(sources):
             chosen = [index for index, other in enumerate(sources) if other == source]
+            marked = targets if self._has_targets[source] else None
+            is_numbered = marked is not None or self.sequence_format.documents
+            numbered = documents if is_numbered else None
             filled = self._sequences[source].fill(
                 [numbers[index] for index in chosen],
                 [tokens[index] for index in chosen],
-                None if documents is None else [documents[index] for index in chosen],
+                None if numbered is None else [numbered[index] for index in chosen],
+                None if marked is None else [marked[index] for index in chosen],
             )
             for index, end in zip(chosen, filled, strict=True):
                 ends[index] = end
@@ -314,6 +333,18 @@ class TokenLoader:
                 "accumulation * data-parallel ranks); use a smaller batch, shorter sequences or "
                 "more data"
             )
+
+
+def _ignore_prompts(labels: Tensor, targets: Tensor) -> None:
+    """Take out what may not be a target: of head k at t the token t + k is looked at.
+
+    Args:
+        labels: `[n, B, S]`, changed in place.
+        targets: `[B, S + n]`, whether the token at a position may be one.
+    """
+    length = labels.shape[2]
+    for head, head_labels in enumerate(labels, start=1):
+        head_labels.masked_fill_(~targets[:, head : head + length], IGNORED)
 
 
 def _ignore_padding(labels: Tensor, ends: Tensor) -> None:

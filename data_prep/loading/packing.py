@@ -1,4 +1,4 @@
-"""Best-fit packing: whole documents into sequences of one length, from their lengths alone."""
+"""Whole documents into sequences of one length, from their lengths alone: best fit, or one each."""
 
 from bisect import bisect_left, insort
 from typing import NamedTuple
@@ -58,6 +58,17 @@ def pack(document_lengths: NDArray[np.int64], sequence_length: int) -> Packing:
     first_piece = np.zeros(num_sequences + 1, np.int64)
     np.cumsum(np.bincount(sequence_of, minlength=num_sequences), out=first_piece[1:])
     return Packing(starts[order], lengths[order], first_piece, sequence_length)
+
+
+def one_per_sequence(document_lengths: NDArray[np.int64], sequence_length: int) -> Packing:
+    """A sequence for each document, with padding; one longer than a sequence gets several.
+
+    Args:
+        document_lengths: Tokens of each document, in stream order; each at least 1.
+        sequence_length: Tokens that fit into a sequence.
+    """
+    starts, lengths = _cut(document_lengths, sequence_length)
+    return Packing(starts, lengths, np.arange(len(starts) + 1), sequence_length)
 
 
 def _cut(

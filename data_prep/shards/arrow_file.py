@@ -4,10 +4,15 @@ The columns are `tokens` (large_list of uint16 or uint32, EOS included), `src` (
 file in the manifest) and `row` (byte offset of the record in it). Nothing is nullable, so there
 are no validity bitmaps: the values buffer is one contiguous run of tokens whose absolute file
 offset is recorded, and readers need `pread` only.
+
+Shards of prompts and completions have one more column, `targets` (large_list of bool, as long as
+`tokens`): which tokens are targets, one bit each, the first in the lowest bit of a byte. Its offset
+is recorded, too.
 """
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +25,35 @@ from data_prep.shards.atomic import whole_file
 from data_prep.tokenization.tokenizer import TokenArray
 
 MAGIC = b"ARROW1"
+COLUMNS = ["tokens", "src", "row"]
 
 
 class ShardRows(NamedTuple):
-    """Documents as columns: `tokens` flat, row i is tokens[offsets[i]:offsets[i + 1]]."""
+    """Documents as columns: `tokens` flat, row i is tokens[offsets[i]:offsets[i + 1]].
+
+    `targets` says of each token whether it is a target; None = all are.
+    """
 
     tokens: TokenArray
     offsets: NDArray[np.int64]
     src: NDArray[np.uint32]
     row: NDArray[np.uint64]
+    targets: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetsColumn:
+    """Where a shard says which tokens are targets.
+
+    Attributes:
+        count: Tokens that are.
+        offset: Absolute offset of the bits in the file, in bytes.
+        xxh3_128: Checksum of the bits, in whole bytes.
+    """
+
+    count: int
+    offset: int
+    xxh3_128: str
 
 
 class ShardFile(NamedTuple):
@@ -41,6 +66,7 @@ class ShardFile(NamedTuple):
     offsets_offset: int
     tokens_xxh3_128: str
     file_xxh3_128: str
+    targets: TargetsColumn | None = None
 
 
 def write_shard(path: Path, rows: ShardRows, metadata: Mapping[str, str]) -> ShardFile:
@@ -59,11 +85,14 @@ def write_shard(path: Path, rows: ShardRows, metadata: Mapping[str, str]) -> Sha
     """
     assert int(rows.offsets[0]) == 0, rows.offsets[0]
     assert int(rows.offsets[-1]) == len(rows.tokens), (rows.offsets[-1], len(rows.tokens))
-    schema = _schema(rows.tokens.dtype, metadata)
+    schema = _schema(rows.tokens.dtype, metadata, with_targets=rows.targets is not None)
     documents = pa.LargeListArray.from_arrays(
         _view(rows.offsets), _view(rows.tokens), type=schema.field("tokens").type
     )
-    batch = pa.RecordBatch.from_arrays([documents, _view(rows.src), _view(rows.row)], schema=schema)
+    columns = [documents, _view(rows.src), _view(rows.row)]
+    if rows.targets is not None:
+        columns.append(_target_lists(rows.targets, rows.offsets, schema.field("targets").type))
+    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     with whole_file(path) as temporary:
         with open(temporary, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
@@ -89,6 +118,7 @@ def read_shard(path: Path) -> tuple[ShardRows, dict[str, str]]:
             offsets=documents.offsets.to_numpy(zero_copy_only=True),
             src=batch.column("src").to_numpy(zero_copy_only=True),
             row=batch.column("row").to_numpy(zero_copy_only=True),
+            targets=_read_targets(batch),
         )
         return rows, metadata
 
@@ -99,23 +129,43 @@ def _view(values: NDArray[Any]) -> Any:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
-def _schema(dtype: np.dtype[Any], metadata: Mapping[str, str]) -> Any:
+def _schema(dtype: np.dtype[Any], metadata: Mapping[str, str], *, with_targets: bool) -> Any:
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
-    return pa.schema(
-        [
-            pa.field("tokens", pa.large_list(item), nullable=False),
-            pa.field("src", pa.uint32(), nullable=False),
-            pa.field("row", pa.uint64(), nullable=False),
-        ],
-        metadata=dict(metadata),
-    )
+    fields = [
+        pa.field("tokens", pa.large_list(item), nullable=False),
+        pa.field("src", pa.uint32(), nullable=False),
+        pa.field("row", pa.uint64(), nullable=False),
+    ]
+    if with_targets:
+        bit = pa.field("item", pa.bool_(), nullable=False)
+        fields.append(pa.field("targets", pa.large_list(bit), nullable=False))
+    return pa.schema(fields, metadata=dict(metadata))
+
+
+def _target_lists(targets: NDArray[np.bool_], offsets: NDArray[np.int64], kind: Any) -> Any:
+    """The column of targets: the documents' own offsets on one bit per token."""
+    bits = np.packbits(targets, bitorder="little")
+    values = pa.Array.from_buffers(pa.bool_(), len(targets), [None, pa.py_buffer(bits)])
+    return pa.LargeListArray.from_arrays(_view(offsets), values, type=kind)
+
+
+def _read_targets(batch: Any) -> NDArray[np.bool_] | None:
+    """Which tokens are targets; None when the shard does not say."""
+    if len(batch.schema.names) < len(COLUMNS) + 1:
+        return None
+    lists = batch.column("targets")
+    if not lists.offsets.equals(batch.column("tokens").offsets):
+        raise ValueError("targets are not as long as tokens")
+    targets: NDArray[np.bool_] = lists.values.to_numpy(zero_copy_only=False)
+    return targets
 
 
 def _single_batch(mapped: Any) -> tuple[Any, Any]:
     reader = pa.ipc.open_file(mapped)
-    if reader.num_record_batches != 1 or reader.schema.names != ["tokens", "src", "row"]:
+    names = reader.schema.names
+    if reader.num_record_batches != 1 or names not in (COLUMNS, [*COLUMNS, "targets"]):
         raise ValueError(
-            f"{reader.num_record_batches} record batches with columns {reader.schema.names}, "
+            f"{reader.num_record_batches} record batches with columns {names}, "
             "not one with tokens, src, row"
         )
     return reader.get_batch(0), reader.schema
@@ -146,4 +196,18 @@ def _describe(path: Path) -> ShardFile:
                 memoryview(whole)[values_offset : values_offset + num_bytes]
             ),
             file_xxh3_128=xxhash.xxh3_128_hexdigest(memoryview(whole)),
+            targets=_describe_targets(batch, whole),
         )
+
+
+def _describe_targets(batch: Any, whole: Any) -> TargetsColumn | None:
+    """Where the column of targets is in a mapped file; None when there is none."""
+    targets = _read_targets(batch)
+    if targets is None:
+        return None
+    list_validity, _, value_validity, bits = batch.column("targets").buffers()
+    assert list_validity is None, "targets has a validity bitmap"
+    assert value_validity is None, "target values have a validity bitmap"
+    offset = bits.address - whole.address if len(targets) else 0
+    held = memoryview(whole)[offset : offset + -(-len(targets) // 8)]
+    return TargetsColumn(int(targets.sum()), offset, xxhash.xxh3_128_hexdigest(held))

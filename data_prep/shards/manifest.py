@@ -5,12 +5,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from data_prep.conversations.forms import RecordForm
 from data_prep.errors import DataError
-from data_prep.shards.arrow_file import ShardFile
+from data_prep.shards.arrow_file import ShardFile, TargetsColumn
 from data_prep.shards.atomic import write_whole
 from foundation.bounded_files import is_name_inside, read_bounded
 from foundation.shown_text import printable
@@ -49,6 +50,8 @@ class ShardEntry:
     offsets_offset: int
     tokens_xxh3_128: str
     file_xxh3_128: str
+    # Last, and written only where there is one: sets without targets keep their bytes.
+    targets: TargetsColumn | None = None
 
     @classmethod
     def of(cls, path: str, split: str, source: str, unit: int, file: ShardFile) -> Self:
@@ -136,6 +139,7 @@ class SourceEntry(_Entry):
         text_key: The key of the text in its records.
         totals: Its ledger.
         splits: Totals and fingerprint of its part of each split.
+        form: How its records become prompts and completions; None = they are texts.
     """
 
     name: str
@@ -143,6 +147,7 @@ class SourceEntry(_Entry):
     text_key: str = "text"
     totals: Ledger
     splits: dict[str, SplitEntry]
+    form: RecordForm | None = None
 
 
 class Manifest(_Entry):
@@ -170,6 +175,24 @@ class Manifest(_Entry):
             self.text_key,
         )
 
+    def form_of(self, entry: InputEntry) -> RecordForm | None:
+        """The form of the records of one input file."""
+        return next((source.form for source in self.sources if source.name == entry.source), None)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether some shards say which tokens are targets."""
+        return any(shard.targets for shard in self.shards)
+
+    def as_json(self) -> bytes:
+        """The content of its file; a set of texts alone does not name what only others have."""
+        absent: dict[str, Any] = {}
+        if not self.has_targets:
+            absent["shards"] = {"__all__": {"targets"}}
+        if not any(source.form for source in self.sources):
+            absent["sources"] = {"__all__": {"form"}}
+        return self.model_dump_json(indent=1, exclude=absent).encode() + b"\n"
+
     @property
     def itemsize(self) -> int:
         """Bytes per stored token."""
@@ -179,12 +202,14 @@ class Manifest(_Entry):
 def order_fingerprint(
     tokenizer_sha256: str, eos_id: int, dtype: str, shards: Iterable[ShardEntry]
 ) -> str:
-    """sha256 of everything that determines the token order: contents in order, not file names."""
+    """sha256 of everything that determines tokens and targets: contents in order, not names."""
     head = json.dumps([FORMAT_VERSION, tokenizer_sha256, eos_id, dtype], separators=(",", ":"))
     digest = hashlib.sha256(head.removesuffix("]").encode() + b",[")
     # One piece per shard, so that the JSON of a large set is never in memory.
     for number, shard in enumerate(shards):
         facts = [shard.split, shard.rows, shard.tokens, shard.tokens_xxh3_128]
+        if shard.targets is not None:
+            facts.append(shard.targets.xxh3_128)
         piece = json.dumps(facts, separators=(",", ":"))
         digest.update((b"," if number else b"") + piece.encode())
     digest.update(b"]]")
@@ -212,7 +237,7 @@ def total_splits(
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Commit the set: after this call, and not before, it can be opened."""
-    write_whole(directory / MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+    write_whole(directory / MANIFEST, manifest.as_json())
 
 
 def load_manifest(directory: Path) -> Manifest:
@@ -277,7 +302,8 @@ def _find_fault(shard: ShardEntry) -> str:
     if not is_name_inside(shard.path):
         return f"the shard path {shard.path[:80]!a} does not stay in the folder of the set"
     counts = (shard.unit, shard.bytes, shard.rows, shard.tokens)
-    for number in (*counts, shard.values_offset, shard.offsets_offset):
+    targets = (shard.targets.count, shard.targets.offset) if shard.targets else ()
+    for number in (*counts, shard.values_offset, shard.offsets_offset, *targets):
         if not 0 <= number < _LARGEST_NUMBER:
             return f"{shard.path}: {number} is not a count of anything in a file"
     return ""

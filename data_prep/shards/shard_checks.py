@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.conversations.forms import ChatForm
+from data_prep.conversations.marks import plain_text
 from data_prep.inputs.input_files import InputFile
 from data_prep.inputs.reading import TextReader
 from data_prep.inputs.records import LARGEST_DOCUMENT_BYTES, Reading
@@ -72,7 +74,7 @@ class ShardChecks:
             if metadata.get(key) != expected:
                 yield f"{path}: its {key} is {metadata.get(key)}, the manifest says {expected}"
         unreadable = False
-        for problem in self._layout_problems(rows, shard):
+        for problem in (*self._layout_problems(rows, shard), *_target_problems(path, rows, shard)):
             unreadable = True
             yield f"{path}: {problem}"
         if not unreadable:
@@ -111,7 +113,7 @@ class ShardChecks:
         # Only where text may become a special token can a document hold that id inside.
         if (
             strays < 0
-            or (strays and self._manifest.special_tokens != "id")
+            or (strays and not self._may_hold_ends(shard))
             or not bool((ends == known.eos_id).all())
         ):
             yield f"{num_eos:,} end-of-document tokens for {shard.rows:,} documents"
@@ -138,17 +140,45 @@ class ShardChecks:
             return True
         text = self._tokenizer.decode(ids)
         entry = self._manifest.inputs[int(rows.src[row])]
-        original = self._input_text(entry, int(rows.row[row]), self._manifest.text_key_of(entry))
+        original = self._input_text(entry, int(rows.row[row]))
         if original is not None:
             return original == text.encode()
+        if self._manifest.form_of(entry) is not None:
+            return True  # of the decoded text it is not known where its parts begin
         again, _ = self._tokenizer.encode_documents([text])
         return bool(np.array_equal(again[:-1], ids))
 
-    def _input_text(self, entry: InputEntry, offset: int, text_key: str) -> bytes | None:
+    def _may_hold_ends(self, shard: ShardEntry) -> bool:
+        """Whether a document may hold the end-of-document token inside, as one of many turns."""
+        chats = {
+            source.name for source in self._manifest.sources if isinstance(source.form, ChatForm)
+        }
+        return self._manifest.special_tokens == "id" or shard.source in chats
+
+    def _input_text(self, entry: InputEntry, offset: int) -> bytes | None:
         """The text of a document in its input file; None when it cannot be had quickly."""
         file = InputFile(entry.path, entry.kind, entry.bytes, entry.mtime_ns)
-        reading = Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES))
-        return self._texts.read(file, offset, reading)
+        form, text_key = self._manifest.form_of(entry), self._manifest.text_key_of(entry)
+        if isinstance(form, ChatForm):
+            return None  # a template is a program, and that of a set may be anybody's
+        reading = Reading(text_key, max(entry.bytes, LARGEST_DOCUMENT_BYTES), form)
+        text = self._texts.read(file, offset, reading)
+        return plain_text(text) if form and text is not None else text
+
+
+def _target_problems(path: Path, rows: ShardRows, shard: ShardEntry) -> Iterator[str]:
+    """What is wrong with the column of targets, in a file that has the tokens of the manifest."""
+    known = shard.targets
+    if (rows.targets is None) != (known is None):
+        says = "no" if known is None else "a"
+        yield f"the manifest says {says} column of targets"
+    elif known is not None and rows.targets is not None:
+        count = int(np.count_nonzero(rows.targets))
+        if count != known.count:
+            yield f"{count:,} tokens are targets, the manifest says {known.count:,}"
+        bits = np.packbits(rows.targets, bitorder="little")
+        if not _is_at(path, known.offset, bits):
+            yield f"the targets are not at byte {known.offset:,}"
 
 
 def _file_problem(path: Path, shard: ShardEntry) -> str:

@@ -47,6 +47,8 @@ class ShardSet:
         num_tokens: Length of the stream.
         num_documents: Documents in it.
         total_bytes: Size of its files.
+        num_targets: Tokens that may be targets; all of them where the set does not say.
+        has_targets: Whether some shards say which ones.
     """
 
     def __init__(
@@ -80,6 +82,10 @@ class ShardSet:
         self.num_tokens = starts[-1]
         self.num_documents = sum(shard.rows for shard in self.shards)
         self.total_bytes = sum(shard.bytes for shard in self.shards)
+        self.has_targets = any(shard.targets is not None for shard in self.shards)
+        self.num_targets = sum(
+            shard.tokens if shard.targets is None else shard.targets.count for shard in self.shards
+        )
         self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
         self._starts = starts
         # Where token 0 of the stream would be in each file if the shard before reached that far.
@@ -220,6 +226,29 @@ class ShardSet:
         # Files that are not open, reads over a shard's border, and whatever failed.
         for start, out in remaining:
             self.read_into(start, out)
+
+    def read_targets(self, start: int, out: NDArray[np.bool_]) -> None:
+        """Fill `out` with which of the tokens from `start` on may be targets.
+
+        Raises:
+            DataError: A file cannot be read or ends early.
+        """
+        assert 0 <= start <= start + len(out) <= self.num_tokens, (start, len(out))
+        number, done = bisect_right(self._starts, start) - 1, 0
+        while done < len(out):
+            shard, first = self.shards[number], start + done - self._starts[number]
+            count = min(len(out) - done, shard.tokens - first)
+            part = out[done : done + count]
+            if shard.targets is None:
+                part[:] = True
+            else:
+                bits = np.empty(-(-(first + count) // 8) - first // 8, np.uint8)
+                position = shard.targets.offset + first // 8
+                self._files.read(self._numbers[number], bits.data, position)
+                unpacked = np.unpackbits(bits, bitorder="little")
+                part[:] = unpacked[first % 8 : first % 8 + count]
+            done += count
+            number += 1
 
     def document_starts(self, start: int, count: int) -> NDArray[np.int64]:
         """Where documents start within tokens [start, start + count) of the stream.

@@ -45,6 +45,7 @@ class Encoder:
 
     Attributes:
         dtype: Of the ids it gives.
+        eos_id: The id that ends each document.
         sampled: Documents so far that were decoded again to see whether their text comes back;
             only counted when the tokenizer does not promise that it does.
         altered: Those of them whose text did not.
@@ -55,6 +56,7 @@ class Encoder:
         self._name = name
         self._fast = _Gigatoken(tokenizer) if name == "gigatoken" else None
         self.dtype = tokenizer.dtype
+        self.eos_id = tokenizer.eos_id
         self.sampled = self.altered = 0
 
     def encode(self, texts: Sequence[bytes]) -> tuple[TokenArray, NDArray[np.int64]]:
@@ -68,6 +70,19 @@ class Encoder:
             DataError: The library gave an id that the tokenizer does not have, or ended a document
                 inside of its text, or gave a document of the sample other ids than `tokenizers`
                 does, or ids that do not decode to it although the tokenizer promises it.
+        """
+        ids, ends = self.encode_plain(texts)
+        return _append_eos(ids, ends, self.eos_id, self.dtype)
+
+    def encode_plain(self, texts: Sequence[bytes]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Encode texts given as UTF-8, without EOS.
+
+        Returns:
+            All ids one after the other, and the position where each text ends. Example with bytes:
+            [b"ab", b"c"] gives [97, 98, 99] and [2, 3].
+
+        Raises:
+            DataError: As `encode`.
         """
         if self._name == "bytes":
             ids: NDArray[Any] = np.frombuffer(b"".join(texts), np.uint8)
@@ -83,7 +98,11 @@ class Encoder:
             )
         self._check_ends(texts, ids, ends)
         self._check_sample(texts, ids, ends)
-        return _append_eos(ids, ends, self._tokenizer.eos_id, self.dtype)
+        return ids, ends
+
+    def id_of(self, special_name: bytes) -> int:
+        """The id of a special token."""
+        return self._tokenizer.special_id(special_name.decode())
 
     def _check_ends(
         self, texts: Sequence[bytes], ids: NDArray[Any], ends: NDArray[np.int64]

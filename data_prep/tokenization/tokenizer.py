@@ -129,6 +129,12 @@ class Tokenizer:
         """The first special token that a text in UTF-8 spells, if any."""
         return next((name for name in self.special_names if name.encode() in text), None)
 
+    def special_id(self, name: str) -> int:
+        """The id of one of `special_names`."""
+        number = self._backend.token_to_id(name)
+        assert number is not None, name
+        return int(number)
+
     def encode_documents(self, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
         """Encode documents and append EOS to each.
 

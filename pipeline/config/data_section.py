@@ -45,7 +45,8 @@ class DataSection(Section):
         prefetch_steps: steps read ahead.
         document_mask: attention, positions and targets stay within a document.
         packing: concat = the stream is cut every sequence_length tokens; best_fit = whole
-            documents are packed into sequences, and only longer ones than a sequence are cut.
+            documents are packed into sequences, and only longer ones than a sequence are cut;
+            one_per_sequence = a sequence for each document, with padding.
         weights: share of samples of each source; null = the set's own, else by tokens.
         weight_schedule: weights that change during the run, as phases of step and weights.
         skip_batches: global batches never to train on, as [first, last] pairs; the first batch of
@@ -59,7 +60,7 @@ class DataSection(Section):
     eval_split: Split = "validation"
     prefetch_steps: Annotated[int, Field(gt=0, le=10_000)] = 2
     document_mask: bool = False
-    packing: Literal["concat", "best_fit"] = "concat"
+    packing: Literal["concat", "best_fit", "one_per_sequence"] = "concat"
     weights: dict[Name, Weight] | None = None
     weight_schedule: Annotated[tuple[WeightPhase, ...], Strict(False)] = ()
     skip_batches: Annotated[tuple[BatchRange, ...], Strict(False)] = ()

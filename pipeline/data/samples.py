@@ -156,10 +156,16 @@ def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) 
         lines.append(
             f"sequences of {data.sequence_length:,} tokens in an epoch of each source: {sizes}"
         )
-    if data.packing == "best_fit":
+    if data.packing != "concat":
+        name = "best-fit packing" if data.packing == "best_fit" else "a sequence for each document"
         lines.append(
-            f"best-fit packing: {loader.num_samples:,} sequences, "
-            f"{loader.padding_share:.2%} padding"
+            f"{name}: {loader.num_samples:,} sequences, {loader.padding_share:.2%} padding"
+        )
+    if loader.shards.has_targets:
+        shards = loader.shards
+        lines.append(
+            f"loss on {shards.num_targets / max(shards.num_tokens, 1):.2%} of the tokens: "
+            "completions and their ends, no prompts"
         )
     lines += [
         f"data.skip_batches: batches {first} to {last} of the data order "

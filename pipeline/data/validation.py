@@ -16,9 +16,9 @@ from pipeline.data.sequence_format import sequence_format
 class ValidationSamples:
     """The first `eval.samples` sequences of the validation split, the same in every layout.
 
-    Concatenated sequences come in stream order. Packed ones, whose stream order has all long
-    documents first, come in an order that depends on nothing but the shards. Several sources are
-    mixed by their tokens in this split, whatever the training weights are.
+    Concatenated sequences come in stream order. Those of whole documents, of which best-fit packing
+    has the long ones first, come in an order that depends on nothing but the shards. Several
+    sources are mixed by their tokens in this split, whatever the training weights are.
 
     Args:
         config: the run.
@@ -41,7 +41,7 @@ class ValidationSamples:
             sequence_format(config),
             BatchLayout(micro_size=1, data_rank=data_rank, data_size=data_size),
             seed=0,
-            shuffle=config.data.packing == "best_fit",
+            shuffle=config.data.packing != "concat",
         )
         tokenizer = tokenizers.Tokenizer.from_file(str(shards.tokenizer_path))
         self.token_bytes = torch.tensor(

@@ -18,7 +18,7 @@ from model.hugging_face.identity import (
     read_identity,
 )
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
-from pipeline.checkpoint.file_names import IMPORTED, TOKENIZER
+from pipeline.checkpoint.file_names import FOLDER, IMPORTED, TOKENIZER
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.agreement import from_main
 from pipeline.distributed.topology import Topology
@@ -45,7 +45,7 @@ def imported_weights(
     if resumed:
         logger.info("train.init_from=%s is not read: the run goes on", config.train.init_from)
         return None
-    folder = LlamaFolder(config.train.init_from)
+    folder = _open_folder(config.train.init_from)
     folder.check(config.model)
     _check_tokenizer(folder, shards)
     _verify_once(folder, topology)
@@ -112,7 +112,7 @@ def planned_import(config: RunConfig) -> list[str]:
         return []
     if not directory.exists():
         return [f"weights from {directory}: not on this machine, so not looked at"]
-    folder = LlamaFolder(directory)
+    folder = _open_folder(directory)
     folder.check(config.model)
     return describe_import(folder, config)
 
@@ -158,6 +158,21 @@ def _describe_new_heads(folder: LlamaFolder, config: RunConfig, new: list[int]) 
     last = folder.sizes.layers - 1
     copied = f"its layer {last}" if model.head_layers == 1 else "its last layers"
     return f"{which} {'a copy' if one else 'copies'} of {copied}, the next-token head"
+
+
+def _open_folder(directory: Path) -> LlamaFolder:
+    """The folder, unless it is one of a run.
+
+    Raises:
+        ConfigError: it is, or it cannot be imported.
+        CheckpointError: a file is missing or unreadable.
+    """
+    if (directory / FOLDER).is_dir() or directory.parent.name == FOLDER:
+        raise ConfigError(
+            f"train.init_from={directory} is a checkpoint, or a run with checkpoints, not a model; "
+            f"export it with python -m pipeline.export {directory} EXPORT and give that folder"
+        )
+    return LlamaFolder(directory)
 
 
 def _check_tokenizer(folder: LlamaFolder, shards: ShardSet) -> None:

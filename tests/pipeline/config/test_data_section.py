@@ -44,7 +44,7 @@ def test_weights_of_sources_are_a_mapping_or_a_schedule(small: Path) -> None:
         (["data.skip_batches=[[0, 4]]"], ["[0, 4]", "1 <= first"]),
         (["data.skip_batches=[[7, 9], [3, 7]]"], ["[3, 7] and [7, 9]", "join them"]),
         (["data.skip_batches=[[1]]"], ["data.skip_batches[0][1] is missing"]),
-        (["data.packing=best"], ["data.packing", "concat or best_fit"]),
+        (["data.packing=best"], ["data.packing", "concat, best_fit or one_per_sequence"]),
     ],
 )
 def test_impossible_mixtures_and_ranges_are_refused(
