@@ -194,6 +194,7 @@ def test_a_dataset_of_the_hub_is_pinned_to_its_commit(
     assert verified.returncode == 0, verified.stderr
 
 
+@pytest.mark.stress
 def test_unknown_and_unreachable_names_are_one_line(tmp_path: Path, hub: Hub) -> None:
     """With the way around it where there is no network, and no output begun."""
     for server, words in ((hub, "doesn't exist on the Hub"), (None, "Couldn't reach")):

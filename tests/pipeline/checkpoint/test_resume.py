@@ -193,6 +193,7 @@ def test_keeps_the_newest(config: Path, tmp_path: Path) -> None:
     assert (checkpoints / "latest").read_text().strip() == "step_00000012"
 
 
+@pytest.mark.stress
 def test_going_back_takes_another_way(config: Path, tmp_path: Path) -> None:
     """Resuming from an older checkpoint sets the newer ones aside; retention never eats the new."""
     run_dir = tmp_path / "run"
@@ -229,6 +230,7 @@ def test_all_checkpoints_damaged_is_no_new_start(config: Path, tmp_path: Path) -
     assert (run_dir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.stress
 def test_optimizer_settings_of_the_resumed_run_hold(config: Path, tmp_path: Path) -> None:
     """A weight decay that was changed for the resumed part is applied, not the saved one."""
     weights = []
@@ -245,7 +247,13 @@ def test_optimizer_settings_of_the_resumed_run_hold(config: Path, tmp_path: Path
     assert torch.allclose(weights[0][norm], weights[1][norm], atol=0.02)
 
 
-@pytest.mark.parametrize("gone", ["folder", "behind a link", "checkpoint"])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "folder",
+        *(pytest.param(g, marks=pytest.mark.stress) for g in ("behind a link", "checkpoint")),
+    ],
+)
 def test_lost_checkpoints_do_not_start_a_run_over(config: Path, tmp_path: Path, gone: str) -> None:
     """Metrics without the checkpoints that belong to them: refused, and nothing is erased.
 

@@ -89,6 +89,7 @@ def _fill(path: Path) -> None:
             return
 
 
+@pytest.mark.stress
 def test_policy_stop_ends_the_run(config: Path, tmp_path: Path) -> None:
     """A file where the checkpoints' folder should be: all ranks stop with exit code 2.
 
@@ -127,6 +128,7 @@ def test_a_lost_last_save_is_no_success(config: Path, tmp_path: Path) -> None:
     assert "step_00000003: step 3" in outcome.output[0]
 
 
+@pytest.mark.stress
 def test_best_by_validation_loss_survives_a_resume(config: Path, tmp_path: Path) -> None:
     """A run whose loss rises after a resume keeps the checkpoint from before, and every 6th."""
     run_dir = tmp_path / "run"
@@ -143,7 +145,7 @@ def test_best_by_validation_loss_survives_a_resume(config: Path, tmp_path: Path)
     assert [step_of(path) for path in committed(run_dir / FOLDER)] == [4, 6, 10, 12]
 
 
-@pytest.mark.parametrize("on_error", ["warn", "stop"])
+@pytest.mark.parametrize("on_error", ["warn", pytest.param("stop", marks=pytest.mark.stress)])
 def test_a_run_folder_deleted_meanwhile(config: Path, tmp_path: Path, on_error: str) -> None:
     """It is noticed at the next step; the run goes on with a new folder, or stops, as told."""
     run_dir = tmp_path / "run"

@@ -19,7 +19,13 @@ from tests.support.harness import run_ranks
 from tests.support.training_runs import last_step, run_job, start_job
 
 
-@pytest.mark.parametrize(("victim", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.stress),
+    ],
+)
 def test_dead_rank_ends_the_job(
     config: Path, tmp_path: Path, victim: int, number: signal.Signals
 ) -> None:
