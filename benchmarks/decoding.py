@@ -4,7 +4,8 @@
 All arms read the same weights and continue the same prompts by the same number of tokens, in one
 process and in turn; the best of the rounds counts, since other work can only add. On a CPU one
 thread computes, and its own time counts instead of the clock's. *transformers* is `generate` of the
-plain Llama in the folder, *prompt lookup* its speculative decoding with n-grams of the text.
+plain Llama in the folder, *prompt lookup* its speculative decoding with n-grams of the text, *auto*
+the chain that `--heads auto` takes for a batch of that size on this machine.
 `--quick` takes few tokens and rounds and writes nothing.
 """
 
@@ -28,6 +29,7 @@ from benchmarks.tables import machine_line, replace_section
 from model.decoding.batch import Decoder
 from model.decoding.chain import ChainDecoder
 from model.decoding.generation import Generation, collect, stream
+from model.decoding.head_choice import automatic_heads
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.tree import TreeDecoder
 from model.inference.loading import LoadedNetwork, load_network
@@ -108,6 +110,7 @@ class Bench:
     """
 
     def __init__(self, folder: Path, device: str, num_tokens: int) -> None:
+        self.folder = folder
         self.loaded: LoadedNetwork = load_network(folder, device=torch.device(device))
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
@@ -139,17 +142,25 @@ class Bench:
         for k in heads:
             name = "1 head" if k == 1 else f"chain of {k}"
             arms[name] = self._ours(batch, self._chain(k, sampling))
+        for k in heads[1:]:
+            for spread in spreads:
+                arms[f"tree of {k}, spread {spread}"] = self._ours(
+                    batch, self._tree(k, spread, sampling)
+                )
         if not sampled:
-            for k in heads[1:]:
-                for spread in spreads:
-                    arms[f"tree of {k}, spread {spread}"] = self._ours(batch, self._tree(k, spread))
+            k = automatic_heads(self.folder, self.loaded.network, [batch], print).most
+            arms[f"auto: {k} {'head' if k == 1 else 'heads'}"] = self._ours(
+                batch, self._chain(k, sampling)
+            )
         return arms
 
     def _chain(self, heads: int, sampling: Sampling) -> Callable[[], Decoder]:
         return lambda: ChainDecoder(self.loaded.network, heads=heads, sampling=sampling)
 
-    def _tree(self, heads: int, spread: int) -> Callable[[], Decoder]:
-        return lambda: TreeDecoder(self.loaded.network, heads=heads, spread=spread)
+    def _tree(self, heads: int, spread: int, sampling: Sampling) -> Callable[[], Decoder]:
+        return lambda: TreeDecoder(
+            self.loaded.network, heads=heads, spread=spread, sampling=sampling
+        )
 
     def _batches(self, size: int) -> list[list[list[int]]]:
         """One batch, or some small ones, so that no single prompt decides."""
@@ -276,17 +287,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="where README.md and results/ are (nowhere)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=96, help="new tokens of each prompt")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 4, 16], help="prompts at once"
+    )
+    parser.add_argument("--spreads", type=int, nargs="+", default=[1, 2], help="of trees")
     parser.add_argument("--quick", action="store_true", help="few tokens; prints, writes nothing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.quick:
         options.tokens, options.rounds, options.output = 6, 1, None
-    sizes, spreads = ((1, 2), (1,)) if options.quick else ((1, 4, 16), (1, 2))
+        options.batches, options.spreads = [1, 2], [1]
     bench = Bench(options.export, options.device, options.tokens)
     results: list[Result] = []
-    for batch in sizes:
+    for batch in options.batches:
         for sampled in (False, True):
-            results += measure(bench, batch, sampled, spreads, options.rounds)
+            results += measure(bench, batch, sampled, options.spreads, options.rounds)
             print(table(results), flush=True)
     if options.output is not None:
         description = bench.loaded.record.description
@@ -297,9 +312,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{model.layers} layers, {model.future_tokens} of them heads, step {description.step}; "
             f"{options.tokens} new tokens, best of {options.rounds} rounds."
         )
-        name = f"decoding {options.device}"
+        small = "" if description.run == "quickstart" else f"{description.run} "
+        name = f"decoding {small}{options.device}"
         replace_section(options.output / "README.md", name, f"{intro}\n\n{table(results)}")
-        raw = options.output / "results" / f"decoding-{options.device}.json"
+        raw = options.output / "results" / f"{name.replace(' ', '-')}.json"
         raw.parent.mkdir(exist_ok=True)
         content = {"machine": machine, "results": [r._asdict() for r in results]}
         raw.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -27,8 +27,10 @@ def test_quick_run_prints_every_arm(tmp_path: Path) -> None:
     arms = {(row[0], row[1]): [r[2] for r in rows if r[:2] == row[:2]] for row in rows}
     chains = ["1 head", "chain of 2", "chain of 3", "chain of 4"]
     trees = [f"tree of {k}, spread 1" for k in (2, 3, 4)]
+    auto = arms["1", "greedy"].pop()
+    assert auto in [f"auto: {k} heads" for k in (2, 3, 4)] + ["auto: 1 head"]
     assert arms["1", "greedy"] == ["transformers", "prompt lookup", *chains, *trees]
-    assert arms["2", "sampled"] == ["transformers", *chains]
+    assert arms["2", "sampled"] == ["transformers", *chains, *trees]
     for row in rows:
         assert row[8] == ("yes" if row[1] == "greedy" else "-"), row
         assert float(row[4].replace(",", "")) > 0
