@@ -1,13 +1,14 @@
 """Pages of reports: one HTML file that needs no other file and no network.
 
 A report gives its sections as data; how they look is the business of templates/page.html.j2. All
-text is escaped there; only `plots.svg_plot` gives markup that is not.
+text is escaped there; only `plots.svg_plot` and `link` give markup that is not.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -54,6 +55,11 @@ class Section(NamedTuple):
 
     title: str
     blocks: Sequence[Block]
+
+
+def link(path: str, text: str) -> Markup:
+    """A cell that leads to a file beside the page or below it."""
+    return Markup('<a href="./{}">{}</a>').format(quote(path), text)
 
 
 def render_page(kind: str, name: str, lead: str, sections: Iterable[Section]) -> str:

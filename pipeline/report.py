@@ -1,57 +1,42 @@
 """report.html from a run's metrics: plots, final figures and the configuration, in one file.
 
-Command line: python -m pipeline.report RUN_DIR
+Several runs are compared on one page, and a folder of runs gets an index.
+
+Command line: python -m pipeline.report RUN_DIR ... | --index FOLDER
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from markupsafe import Markup
 
 from foundation.bounded_files import read_bounded
 from foundation.command_line import exit_status
 from foundation.durable_files import write_whole
 from foundation.pages import Figures, Listing, Section, Table, render_page
-from foundation.plots import shades, svg_plot
+from foundation.plots import shades
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
-from pipeline.reporting.final_figures import final_figures, values_of
+from pipeline.reporting.curves import Curve, Plot, figure
+from pipeline.reporting.final_figures import final_figures
 from pipeline.reporting.metrics import Scalars, read_metrics
+from pipeline.reporting.run_events import run_events
+from pipeline.reporting.run_pages import comparison_page, index_page
 
 EPILOG = """\
 examples:
-  PROG runs/7b
+  PROG runs/7b                          writes runs/7b/report.html
+  PROG runs/7b runs/7b_staged           compares them in runs/comparison.html
+  PROG --index runs                     lists all runs of the folder in runs/index.html
 
-exit status: 0 RUN_DIR/report.html is written, 1 there are no metrics to read (in one line), 2 wrong
-arguments
+exit status: 0 the page is written, 1 there are no metrics to read (in one line), 2 wrong arguments
 """
 REPORT_NAME = "report.html"
-_LARGEST_DRAWN = 1e100  # what is larger has no axis; it stays in the table
+COMPARISON_NAME, INDEX_NAME = "comparison.html", "index.html"
 _MOST_CURVES = 64  # of heads or sources
 
 _LEAD = "Head k predicts the token k positions ahead. Dashed curves are held-out data."
-
-
-class Curve(NamedTuple):
-    """One line of a plot: a metric over steps."""
-
-    key: str
-    label: str
-    color: str = "#1f6feb"
-    dashed: bool = False
-
-
-class Plot(NamedTuple):
-    """One plot; only the curves with data in the records are drawn."""
-
-    title: str
-    unit: str
-    curves: tuple[Curve, ...]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -68,16 +53,20 @@ def write_report(run_dir: str | Path) -> Path:
     if not records:
         raise ConfigError(f"{run_dir} has no metrics yet; wait until the run has done a step")
     heads = _num_heads(records)
-    figures = [_figure(plot, records) for plot in _plots(heads, _sources(records))]
+    events = run_events(run_dir, records)
+    figures = [figure(plot, [records], events) for plot in _plots(heads, _sources(records))]
     config = _config_text(run_dir / RESOLVED_CONFIG_NAME)
     sections = [
         Section("Final figures", [Table(final_figures(records, heads))]),
-        Section("Curves", [Figures([figure for figure in figures if figure is not None])]),
+        Section("Curves", [Figures([svg for svg in figures if svg is not None])]),
     ]
     if config:
         sections.append(Section("Configuration", [Listing(config)]))
     page = render_page("training report", run_dir.resolve().name, _LEAD, sections)
-    path = run_dir / REPORT_NAME
+    return _write(run_dir / REPORT_NAME, page)
+
+
+def _write(path: Path, page: str) -> Path:
     try:
         write_whole(path, page.encode())
     except OSError as error:
@@ -141,52 +130,41 @@ def _plots(num_heads: int, sources: Sequence[str]) -> list[Plot]:
     ]
 
 
-def _figure(plot: Plot, records: Sequence[Scalars]) -> Markup | None:
-    """One plot as an svg element; None when no record has a value for it."""
-    drawn = [curve for curve in plot.curves if values_of(records, curve.key)]
-    if not drawn:
-        return None
-
-    def draw(axes: Any) -> None:
-        for curve in drawn:
-            _draw(axes, curve, records)
-        axes.set_title(plot.title)
-        axes.set_xlabel("step")
-        axes.set_ylabel(plot.unit)
-        axes.grid(alpha=0.25)
-        if len(drawn) > 1:
-            axes.legend(frameon=False, fontsize=8, ncols=2)
-
-    return svg_plot(plot.title, draw)
-
-
-def _draw(axes: Any, curve: Curve, records: Sequence[Scalars]) -> None:
-    found = [(r["step"], float(v)) for r in records if (v := r.get(curve.key)) is not None]
-    points = [(step, v if abs(v) < _LARGEST_DRAWN else math.nan) for step, v in found]
-    few = len(points) <= 50
-    axes.plot(
-        [step for step, _ in points],
-        [value for _, value in points],
-        label=curve.label.replace("$", r"\$"),  # which would begin a formula
-        color=curve.color,
-        linestyle="--" if curve.dashed else "-",
-        linewidth=1.4 if curve.dashed else 1.1,
-        marker="o" if few else "",
-        markersize=3,
-    )
-
-
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline.report") -> int:
-    """Write the report of the run folder named on the command line."""
+    """Write the page that the command line asks for; its path is printed."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Write a report of a run: one HTML page, without links to anything outside.",
+        description="Write a page about runs: one HTML file, without links to anything outside.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EPILOG.replace("PROG", prog),
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run, with metrics.jsonl")
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        nargs="*",
+        type=Path,
+        help="folder of a run, with metrics.jsonl; several are compared",
+    )
+    parser.add_argument("--index", metavar="FOLDER", type=Path, help="list the runs of a folder")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="where a comparison or an index goes"
+    )
     options = parser.parse_args(arguments)
-    return exit_status(lambda: print(write_report(options.run_dir)), ConfigError)
+    if bool(options.run_dir) == bool(options.index):
+        parser.error("give one run, several runs, or --index FOLDER")
+    if options.output and len(options.run_dir) == 1:
+        parser.error("--output is for comparisons and indexes; a report is in its run's folder")
+    return exit_status(lambda: print(_page(options)), ConfigError)
+
+
+def _page(options: argparse.Namespace) -> Path:
+    """Write what was asked for."""
+    if options.index:
+        return _write(options.output or options.index / INDEX_NAME, index_page(options.index))
+    if len(options.run_dir) == 1:
+        return write_report(options.run_dir[0])
+    beside = options.run_dir[0].absolute().parent / COMPARISON_NAME
+    return _write(options.output or beside, comparison_page(options.run_dir))
 
 
 if __name__ == "__main__":

@@ -26,13 +26,18 @@ class _Console(logging.Handler):
         sys.stdout.flush()
 
 
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """The log file of a rank."""
+    return run_dir / "logs" / f"rank_{rank:05d}.log"
+
+
 def start_run_log(run_dir: Path, rank: int) -> Path:
     """Send log records of this process to `<run_dir>/logs/rank_00000.log`, rank 0 also to stdout.
 
     Returns:
         The file.
     """
-    path = run_dir / "logs" / f"rank_{rank:05d}.log"
+    path = rank_log(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [_RankFile(path, encoding="utf-8")]
     if rank == 0:

@@ -18,6 +18,7 @@ from tests.cluster.jobs import Job, interpreter, light_run, trained_steps
 from tests.cluster.settings import Settings
 from tests.cluster.testbed import Cluster
 from tests.cluster.trainer import LOST, TOLD
+from tests.support.training_runs import run_job
 
 pytestmark = pytest.mark.cluster
 LONG = functools.partial(pytest.param, marks=pytest.mark.stress)
@@ -271,6 +272,22 @@ def test_shards_are_made_by_a_job(cluster: Cluster, tmp_path: Path) -> None:
     )
     assert job.finish(240) == "COMPLETED", job.log
     assert json.loads((output / "manifest.json").read_text())["totals"]["documents"] == 50
+
+
+def test_a_run_is_exported_by_a_job(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    """The real export command on one node, with a log that says where the model is."""
+    assert run_job(tmp_path, [str(config), "--set", "train.stop_at_step=3"]).codes == [0]
+    job = Job(
+        cluster,
+        tmp_path,
+        "slurm/export.sh",
+        options=["--export=PYTHON"],
+        arguments=[str(tmp_path / "run"), str(tmp_path / "export")],
+        PYTHON=sys.executable,
+    )
+    assert job.finish(240) == "COMPLETED", job.log
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["hidden_size"] == 32
+    assert list((tmp_path / "export").glob("*.safetensors")), job.log
 
 
 @pytest.fixture

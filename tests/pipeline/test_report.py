@@ -9,9 +9,12 @@ import pytest
 
 from model.errors import ConfigError
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
-from pipeline.report import write_report
+from pipeline.report import main, write_report
 from pipeline.reporting.final_figures import final_figures
 from pipeline.reporting.metrics import METRICS_NAME, MetricsLog, read_metrics
+from pipeline.reporting.run_events import run_events
+from pipeline.reporting.run_log import rank_log
+from tests.support.training_runs import run_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,3 +141,91 @@ def test_command_line(run_dir: Path, tmp_path: Path) -> None:
     assert bad.returncode == 1
     assert bad.stderr.startswith("error: ")
     assert bad.stderr.count("\n") == 1
+
+
+def _logged(folder: Path, steps: int, *lines: str) -> Path:
+    """A run of so many steps and one that was left out, whose rank 0 has logged these lines."""
+    log = MetricsLog(folder, resumed_step=0)
+    for step in range(1, steps + 1):
+        log.write({"step": step, "loss_head_1": 5 - step / 10, "tokens_per_s": 100.0})
+    log.write({"step": steps + 1, "loss_head_1": 3.0, "skipped": 1, "rollbacks": 1})
+    log.close()
+    path = rank_log(folder, 0)
+    path.parent.mkdir()
+    path.write_text("".join(f"2026-01-01 00:00:00 INFO {line}\n" for line in lines))
+    return folder
+
+
+LINES = (
+    *("layout        2 ranks = 2 data", "new run: step 0, tokens 0, next sample 0"),
+    "saved /r/checkpoints/step_00000002 in 0.1 s; training waited 0.0 s",
+    *("layout        2 ranks = 2 data", "resumed from /r: step 2, tokens 9, next sample 9"),
+    *("layout        4 ranks = 4 data", "resumed from /r: step 4, tokens 9, next sample 9"),
+)
+
+
+def test_what_happened_is_known_by_step(tmp_path: Path) -> None:
+    """Resumes, another layout and saves from the log; skips and rollbacks from the metrics."""
+    run = _logged(tmp_path / "a", 5, *LINES)
+    found = {(event.kind, event.step) for event in run_events(run, read_metrics(run))}
+    assert found == {
+        *(("resume", 2), ("resume", 4), ("layout", 4), ("save", 2)),
+        *(("skip", 6), ("rollback", 6)),
+    }
+
+
+def test_what_happened_is_marked_on_the_curves(tmp_path: Path) -> None:
+    """With a legend; a run without a log has its metrics' marks."""
+    page = write_report(_logged(tmp_path / "a", 5, *LINES)).read_text()
+    for label in ("resumed", "resumed in another layout", "rolled back", "step skipped", "saved"):
+        assert f">{label}</text>" in page
+    quiet = write_report(_logged(tmp_path / "b", 5)).read_text()
+    assert ">rolled back</text>" in quiet
+    assert ">resumed</text>" not in quiet
+
+
+def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A curve per run with its name, the final figures side by side, what happened counted."""
+    runs = [_logged(tmp_path / "first", 5, *LINES), _logged(tmp_path / "second", 9)]
+    assert main([str(run) for run in runs]) == 0
+    path = tmp_path / "comparison.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    page = path.read_text()
+    for text in ("first", "second", "Loss of first", "Loss of second", "Loss, head 1"):
+        assert f">{text}</text>" in page
+    assert re.search(r"<td>Steps</td><td>6</td><td>10</td>", page)
+    assert re.search(r"<td>resumes</td><td>2</td><td>0</td>", page)
+    assert main([str(runs[0]), str(tmp_path)]) == 1
+
+
+def test_an_index_has_a_row_for_each_run(tmp_path: Path) -> None:
+    """Its status from the verdict or the lease, its last figures, and a link that works."""
+    done = _logged(tmp_path / "a <b>", 5)
+    write_report(done)
+    (done / "verdict.json").write_text('{"outcome": "lost"}')
+    held = _logged(tmp_path / "held", 5)
+    (held / "lease.json").touch()
+    _logged(tmp_path / "other", 5)
+    assert main(["--index", str(tmp_path)]) == 0
+    page = (tmp_path / "index.html").read_text()
+    rows = dict(re.findall(r'<tr><td><a href="([^"]+)">.*?</a></td><td>(\w+)</td>', page))
+    assert rows == {
+        "./a%20%3Cb%3E/report.html": "lost",
+        "./held/metrics.jsonl": "running",
+        "./other/metrics.jsonl": "unknown",
+    }
+    assert "<td>6</td><td>3.0000</td><td>-</td><td>100</td>" in page
+    (tmp_path / "empty").mkdir()
+    assert main(["--index", str(tmp_path / "empty")]) == 1
+
+
+def test_the_log_that_marks_come_from_is_the_one_that_runs_write(
+    config: Path, tmp_path: Path
+) -> None:
+    """A real run, stopped and resumed: the words that are looked for are those that are written."""
+    for stop in (6, 9):
+        settings = ["--set", f"train.stop_at_step={stop}", "eval.every_steps=0"]
+        assert run_job(tmp_path, [str(config), *settings]).codes == [0]
+    run = tmp_path / "run"
+    found = [(event.kind, event.step) for event in run_events(run, read_metrics(run))]
+    assert found == [("save", 3), ("resume", 6), ("save", 6), ("save", 9)]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,34 @@ def test_a_rollback_is_as_if_the_batches_had_never_been(odd_config: Path, tmp_pa
     raw = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     (change,) = raw[24]["resume_changes"]
     assert change["now"] == [[25, 26], [25, 30]]
+
+
+def test_a_rollback_after_the_batch_size_changed(odd_config: Path, tmp_path: Path) -> None:
+    """Batches since the checkpoint are counted in steps of the size that they had."""
+    halves = ("batch.micro_size=2", "train.stop_at_step=44")
+
+    def changed(folder: Path, *settings: str) -> tuple[Outcome, Path]:
+        """Twelve steps of eight samples, and then others of four."""
+        steps = "train.steps=60"
+        first, run_dir = _run(odd_config, folder, steps, "train.stop_at_step=12")
+        assert first.codes == [0, 0]
+        arguments = [str(odd_config), "--set", f"run.dir={run_dir}", *SETTINGS, steps]
+        return run_job(folder, [*arguments, *halves, *settings], world=2), run_dir
+
+    outcome, run_dir = changed(tmp_path / "rollback", "train.on_spike=rollback")
+    assert outcome.codes == [0, 0], outcome.output
+    assert "a step was 8 samples and is 4 from now on" in outcome.output[0]
+    left_out = re.findall(r"batches (\d+) to (\d+) are left out", outcome.output[0])
+    assert left_out, outcome.output[0]
+    first, last = left_out[-1]
+    told, expected_dir = changed(tmp_path / "told", f"data.skip_batches=[[{first},{last}]]")
+    assert told.codes == [0, 0], told.output
+    found, expected = metrics_without_times(run_dir), metrics_without_times(expected_dir)
+    assert found[-1].pop("rollbacks") == len(left_out)
+    assert [record.pop("rollbacks", 0) for record in found[:12]] == [0] * 12
+    for record in found:
+        record.pop("rollbacks", 0)
+    assert found == expected
 
 
 def test_a_skipped_spike_is_counted(odd_config: Path, tmp_path: Path) -> None:
