@@ -80,7 +80,13 @@ def load_drafter(directory: Path, loaded: LoadedNetwork) -> Network:
             f"{vocab_size}; they must be equal, give a draft model of the same family"
         )
     config = ModelConfig.model_validate(
-        {**sizes.keys, "layers": sizes.layers, "vocab_size": vocab_size, "future_tokens": 1}
+        {
+            **sizes.keys,
+            **sizes.heads,
+            "layers": sizes.layers,
+            "vocab_size": vocab_size,
+            "future_tokens": 1,
+        }
     )
     folder.check(config)
     network = loaded.network

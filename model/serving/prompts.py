@@ -142,10 +142,11 @@ def _check_text(param: str, text: str) -> None:
 
 def _chat_tokenizer(directory: Path) -> Any:
     """The export's tokenizer as transformers has it, which knows the chat template."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaConfig
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Without a configuration it would look for that of the model, which may be code.
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, config=LlamaConfig())
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
             f"{directory}: transformers does not take its tokenizer ({reason(error)}); export again"

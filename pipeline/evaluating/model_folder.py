@@ -80,7 +80,13 @@ def _open_llama(directory: Path, dtype: torch.dtype | None, device: torch.device
     folder = LlamaFolder(directory)
     sizes = folder.sizes
     config = ModelConfig.model_validate(
-        {**sizes.keys, "layers": sizes.layers, "vocab_size": sizes.vocab_size, "future_tokens": 1}
+        {
+            **sizes.keys,
+            **sizes.heads,
+            "layers": sizes.layers,
+            "vocab_size": sizes.vocab_size,
+            "future_tokens": 1,
+        }
     )
     folder.check(config)
     if not (directory / TOKENIZER_NAME).is_file():

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from model.config import ModelConfig
 from model.decoding.chain import ChainDecoder
+from model.decoding.draft_model import DraftModelDecoder
 from model.decoding.generation import stream
 from model.decoding.tree import TreeDecoder
 from model.errors import ConfigError
@@ -19,7 +20,7 @@ from model.hugging_face.importing import ImportedWeights, LlamaFolder
 from model.hugging_face.loading import load_export
 from model.hugging_face.modeling_headway import HeadwayForCausalLM, HeadwayLinearForCausalLM
 from model.hugging_face.saved_folder import read_any_record
-from model.inference.loading import load_network
+from model.inference.loading import load_drafter, load_network
 from model.inference.prefill import prefill
 from model.parameter_shapes import parameter_shapes
 from model.sharding import placement_of, take_slice
@@ -180,6 +181,22 @@ def test_drafts_of_its_heads_change_no_token(variant: str, exports: dict[str, Pa
         for piece in stream(decoder, prompts, max_new_tokens=NEW_TOKENS):
             found[piece.row] += piece.tokens
         assert found == expected
+
+
+@every_variant
+def test_it_drafts_for_another(variant: str, exports: dict[str, Path]) -> None:
+    """Its next-token model alone; for itself, so that every draft is right."""
+    loaded = load_network(exports[variant], torch.float64)
+    drafter = load_drafter(exports[variant], loaded)
+    prompts = tiny_prompts(VOCABULARY)
+    model = tiny_model(config_of(variant))
+    found: list[list[int]] = [[] for _ in prompts]
+    decoder = DraftModelDecoder(loaded.network, drafter=drafter, drafts=3)
+    pieces = list(stream(decoder, prompts, max_new_tokens=NEW_TOKENS))
+    for piece in pieces:
+        found[piece.row] += piece.tokens
+    assert found == [greedy_continuation(model, prompt, NEW_TOKENS) for prompt in prompts]
+    assert max(piece.forward for piece in pieces) == 1 + -(-(NEW_TOKENS - 1) // 4)
 
 
 @every_variant
