@@ -25,6 +25,9 @@ class LlamaWithHeads(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for key in ("head_kind", "head_layers", "lm_head"):  # written where they are not the usual
+            if hasattr(self.config, key):
+                raise ValueError(f"{key}={getattr(self.config, key)} is not drafted with here")
         layers, self.folder = self.config.num_hidden_layers, vllm_config.model_config.model
         self.model.aux_hidden_state_layers = (layers - 1,)
         self.heads = torch.nn.ModuleDict()
