@@ -32,3 +32,26 @@ def agreement_counts(predictions: Tensor, valid: Tensor) -> Tensor:
         agree &= predictions[index, :compared] == predictions[0, index : index + compared]
         counts.append(agree.sum())
     return torch.stack(counts)
+
+
+def tree_counts(ranks: Tensor, valid: Tensor, most_spread: int) -> Tensor:
+    """Positions where a tree of the heads' likeliest tokens has what head 1 predicts.
+
+    A tree of spread s has the paths whose ranks add up to at most s (`model.decoding.tree`).
+
+    Args:
+        ranks: `[n, S, B]` how many tokens head k at position t finds likelier than the one that
+            head 1 predicts at t + k - 1; anything where there is no such position.
+        valid: `[n, S, B]` as in `agreement_counts`.
+        most_spread: the largest s.
+
+    Returns:
+        `[most_spread, n]` counts for spreads 1, 2, ..: positions where the first k heads' tokens
+        are all on one path.
+    """
+    heads, length = ranks.shape[0], ranks.shape[1]
+    compared = length - heads + 1
+    sums = ranks[:, :compared].cumsum(dim=0)
+    inside = valid[:, :compared].cumprod(dim=0).bool()
+    spreads = range(1, most_spread + 1)
+    return torch.stack([(inside & (sums <= spread)).sum((1, 2)) for spread in spreads])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from model.decoding.batch import Piece
     from model.decoding.chain import ChainDecoder
     from model.decoding.generation import Generation
+    from model.decoding.head_choice import Drafting
     from model.decoding.sampling import Sampling
     from model.decoding.stopping import StopStrings
     from model.inference.loading import LoadedNetwork
@@ -100,7 +101,7 @@ def _generate(options: argparse.Namespace) -> int:
     check_stream(options)
     heads = choose_number(options.heads, read_any_record(options.directory).future_tokens)
     # Imported here so that --help and mistakes do not wait for torch.
-    from model.decoding.head_choice import automatic_heads
+    from model.decoding.head_choice import Drafting
     from model.hugging_face.loading import DTYPES
     from model.inference.loading import choose_device, limit_threads, load_drafter, load_network
 
@@ -112,12 +113,12 @@ def _generate(options: argparse.Namespace) -> int:
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
     limit_threads(loaded.network)
+    drafting = Drafting(heads, options.tree)
     if options.heads == AUTO:
-        sizes = [len(prompts)]
-        heads = automatic_heads(options.directory, loaded.network, sizes, _note).most
-    ways = [_Way(heads, drafter)]
+        drafting = _automatic(options, loaded.network, len(prompts))
+    ways = [_Way(*drafting, drafter)]
     if options.compare:
-        ways.insert(0, _Way(1, None))
+        ways.insert(0, _Way(1, 0, None))
     # The first run on a machine pays for what is set up once; the faster of two is reported.
     rounds = [
         [_run(loaded, prompts, way, options) for way in ways]
@@ -132,10 +133,26 @@ def _generate(options: argparse.Namespace) -> int:
     return _print_comparison(*runs) if options.compare else 0
 
 
+def _automatic(options: argparse.Namespace, network: "Network", rows: int) -> "Drafting":
+    """What pays here: heads for what the other options ask for, or a chain or tree of them."""
+    from model.decoding.head_choice import Drafting, automatic_drafting, automatic_heads
+
+    if options.tree or options.lossy or options.temperature:
+        heads = automatic_heads(options.directory, network, [rows], _note).most
+        return Drafting(heads, options.tree)
+    found = automatic_drafting(options.directory, network, rows, _note)
+    if found.spread:
+        _note(
+            f"note: --heads auto drafts by a tree, as --heads {found.heads} --tree {found.spread}"
+        )
+    return found
+
+
 class _Way(NamedTuple):
     """What drafts."""
 
     heads: int
+    spread: int
     drafter: "Network | None"
 
     def told(self, num_drafts: int) -> str:
@@ -224,11 +241,11 @@ def _decoder(
             seeds=seeds,
             logprobs=logprobs,
         )
-    if options.tree:
+    if way.spread:
         return TreeDecoder(
             network,
             heads=heads,
-            spread=options.tree,
+            spread=way.spread,
             sampling=sampling,
             seeds=seeds,
             logprobs=logprobs,

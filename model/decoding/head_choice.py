@@ -1,4 +1,7 @@
-"""How many heads pay: expected tokens per forward over what a forward costs on this machine."""
+"""How many heads pay, and whether a tree of their drafts does, on this machine.
+
+What decides is expected tokens per forward over what a forward costs.
+"""
 
 import itertools
 import time
@@ -9,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from model.decoding.chain import ChainDecoder, RowOptions
+from model.decoding.tree import TreeDecoder
 from model.hugging_face.acceptance import ACCEPTANCE_NAME, Acceptance, read_acceptance
 from model.inference.network import Network
 
@@ -16,6 +20,18 @@ _PROMPT_TOKENS = 32
 _ROUNDS = 4
 # Another number of heads has to promise so much more than fewer do: costs are measured in a moment.
 _LEAST_GAIN = 1.03
+
+
+class Drafting(NamedTuple):
+    """A way of drafting with the heads.
+
+    Attributes:
+        heads: k, 1 for no drafts.
+        spread: of the tree (`model.decoding.tree`); 0 = a chain.
+    """
+
+    heads: int
+    spread: int
 
 
 class HeadChoice(NamedTuple):
@@ -70,6 +86,55 @@ def automatic_heads(
     return choose_heads(network, acceptance, sizes)
 
 
+def automatic_drafting(
+    directory: Path, network: Network, rows: int, note: Callable[[str], None]
+) -> Drafting:
+    """The chain or tree that pays for an export on this machine, for a batch of so many rows.
+
+    Arguments and errors as of `automatic_heads`.
+    """
+    acceptance = read_acceptance(directory)
+    if acceptance is None:
+        return Drafting(automatic_heads(directory, network, [rows], note).most, 0)
+    most = min(network.num_heads, len(acceptance.agreed))
+    seconds = forward_seconds(network, rows, most)
+    return best_drafting(
+        acceptance, seconds, lambda way: forward_seconds_of(network, rows, [way])[0]
+    )
+
+
+def best_drafting(
+    acceptance: Acceptance, seconds: Sequence[float], measure: Callable[[Drafting], float]
+) -> Drafting:
+    """The chain or tree with the most expected tokens per second.
+
+    Args:
+        acceptance: how often drafts are right.
+        seconds: of a forward with 1, 2, .. heads in a chain.
+        measure: gives those of a tree. It takes at least as long as its chain, so it is asked only
+            about trees that would pay if they took no longer; the most promising first.
+    """
+    heads = best_heads(acceptance, seconds)
+    best = Drafting(heads, 0)
+    speed = acceptance.tokens_per_forward(heads) / seconds[heads - 1]
+    trees = [
+        Drafting(k, spread)
+        for k in range(2, len(seconds) + 1)
+        for spread in range(1, len(acceptance.within) + 1)
+    ]
+
+    def bound(way: Drafting) -> float:
+        return acceptance.tokens_per_forward(*way) / seconds[way.heads - 1]
+
+    for way in sorted(trees, key=bound, reverse=True):
+        if bound(way) <= speed * _LEAST_GAIN:
+            break
+        found = acceptance.tokens_per_forward(*way) / max(measure(way), seconds[way.heads - 1])
+        if found > speed * _LEAST_GAIN:
+            best, speed = way, found
+    return best
+
+
 def choose_heads(network: Network, acceptance: Acceptance, sizes: Sequence[int]) -> HeadChoice:
     """Measure forwards with 1 to n heads and choose, for each size of the batch.
 
@@ -102,21 +167,29 @@ def best_heads(acceptance: Acceptance, seconds: Sequence[float]) -> int:
 
 
 def forward_seconds(network: Network, rows: int, most: int) -> list[float]:
-    """Seconds of a forward with 1 to `most` heads, the best of some rounds in turn.
+    """Seconds of a forward with 1 to `most` heads in a chain.
 
     More heads do more, so what seems to take less was measured badly, and counts as much as fewer.
     """
+    chains = [Drafting(heads, 0) for heads in range(1, most + 1)]
+    return list(itertools.accumulate(forward_seconds_of(network, rows, chains), max))
+
+
+def forward_seconds_of(network: Network, rows: int, ways: Sequence[Drafting]) -> list[float]:
+    """Seconds of a forward of some ways of drafting, the best of some rounds in turn."""
     generator = torch.Generator().manual_seed(0)
     vocab_size = network.config.vocab_size
     prompts = torch.randint(vocab_size, (rows, _PROMPT_TOKENS), generator=generator).tolist()
     decoders = []
-    for heads in range(1, most + 1):
+    for heads, spread in ways:
         decoder = ChainDecoder(network, heads=heads)
+        if spread:
+            decoder = TreeDecoder(network, heads=heads, spread=spread)
         decoder.open(rows, _PROMPT_TOKENS + (_ROUNDS + 1) * heads)
         decoder.join(prompts, [RowOptions()] * rows)
         decoder.step()  # the first one makes what is made once
         decoders.append(decoder)
-    best = [float("inf")] * most
+    best = [float("inf")] * len(ways)
     # Of one thread the time it computes counts, on which other work has less influence.
     alone = network.device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
@@ -125,4 +198,4 @@ def forward_seconds(network: Network, rows: int, most: int) -> list[float]:
             start_s = clock()
             decoder.step()
             best[place] = min(best[place], clock() - start_s)
-    return list(itertools.accumulate(best, max))
+    return best

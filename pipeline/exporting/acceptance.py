@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from data_prep.shards.shard_set import ShardSet
-from model.agreement import agreement_counts
+from model.agreement import agreement_counts, tree_counts
 from model.errors import CheckpointError
-from model.hugging_face.acceptance import Acceptance
+from model.hugging_face.acceptance import MOST_SPREAD, Acceptance
 from model.hugging_face.folder import ALL_HEADS_INDEX_NAME, TOKENIZER_NAME, ExportDescription
 from model.hugging_face.stored_tensors import StoredTensors
 from model.inference.network import Network
@@ -50,24 +50,34 @@ def measure_acceptance(
         )
     tensors = StoredTensors(folder, ALL_HEADS_INDEX_NAME)
     network = Network.read(description.model, tensors.whole, torch.float32)
-    counts = torch.zeros(description.model.future_tokens, dtype=torch.long)
+    heads = description.model.future_tokens
+    counts = torch.zeros(heads, dtype=torch.long)
+    within = torch.zeros(MOST_SPREAD, heads, dtype=torch.long)
     compared = 0
     for batch in ValidationSamples(config, shards, data_rank=0, data_size=1):
         valid = (batch.labels != IGNORED).transpose(1, 2)
-        counts += agreement_counts(head_predictions(network, batch.tokens), valid)
+        predictions, ranks = head_predictions(network, batch.tokens)
+        counts += agreement_counts(predictions, valid)
+        within += tree_counts(ranks, valid, MOST_SPREAD)
         compared += batch.tokens.numel()
         if compared >= _POSITIONS:
             break
-    return Acceptance(agreed=tuple(counts.tolist()))
+    return Acceptance(
+        agreed=tuple(counts.tolist()), within=tuple(tuple(each) for each in within.tolist())
+    )
 
 
 @torch.inference_mode()
-def head_predictions(network: Network, tokens: Tensor) -> Tensor:
-    """The likeliest token of every head at every position, `[n, S, B]`.
+def head_predictions(network: Network, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What every head says at every position, and how near it is to what head 1 says there later.
 
     Args:
         network: the model.
         tokens: `[B, S]`.
+
+    Returns:
+        `[n, S, B]` the likeliest tokens, and `[n, S, B]` how many tokens head k at t finds
+        likelier than what head 1 finds likeliest at t + k - 1 (any number past the end).
     """
     rows, length = tokens.shape
     cache = network.new_cache(rows, length)
@@ -76,5 +86,19 @@ def head_predictions(network: Network, tokens: Tensor) -> Tensor:
     trunk_output = network.trunk(tokens, cache, block)
     trunk_output = network.fill_heads(trunk_output, network.num_heads, cache, block)
     hidden = network.heads(trunk_output, 1, network.num_heads, cache, block)
-    best = [network.head_logits(part, 1).argmax(-1) for part in hidden.split(_LOGIT_ROWS, dim=1)]
-    return torch.cat(best, dim=1).unflatten(1, (rows, length)).transpose(1, 2)
+    parts = hidden.split(_LOGIT_ROWS, dim=1)
+    best = torch.cat([network.head_logits(part, 1).argmax(-1) for part in parts], dim=1)
+    shape = (network.num_heads, rows, length)
+    later = torch.stack(
+        [best[0].view(rows, length).roll(-ahead, dims=1) for ahead in range(network.num_heads)]
+    ).flatten(1)
+    ranks = [
+        _ranks(network.head_logits(part, 1), wanted)
+        for part, wanted in zip(parts, later.split(_LOGIT_ROWS, dim=1), strict=True)
+    ]
+    return best.view(shape).transpose(1, 2), torch.cat(ranks, dim=1).view(shape).transpose(1, 2)
+
+
+def _ranks(logits: Tensor, tokens: Tensor) -> Tensor:
+    """How many logits `[n, N, V]` are above those of tokens `[n, N]`."""
+    return (logits > logits.gather(-1, tokens.unsqueeze(-1))).sum(-1)

@@ -1,16 +1,20 @@
 """The number of heads that pays, from measured agreement and measured costs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from model.decoding.head_choice import (
+    Drafting,
     HeadChoice,
     automatic_heads,
+    best_drafting,
     best_heads,
     choose_heads,
     forward_seconds,
+    forward_seconds_of,
 )
 from model.errors import CheckpointError
 from model.hugging_face.acceptance import ACCEPTANCE_NAME, Acceptance, read_acceptance
@@ -27,6 +31,33 @@ def test_expected_tokens_per_second_decide() -> None:
     assert best_heads(often, [1.0, 1.9, 2.0, 9.0]) == 3
     assert best_heads(Acceptance(agreed=(100, 0, 0)), [1.0, 1.0, 1.0]) == 1
     assert best_heads(Acceptance(agreed=(7,)), [1.0]) == 1
+
+
+def test_a_tree_is_taken_where_it_pays() -> None:
+    """Only trees that could pay are measured, the most promising first."""
+    known = Acceptance(agreed=(100, 50, 30), within=((100, 80, 60), (100, 85, 70)))
+    assert known.tokens_per_forward(3, 1) == 2.4
+    asked: list[Drafting] = []
+
+    def measure(seconds: float) -> Callable[[Drafting], float]:
+        def of(way: Drafting) -> float:
+            asked.append(way)
+            return seconds
+
+        return of
+
+    costs = [1.0, 1.1, 1.2]
+    # After 2.55 / 1.4 the other could still be more, at 2.4 / 1.2.
+    assert best_drafting(known, costs, measure(1.4)) == Drafting(3, 2)
+    assert asked == [Drafting(3, 2), Drafting(3, 1)]
+    assert best_drafting(known, costs, measure(9.0)) == Drafting(3, 0)
+    asked.clear()
+    few = Acceptance(agreed=(100, 1, 0), within=((100, 2, 0), (100, 3, 0)))
+    assert best_drafting(few, [1.0, 1.5, 2.0], measure(1.0)) == Drafting(1, 0)
+    assert asked == []
+    old = Acceptance(agreed=(100, 50, 30))  # of an export before trees were counted
+    assert best_drafting(old, costs, measure(0.1)) == Drafting(3, 0)
+    assert min(forward_seconds_of(tiny_network(tiny_config()), 2, [Drafting(3, 1)])) > 0
 
 
 def test_a_batch_takes_the_heads_of_its_size() -> None:

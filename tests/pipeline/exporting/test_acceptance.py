@@ -1,11 +1,14 @@
 """Agreement of the heads, measured at export: the figure that validation gives during training."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_prep.shards.shard_set import ShardSet
+from model.agreement import tree_counts
+from model.decoding.tree import Tree
 from model.errors import CheckpointError
 from pipeline.config.run_config import RunConfig, load_config
 from pipeline.data.validation import ValidationSamples
@@ -35,7 +38,35 @@ def test_predictions_are_those_of_the_training_form() -> None:
     config = tiny_config(**SIZES)
     tokens = torch.randint(260, (3, 70), generator=torch.Generator().manual_seed(1))
     expected = head_logits(tiny_model(config), tokens).argmax(-1)
-    assert torch.equal(head_predictions(tiny_network(config), tokens).transpose(1, 2), expected)
+    predictions, ranks = head_predictions(tiny_network(config), tokens)
+    assert torch.equal(predictions.transpose(1, 2), expected)
+    logits = head_logits(tiny_model(config), tokens)
+    for head, row, place in itertools.product(range(3), range(3), range(68)):
+        wanted = int(expected[0, row, place + head])
+        order = logits[head, row, place].argsort(descending=True).tolist()
+        assert int(ranks[head, place, row]) == order.index(wanted)
+
+
+def test_trees_are_counted_by_their_paths() -> None:
+    """Against the shapes of the trees that decode, position by position."""
+    generator = torch.Generator().manual_seed(2)
+    ranks = torch.randint(4, (3, 40, 2), generator=generator)
+    ranks[0] = 0
+    valid = torch.rand(3, 40, 2, generator=generator) < 0.9
+    found = tree_counts(ranks, valid, 2)
+    for spread in (1, 2):
+        tree = Tree(3, spread, torch.device("cpu"))
+        wanted = [0, 0, 0]
+        for place, row in itertools.product(range(38), range(2)):
+            node = 0
+            for head in range(3):
+                if head:
+                    rank = int(ranks[head, place, row])
+                    node = int(tree.children[node, rank]) if rank <= spread else -1
+                if node < 0 or not valid[head, place, row]:
+                    break
+                wanted[head] += 1
+        assert found[spread - 1].tolist() == wanted
 
 
 def test_it_is_what_validation_measures(config: Path, tmp_path: Path) -> None:
@@ -56,6 +87,10 @@ def test_it_is_what_validation_measures(config: Path, tmp_path: Path) -> None:
     expected = EvalResult.from_sums(sums).tokens_per_forward
     assert found.tokens_per_forward(3) == pytest.approx(expected)
     assert found.agreed[0] > found.agreed[1] > 0
+    for narrow, wide in itertools.pairwise((found.agreed, *found.within)):
+        assert wide[0] == narrow[0]
+        assert all(more >= less for more, less in zip(wide, narrow, strict=True))
+    assert found.tokens_per_forward(3, 2) > found.tokens_per_forward(3, 1) > expected
 
 
 def test_other_shards_are_not_measured_on(config: Path, tmp_path: Path) -> None:
