@@ -48,7 +48,7 @@ examples:
   PROG --input raw/*.jsonl.gz --output data/corpus --tokenizer train:32000
   PROG --input src docs --exclude tests --output data/code --tokenizer bytes --dedup
   PROG --input hf:allenai/c4:en@train --output data/c4 --tokenizer train:8192
-  PROG --input qa.jsonl --prompt-key question --completion-key answer --output data/qa \
+  PROG --input qa.jsonl --prompt-key question --completion-key answer --output data/qa \\
     --tokenizer export
   PROG --config configs/data/mixture.yaml
 

@@ -133,6 +133,11 @@ class ModelConfig(BaseModel):
         """The heads that the next token's prediction passes, nearest to the trunk first."""
         return next_token_heads(self.head_kind, self.future_tokens)
 
+    @property
+    def next_token_layers(self) -> int:
+        """Layers that the next token's prediction passes: those of a plain Llama of it."""
+        return self.trunk_layers + len(self.next_token_heads) * self.layers_per_head
+
     def loss_weights(self, steps: int) -> tuple[float, ...]:
         """Weight of each head's loss, head 1 first, in the step that follows after `steps`."""
         return head_weights.weights_after(self.head_weights, self.future_tokens, steps)

@@ -11,7 +11,6 @@ from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.head_kinds import HeadKind, LMHeadKind
-from model.hugging_face.names import llama_layers
 from model.operations.rope_scaling import RopeScaling
 
 CONFIG_NAME = "config.json"
@@ -84,7 +83,7 @@ def llama_config(config: ModelConfig, *, sequence_length: int, dtype: str) -> di
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
-        "num_hidden_layers": llama_layers(config),
+        "num_hidden_layers": config.next_token_layers,
         **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
         "head_dim": config.head_dim,
         "hidden_act": "silu",

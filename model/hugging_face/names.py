@@ -77,19 +77,9 @@ def head_prefixes(head: int, config: ModelConfig) -> list[str]:
     return [f"{EXTRA_HEADS}.{head}.{index}" for index in range(each)]
 
 
-def llama_layers(config: ModelConfig) -> int:
-    """Layers of the plain Llama: the trunk's, and those of the heads that the next token passes."""
-    return config.layers - _layers_beside(config)
-
-
 def layers_from_llama(llama: int, config: ModelConfig) -> int:
     """L of a model of this one's heads whose next-token model has so many layers."""
-    return llama + _layers_beside(config)
-
-
-def _layers_beside(config: ModelConfig) -> int:
-    others = config.future_tokens - len(config.next_token_heads)
-    return others * config.layers_per_head
+    return llama + config.layers - config.next_token_layers
 
 
 def is_extra(hf_name: str) -> bool:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from benchmarks.synthetic_set import document_lengths, make_set
 from data_prep.shards.shard_set import ShardSet
@@ -12,6 +13,7 @@ from data_prep.shards.shard_set import ShardSet
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.stress
 def test_quick_run_prints_every_table(tmp_path: Path) -> None:
     """Rows, batches, cold reads, opening and packing are measured; README.md stays as it was."""
     readme = (ROOT / "benchmarks" / "README.md").read_text()

@@ -111,6 +111,7 @@ def test_ranks_that_the_layout_cannot_use_are_refused(config: Path, tmp_path: Pa
     assert "do not divide the world size of 2 ranks" in outcome.output[0]
 
 
+@pytest.mark.stress
 def test_a_rank_that_hangs_is_named_and_ends_the_job(config: Path, tmp_path: Path) -> None:
     """A frozen process answers nothing; nothing is left behind all the same."""
     job = _start(tmp_path, [str(config), "--time-limit", "8"], world=2)

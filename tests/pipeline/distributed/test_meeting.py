@@ -110,6 +110,7 @@ def _connections(port: int) -> int:
     return sum(f[2].endswith(f":{port:04X}") and f[3] == "01" for f in fields)
 
 
+@pytest.mark.stress
 def test_a_fault_of_one_node_is_said_by_its_rank(
     config: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -137,6 +138,7 @@ def test_what_all_ranks_would_say_is_said_once(
     assert outputs[1] == ""
 
 
+@pytest.mark.stress
 def test_a_rank_that_never_comes_is_named_with_its_host(
     config: Path, started: list[subprocess.Popen[str]]
 ) -> None:

@@ -59,6 +59,7 @@ def _losses_of_documents_alone(run_dir: Path, shards: Path) -> list[float]:
     return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
+@pytest.mark.stress
 def test_validation_loss_is_that_of_documents_alone(
     config: Path, shards: Path, tmp_path: Path
 ) -> None:

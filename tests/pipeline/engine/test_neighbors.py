@@ -60,7 +60,7 @@ def _losses_around_a_load(case: Case, folder: Path) -> list[float]:
     return [*fresh, *trained]
 
 
-@pytest.mark.parametrize("freeze", ["none", "trunk"])
+@pytest.mark.parametrize("freeze", ["none", pytest.param("trunk", marks=pytest.mark.stress)])
 def test_the_copy_does_not_outlive_a_load(tmp_path: Path, freeze: str) -> None:
     """It was made from the weights before; those that are frozen keep theirs from step to step."""
     found = []

@@ -69,6 +69,7 @@ def test_a_rollback_is_as_if_the_batches_had_never_been(odd_config: Path, tmp_pa
     assert change["now"] == [[25, 26], [25, 30]]
 
 
+@pytest.mark.stress
 def test_a_rollback_after_the_batch_size_changed(odd_config: Path, tmp_path: Path) -> None:
     """Batches since the checkpoint are counted in steps of the size that they had."""
     halves = ("batch.micro_size=2", "train.stop_at_step=44")

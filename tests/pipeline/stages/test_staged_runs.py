@@ -164,7 +164,9 @@ def test_a_world_that_stages_do_not_divide_is_refused(config: Path, tmp_path: Pa
     assert "start 2 or 4 ranks" in outcome.errors[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.stress)]
+)
 def test_a_dead_or_frozen_rank_of_any_stage_ends_the_job(
     config: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
