@@ -14,8 +14,9 @@ BASE_PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do 
 PIP_ARGS ?=
 # Given to pytest as it is, for example ARGS="-k resume".
 ARGS ?=
-# Tests that run at once; each starts ranks of its own, so one per two cores is enough on larger machines.
-JOBS ?= 2
+# Tests that run at once. Each starts ranks of its own and often waits for them, so 2 cores bear 3; one
+# per two cores is enough on larger machines.
+JOBS ?= 3
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
