@@ -48,7 +48,7 @@ examples:
   PROG --input raw/*.jsonl.gz --output data/corpus --tokenizer train:32000
   PROG --input src docs --exclude tests --output data/code --tokenizer bytes --dedup
   PROG --input hf:allenai/c4:en@train --output data/c4 --tokenizer train:8192
-  PROG --input qa.jsonl --prompt-key ask --completion-key say --output qa --tokenizer bytes
+  PROG --input qa.jsonl --prompt-key q --completion-key a --output qa --tokenizer bytes
   PROG --config configs/data/mixture.yaml
 
 exit status: 0 complete, {EXIT_ERROR} an error, 2 wrong arguments,
