@@ -14,9 +14,8 @@ BASE_PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do 
 PIP_ARGS ?=
 # Given to pytest as it is, for example ARGS="-k resume".
 ARGS ?=
-# Tests that run at once. Each starts ranks of its own and often waits for them, so 2 cores bear 3; one
-# per two cores is enough on larger machines.
-JOBS ?= 3
+# Tests that run at once; each starts ranks of its own, so one per two cores is enough on larger machines.
+JOBS ?= 2
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
@@ -41,7 +40,7 @@ hooks: $(installed) ## install git hooks: ruff before each commit, mypy before e
 quickstart: $(installed) ## shards, training, kill, resume, export, generation, report: everything, in minutes
 	$(python) -m pipeline.quickstart
 
-test: $(installed) ## run the tests (about ten minutes on 2 cores)
+test: $(installed) ## run the tests (a quarter of an hour on 2 cores)
 	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 test-cluster: $(installed) ## run the Slurm jobs on a real Slurm of 4 nodes on this machine (root; 4 minutes)
