@@ -143,11 +143,8 @@ def chain_forward(
         documents: `[B, S]`, the ones with which the trunk ran.
     """
     context = model.context(trunk_output.shape[0], trunk_output.device, documents)
-    inputs, output = [], trunk_output.detach()
-    for _, hidden in model.heads.outputs(output, context):
-        inputs.append(output)
-        output = hidden
-    return ChainInputs(inputs, output)
+    inputs = _chain_inputs(model, trunk_output, context)
+    return ChainInputs(inputs, model.heads.hidden(model.heads.order[-1], inputs[-1], context))
 
 
 def heads_backward(
@@ -202,14 +199,14 @@ def heads_backward(
     return HeadsResult(torch.stack([turns.sums[head] for head in model.heads.numbers]), wanted)
 
 
+@torch.no_grad()
 def _chain_inputs(
     model: MultiTokenModel, trunk_output: Tensor, context: LayerContext
 ) -> list[Tensor]:
     """What each head of a chain reads; the last one need not run for it."""
     inputs = [trunk_output.detach()]
-    with torch.no_grad():
-        for head in model.heads.order[:-1]:
-            inputs.append(model.heads.hidden(head, inputs[-1], context))
+    for head in model.heads.order[:-1]:
+        inputs.append(model.heads.hidden(head, inputs[-1], context))
     return inputs
 
 

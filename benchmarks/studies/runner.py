@@ -40,6 +40,12 @@ class Trained(NamedTuple):
     records: list[dict[str, Any]]
     settings: dict[str, Any]
 
+    @property
+    def held_out_loss(self) -> float:
+        """Of head 1, nats per token, when it was last validated."""
+        key = "eval_loss_head_1"
+        return float(next(record[key] for record in reversed(self.records) if key in record))
+
 
 class Study(NamedTuple):
     """What a study brings.

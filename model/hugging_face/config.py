@@ -148,12 +148,11 @@ def _heads(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for key, values in HEAD_KEYS.items():
         found[key] = content.get(key, values[0])
-        if type(found[key]) is not type(values[0]) or (
-            isinstance(found[key], str) and found[key] not in values
-        ):
+        is_number = type(found[key]) is int and found[key] >= 1
+        if not (is_number if key == "head_layers" else found[key] in values):
             raise ConfigError(
                 f"{path} has {key}={printable(json.dumps(found[key]))}, which no version here "
-                f"writes; give a whole model"
+                "writes; give a whole model"
             )
     return found
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -101,6 +102,25 @@ class LlamaFolder:
             return head == 0  # of a plain Llama
         passed = head in config.next_token_heads and name != own_unembedding(head)
         return passed or head <= (1 if self._plain else self.heads)
+
+    def next_token_config(self) -> ModelConfig:
+        """Sizes of its next-token model alone, as a model of one head.
+
+        Raises:
+            ConfigError: its config.json has sizes that no model has.
+        """
+        sizes = {**self.sizes.keys, **self.sizes.heads, "vocab_size": self.sizes.vocab_size}
+        try:
+            return ModelConfig.model_validate(
+                {**sizes, "layers": self.sizes.layers, "future_tokens": 1}
+            )
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = printable(".".join(map(str, fault["loc"])))
+            raise ConfigError(
+                f"{self.directory} has a config.json of no model ({where}: "
+                f"{printable(fault['msg'])}); give a whole model"
+            ) from error
 
     def new_heads(self, config: ModelConfig) -> list[int]:
         """Heads of the run's model that have weights which the folder lacks."""

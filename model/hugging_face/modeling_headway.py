@@ -54,6 +54,7 @@ from transformers.utils import cached_file, can_return_tuple
 _INDEX_NAME = "all_heads.safetensors.index.json"
 _RECORD_NAME = "headway.json"
 _WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_HEAD_KINDS = ("parallel", "causal", "anticausal", "linear")
 _OF_HEADS = ("extra_heads.", "extra_lm_heads.", "model.norm.projection.")
 _IGNORED = -100
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -123,7 +124,10 @@ class HeadwayForCausalLM(LlamaForCausalLM):
 
     @property
     def _head_kind(self) -> str:
-        return str(getattr(self.config, "head_kind", "parallel"))
+        kind = getattr(self.config, "head_kind", "parallel")
+        if kind not in _HEAD_KINDS:
+            raise ValueError(f"config.head_kind={kind!r} must be one of {', '.join(_HEAD_KINDS)}")
+        return str(kind)
 
     @property
     def _head_layers(self) -> int:

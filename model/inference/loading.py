@@ -8,7 +8,6 @@ import torch
 
 from foundation.bounded_files import read_bounded
 from foundation.shown_text import reason
-from model.config import ModelConfig
 from model.errors import ConfigError
 from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord
 from model.hugging_face.identity import ending_tokens
@@ -79,15 +78,7 @@ def load_drafter(directory: Path, loaded: LoadedNetwork) -> Network:
             f"--draft-model {directory} has a vocabulary of {sizes.vocab_size}, the model one of "
             f"{vocab_size}; they must be equal, give a draft model of the same family"
         )
-    config = ModelConfig.model_validate(
-        {
-            **sizes.keys,
-            **sizes.heads,
-            "layers": sizes.layers,
-            "vocab_size": vocab_size,
-            "future_tokens": 1,
-        }
-    )
+    config = folder.next_token_config()
     folder.check(config)
     network = loaded.network
     return Network.read(config, folder.tensor, network.dtype, network.device)

@@ -30,7 +30,7 @@ class ValidationSamples:
         token_bytes: `[V]` float64, bytes that each token spells.
 
     Raises:
-        DataError: the split is smaller than one sequence per rank.
+        DataError: the split is smaller than one sequence per rank, or the tokenizer is damaged.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ValidationSamples:
             seed=0,
             shuffle=config.data.packing != "concat",
         )
-        tokenizer = tokenizers.Tokenizer.from_file(str(shards.tokenizer_path))
+        tokenizer = tokenizers.Tokenizer.from_buffer(shards.open_tokenizer().content)
         self.token_bytes = torch.tensor(
             bytes_of_tokens(tokenizer, config.model.vocab_size), dtype=torch.float64
         )

@@ -117,6 +117,7 @@ class Engine:
         self.execution = execution
         self._engine = deepspeed_engine
         self._share = share
+        self._head_weights: tuple[tuple[float, ...], Tensor] | None = None
 
     def train_step(
         self,
@@ -135,9 +136,7 @@ class Engine:
             loss_limit: a weighted loss above it is not stepped on.
             head_weights: of each head's loss; None = those of a run's first step.
         """
-        if head_weights is None:
-            head_weights = self.config.model.loss_weights(0)
-        weights = torch.tensor(head_weights, device=self.topology.device)
+        weights = self._weights_on_device(head_weights)
         batches = [batch.to(self.topology.device) for batch in batches]
         counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
         # DeepSpeed averages over data-parallel ranks; the loss is a mean over global targets.
@@ -154,6 +153,13 @@ class Engine:
             return StepResult(head_losses, loss, float("nan"), False, agreed)
         self.execution.weights_changed()
         return StepResult(head_losses, loss, norm, True, agreed)
+
+    def _weights_on_device(self, head_weights: Sequence[float] | None) -> Tensor:
+        """`[n]`; copied to the device when they change, not in every step."""
+        wanted = tuple(head_weights or self.config.model.loss_weights(0))
+        if self._head_weights is None or wanted != self._head_weights[0]:
+            self._head_weights = wanted, torch.tensor(wanted, device=self.topology.device)
+        return self._head_weights[1]
 
     def _apply(self, learning_rate: float) -> float | None:
         """Clip and step.

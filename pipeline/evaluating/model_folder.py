@@ -7,7 +7,6 @@ import tokenizers
 import torch
 
 from foundation.shown_text import reason
-from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.config import first_token
 from model.hugging_face.folder import RECORD_NAME, TOKENIZER_NAME
@@ -79,15 +78,7 @@ def open_model(directory: Path, dtype: str | None, device: torch.device) -> Eval
 def _open_llama(directory: Path, dtype: torch.dtype | None, device: torch.device) -> EvaluatedModel:
     folder = LlamaFolder(directory)
     sizes = folder.sizes
-    config = ModelConfig.model_validate(
-        {
-            **sizes.keys,
-            **sizes.heads,
-            "layers": sizes.layers,
-            "vocab_size": sizes.vocab_size,
-            "future_tokens": 1,
-        }
-    )
+    config = folder.next_token_config()
     folder.check(config)
     if not (directory / TOKENIZER_NAME).is_file():
         raise CheckpointError(

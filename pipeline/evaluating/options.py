@@ -9,8 +9,8 @@ from foundation.shown_text import printable
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.folder import RECORD_NAME
 
-# What training leaves in the folder of a run or of a checkpoint, and an export never has.
 _MOST_SHOTS = 8
+# What training leaves in the folder of a run or of a checkpoint, and an export never has.
 _OF_A_RUN = ("checkpoints", "metrics.jsonl", "state.json", "tensors", "latest")
 
 EPILOG = """\

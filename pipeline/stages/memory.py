@@ -84,7 +84,8 @@ def _head_bytes(
 ) -> float:
     """Bytes of the one head that runs: its layers as checkpointing leaves them, one of them whole.
 
-    Chains of heads do not recompute within a head. A linear head keeps its input, which is z.
+    Chains of heads do not recompute within a head. A linear head keeps its input, which is z, and
+    what it gives is counted with the norm's streams.
     """
     layers = model.layers_per_head
     if not layers:

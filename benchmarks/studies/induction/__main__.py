@@ -62,10 +62,9 @@ def measure(trained: Trained, quick: bool) -> Figures:
         found = second_tokens(loaded.model, loaded.tokenizer, story)
         right += sum(found)
         total += len(found)
-    evaluated = [record for record in trained.records if "eval_loss_head_1" in record]
     return {
         "second_token": right / max(total, 1),
-        "loss": evaluated[-1]["eval_loss_head_1"],
+        "loss": trained.held_out_loss,
         "parameters": float(loaded.record.description.model.num_parameters()),
     }
 

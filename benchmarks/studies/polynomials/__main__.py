@@ -56,8 +56,7 @@ def measure(trained: Trained, quick: bool) -> Figures:
             answers = [loaded.tokenizer.decode(tokens) for tokens in found.tokens]
             right += sum(a == p.answer for a, p in zip(answers, part, strict=True))
         figures[f"right_{operations}"] = right / len(asked)
-    evaluated = [record for record in trained.records if "eval_loss_head_1" in record]
-    return figures | {"loss": evaluated[-1]["eval_loss_head_1"]}
+    return figures | {"loss": trained.held_out_loss}
 
 
 STUDY = Study(

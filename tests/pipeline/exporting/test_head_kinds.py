@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from model.decoding.chain import ChainDecoder
 from model.decoding.draft_model import DraftModelDecoder
 from model.decoding.generation import stream
 from model.decoding.tree import TreeDecoder
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
 from model.hugging_face.loading import load_export
 from model.hugging_face.modeling_headway import HeadwayForCausalLM, HeadwayLinearForCausalLM
@@ -302,6 +303,30 @@ def test_any_kind_begins_with_a_plain_llama(
     found = head_logits(tiny_model(config, weights), TOKENS)[0]
     with torch.no_grad():
         torch.testing.assert_close(plain(TOKENS).logits, found, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("head_kind", "serial"), ("head_kind", []), ("head_layers", 0), ("head_layers", True),
+     ("head_layers", 99), ("lm_head", None)],
+)  # fmt: skip
+def test_changed_keys_of_a_folder_are_one_error(
+    exports: dict[str, Path], tmp_path: Path, key: str, value: object
+) -> None:
+    """Wherever a folder is read that may be another's."""
+    folder = Path(shutil.copytree(exports["causal"], tmp_path / "changed"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (folder / "headway.json").unlink()
+    (folder / "all_heads.safetensors.index.json").unlink()
+    loaded = load_network(exports["causal"])
+    for read in (lambda: load_drafter(folder, loaded), lambda: read_any_record(folder)):
+        with pytest.raises((ConfigError, CheckpointError)) as error:
+            read()
+        assert len(str(error.value).splitlines()) == 1
+    if key == "head_kind":
+        with pytest.raises(ValueError, match="head_kind"):
+            load(folder)
 
 
 def test_heads_of_one_kind_do_not_begin_another(exports: dict[str, Path]) -> None:
