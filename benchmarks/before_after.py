@@ -132,7 +132,7 @@ def work() -> None:
     from model.backward import sequential_backward
     from model.config import ModelConfig
     from model.language_model import MultiTokenModel
-    from model.process_groups import ensure_single_process
+    from model.structure.process_groups import ensure_single_process
 
     sizes, dtype, device_type = json.loads(sys.stdin.readline())
     size, device = Size(**sizes), torch.device(device_type)

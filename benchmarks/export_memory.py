@@ -31,7 +31,7 @@ from benchmarks.memory_vs_heads import hardware
 from data_prep.tokenization.tokenizer import bytes_tokenizer
 from foundation.durable_files import write_synced
 from model.config import ModelConfig
-from model.parameter_shapes import layer_shapes, parameter_shapes
+from model.structure.parameter_shapes import layer_shapes, parameter_shapes
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME, STATE_NAME, TOKENIZER, WEIGHTS
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.sharded_tensors import Snapshot, run_key

@@ -19,8 +19,8 @@ import torch
 from benchmarks.memory_vs_heads import hardware, in_own_process, versions
 from benchmarks.workload import Measurement, Mode, Point, Workload
 from model.config import ModelConfig
-from model.freezing import is_trained
-from model.parameter_shapes import parameter_shapes
+from model.structure.freezing import is_trained
+from model.structure.parameter_shapes import parameter_shapes
 
 MODES: tuple[Mode, ...] = ("sequential", "frozen")
 TIMED_STEPS = 5

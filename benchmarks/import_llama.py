@@ -28,7 +28,7 @@ import torch
 from benchmarks.memory_vs_heads import hardware
 from model.config import ModelConfig
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
-from model.parameter_shapes import parameter_shapes
+from model.structure.parameter_shapes import parameter_shapes
 
 MIB = 2**20
 HEADS = 4

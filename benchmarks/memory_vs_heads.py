@@ -25,7 +25,7 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 from benchmarks.workload import Measurement, Mode, Point, Workload
-from model.head_kinds import HeadKind
+from model.structure.head_kinds import HeadKind
 
 MODES: tuple[Mode, ...] = ("sequential", "joint")
 FULL = Workload(layers=12, hidden_size=256, batch=2, sequence=512, chunk_tokens=256)

@@ -28,7 +28,7 @@ from data_prep.loading.loader import Batch
 from model.config import ModelConfig
 from model.language_model import MultiTokenModel
 from model.loss import VocabularyShard, loss_and_gradients
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology

@@ -21,7 +21,7 @@ if __name__ == "__main__" and not __package__:
 
 from benchmarks.tables import replace_section
 from model.config import ModelConfig
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.config.run_config import load_config
 from pipeline.planning.gpus import machine_of
 from pipeline.planning.layout import Checkpointing, Layout, Machine, Prediction, Work

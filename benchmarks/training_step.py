@@ -15,9 +15,9 @@ from benchmarks.saved_tensors import SavedTensorMeter
 from benchmarks.workload import Measurement, Mode, Point, Workload
 from model.backward import sequential_backward
 from model.config import ModelConfig
-from model.freezing import freeze_parameters
 from model.language_model import MultiTokenModel
-from model.process_groups import ensure_single_process
+from model.structure.freezing import freeze_parameters
+from model.structure.process_groups import ensure_single_process
 
 
 def measure(workload: Workload, point: Point, device_type: str, timed_steps: int) -> Measurement:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from model.head_kinds import HeadKind
+from model.structure.head_kinds import HeadKind
 
 Mode = Literal["sequential", "joint", "frozen"]  # frozen: sequential, heads 2 .. n alone
 

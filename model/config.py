@@ -6,10 +6,10 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from model import head_weights
-from model.head_kinds import HeadKind, LMHeadKind, head_order, is_chain, next_token_heads
-from model.head_weights import HeadWeights
 from model.operations.rope_scaling import RopeScaling
+from model.structure import head_weights
+from model.structure.head_kinds import HeadKind, LMHeadKind, head_order, is_chain, next_token_heads
+from model.structure.head_weights import HeadWeights
 
 _FFN_MULTIPLE = 256
 
@@ -120,7 +120,7 @@ class ModelConfig(BaseModel):
 
     @property
     def head_order(self) -> range:
-        """Heads in the order in which they are computed, see `model.head_kinds`."""
+        """Heads in the order in which they are computed, see `model.structure.head_kinds`."""
         return head_order(self.head_kind, self.future_tokens)
 
     @property

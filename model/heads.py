@@ -1,4 +1,4 @@
-"""The heads: some transformer layers or a linear map each, of the kinds of `model.head_kinds`.
+"""The heads, some layers or a linear map each, of the kinds of `model.structure.head_kinds`.
 
 Head k at position t predicts token t+k; heads count from 1 (Gloeckle et al. 2024, section 2).
 

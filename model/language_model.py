@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.heads import Heads
-from model.initialization import initial_weight
 from model.layers import Checkpointing, LayerContext, transformer_config
 from model.loss import VocabularyShard
 from model.operations.attention import CoreAttention
@@ -25,8 +24,9 @@ from model.operations.attention_backend import (
 )
 from model.operations.documents import attention_mask, positions_within
 from model.operations.rotary import RotaryTable
-from model.part import ModelPart
-from model.sharding import mark_split_parameters
+from model.structure.initialization import initial_weight
+from model.structure.part import ModelPart
+from model.structure.sharding import mark_split_parameters
 from model.trunk import Trunk
 
 
@@ -169,7 +169,7 @@ class MultiTokenModel(nn.Module):
         return backend
 
     def initial_weight(self, name: str, local_shape: torch.Size, seed: int) -> Tensor:
-        """This rank's part of a parameter's initial value, see `model.initialization`."""
+        """This rank's part of a parameter's initial value, see `model.structure.initialization`."""
         embedding = name.endswith(".embedding.weight")
         return initial_weight(
             name,

@@ -43,9 +43,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration for a Llama-style layer on CPU or GPU.
 
-    Weights are made on the CPU and left uninitialized (`model.initialization` fills them). The
-    fused kernels of megatron need apex or CUDA and are off. `use_te_activation_func` only says that
-    the layer spec names the activation.
+    Weights are made on the CPU and left uninitialized (`model.structure.initialization` fills
+    them). The fused kernels of megatron need apex or CUDA and are off. `use_te_activation_func`
+    only says that the layer spec names the activation.
     """
     return TransformerConfig(
         num_layers=config.layers,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from data_prep.loading.loader import TokenLoader
 from model.errors import TrainingError
-from model.head_weights import is_schedule
+from model.structure.head_weights import is_schedule
 from pipeline.checkpoint.saving import Saver
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig

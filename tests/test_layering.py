@@ -20,7 +20,7 @@ ROOMS = {
         "building",
         "loading",
     ),
-    "model": ("operations", "hugging_face", "inference", "decoding", "serving"),
+    "model": ("operations", "structure", "hugging_face", "inference", "decoding", "serving"),
     "pipeline": (
         "distributed",
         "stages",

@@ -56,7 +56,8 @@ ROOMS = {
     "model.inference": Room(620, 10.3, "inference/", "plain torch,\nKV cache"),
     "model.hugging_face": Room(900, 10.9, "hugging_face/", "names, sizes and tensors\nof a Llama"),
     "model": Room(740, 12.0, "model/", "trunk  heads  backward\nloss  config"),
-    "model.operations": Room(740, 13.0, "operations/", "attention, norm,\nrotation, masks"),
+    "model.structure": Room(900, 13.0, "structure/", "heads, parameters,\nshards, parts"),
+    "model.operations": Room(660, 13.0, "operations/", "attention, norm,\nrotation, masks"),
     "foundation": Room(
         510, 13.9, "foundation/", "durable files, YAML, safetensors headers, pages of reports"
     ),

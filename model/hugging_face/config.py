@@ -10,8 +10,8 @@ from foundation.json_text import read_json
 from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.head_kinds import HeadKind, LMHeadKind
 from model.operations.rope_scaling import RopeScaling
+from model.structure.head_kinds import HeadKind, LMHeadKind
 
 CONFIG_NAME = "config.json"
 # Ids of special tokens, and what transformers takes where config.json says nothing. An import that

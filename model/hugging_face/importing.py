@@ -48,8 +48,8 @@ from model.hugging_face.stored_tensors import (
     read_weight_map,
 )
 from model.operations.rope_scaling import RopeScaling
-from model.parameter_shapes import LINEAR, head_of, own_unembedding, parameter_shapes
-from model.sharding import placement_of, take_slice
+from model.structure.parameter_shapes import LINEAR, head_of, own_unembedding, parameter_shapes
+from model.structure.sharding import placement_of, take_slice
 
 NewHeads = Literal["copy", "fresh"]
 

@@ -19,7 +19,7 @@ from model.hugging_face.importing import LlamaFolder
 from model.hugging_face.names import hf_names, hf_shapes, join
 from model.hugging_face.saved_folder import read_any_record
 from model.hugging_face.stored_tensors import open_tensors
-from model.parameter_shapes import head_of, parameter_shapes
+from model.structure.parameter_shapes import head_of, parameter_shapes
 
 if TYPE_CHECKING:  # decoding reads exports, too, and need not wait for megatron-core
     from model.language_model import MultiTokenModel
@@ -101,7 +101,7 @@ def build_model(
 ) -> "MultiTokenModel":
     """A model in evaluation mode on the CPU, with every parameter from `weights`."""
     from model.language_model import MultiTokenModel
-    from model.process_groups import ensure_single_process
+    from model.structure.process_groups import ensure_single_process
 
     ensure_single_process()
     model = MultiTokenModel(config, dtype=dtype).to(dtype).eval().requires_grad_(False)

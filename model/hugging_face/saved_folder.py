@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from foundation.json_text import read_json
 from foundation.shown_text import printable
 from model.errors import CheckpointError
-from model.head_kinds import next_token_heads
 from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS, LlamaSizes, read_llama_config
 from model.hugging_face.folder import (
     ALL_HEADS_INDEX_NAME,
@@ -21,6 +20,7 @@ from model.hugging_face.folder import (
     ExportRecord,
     read_record,
 )
+from model.structure.head_kinds import next_token_heads
 
 _SETTINGS_NAME = "tokenizer_config.json"
 _POSITIONS = 2048  # what transformers takes where config.json says nothing

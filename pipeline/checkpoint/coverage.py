@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from model.config import ModelConfig
-from model.parameter_shapes import parameter_shapes
-from model.sharding import placement_of
+from model.structure.parameter_shapes import parameter_shapes
+from model.structure.sharding import placement_of
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 

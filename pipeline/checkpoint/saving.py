@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from foundation.durable_files import sync_folder, write_synced
 from model.errors import CheckpointError
-from model.freezing import is_trained
+from model.structure.freezing import is_trained
 from pipeline.checkpoint.crash_points import crash_point, saving, thread_of_save
 from pipeline.checkpoint.file_names import (
     IMPORTED,

@@ -32,8 +32,8 @@ from foundation.durable_files import FileEntry
 from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.parameter_shapes import checked_parameters, parameter_shapes
-from model.sharding import Placement, merge_slices, placement_of
+from model.structure.parameter_shapes import checked_parameters, parameter_shapes
+from model.structure.sharding import Placement, merge_slices, placement_of
 from pipeline.checkpoint.coverage import Extent, coverage_problems
 from pipeline.checkpoint.tensor_file import write_tensors
 

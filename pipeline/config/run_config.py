@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from foundation.yaml_text import YamlError, dump_yaml, parse_yaml, read_yaml
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.config.data_section import DataSection
 from pipeline.config.problems import MOST_PROBLEMS, listed, plain_problems, shown, unknown_key
 from pipeline.config.rules import problems_between

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from foundation.durable_files import write_synced
-from model.parameter_shapes import parameter_shapes
+from model.structure.parameter_shapes import parameter_shapes
 from pipeline.checkpoint.sharded_tensors import StateFiles
 from pipeline.config.run_config import RunConfig, to_yaml
 from pipeline.diagnosis.check import Check, Context, Outcome

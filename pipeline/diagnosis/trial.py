@@ -9,7 +9,7 @@ import torch
 
 from data_prep.loading.loader import Batch
 from model.config import ModelConfig
-from model.part import ModelPart, span_text
+from model.structure.part import ModelPart, span_text
 from pipeline.config.run_config import Precision, RunConfig
 
 Width = Literal["tiny", "own"]

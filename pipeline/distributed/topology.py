@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.distributed.rendezvous import RankInfo
 
 

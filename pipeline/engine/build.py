@@ -9,12 +9,12 @@ import deepspeed
 import torch
 
 from model.errors import TrainingError
-from model.freezing import freeze_parameters, is_trained
 from model.hugging_face.importing import ImportedWeights
-from model.kernels import choose_kernels
 from model.language_model import MultiTokenModel
 from model.layers import transformer_engine_available
-from model.part import ModelPart
+from model.operations.kernels import choose_kernels
+from model.structure.freezing import freeze_parameters, is_trained
+from model.structure.part import ModelPart
 from pipeline.checkpoint.coverage import Extent, coverage_problems
 from pipeline.config.run_config import Precision, RunConfig
 from pipeline.distributed.agreement import judged_by_main

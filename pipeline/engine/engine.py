@@ -18,7 +18,7 @@ from torch import Tensor
 from data_prep.loading.loader import Batch
 from model.language_model import MultiTokenModel
 from model.loss import IGNORED
-from model.sharding import placement_of
+from model.structure.sharding import placement_of
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.agreement import Agreed, RankFlags, agree

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.agreement import agreement_counts
 from model.language_model import MultiTokenModel
 from model.loss import IGNORED, loss_and_predictions
+from model.operations.agreement import agreement_counts
 
 
 class EvalResult(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.sharding import placement_of
+from model.structure.sharding import placement_of
 from pipeline.config.sections import OptimizerSection
 from pipeline.distributed.topology import Topology
 

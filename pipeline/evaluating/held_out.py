@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.agreement import agreement_counts
 from model.hugging_face.token_bytes import bytes_of_tokens
 from model.inference.cache import Block, Cache
 from model.inference.network import Network
+from model.operations.agreement import agreement_counts
 from pipeline.evaluating.model_folder import EvaluatedModel
 from pipeline.evaluating.texts import Stream, TextKind
 

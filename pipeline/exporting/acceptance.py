@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from data_prep.shards.shard_set import ShardSet
-from model.agreement import agreement_counts, tree_counts
 from model.errors import CheckpointError
 from model.hugging_face.acceptance import MOST_SPREAD, Acceptance
 from model.hugging_face.folder import ALL_HEADS_INDEX_NAME, TOKENIZER_NAME, ExportDescription
 from model.hugging_face.stored_tensors import StoredTensors
 from model.inference.network import Network
 from model.loss import IGNORED
+from model.operations.agreement import agreement_counts, tree_counts
 from pipeline.config.run_config import RunConfig
 from pipeline.data.validation import ValidationSamples
 

@@ -32,8 +32,8 @@ from model.hugging_face.names import EXTRA_HEADS, EXTRA_LM_HEADS, LINEAR_HEAD_1,
 from model.hugging_face.stored_tensors import StoredTensors
 from model.layers import Layer, LayerContext, transformer_config
 from model.operations.rotary import RotaryTable
-from model.parameter_shapes import LINEAR, head_layer_names, layer_shapes, own_unembedding
-from model.process_groups import ensure_single_process
+from model.structure.parameter_shapes import LINEAR, head_layer_names, layer_shapes, own_unembedding
+from model.structure.process_groups import ensure_single_process
 from pipeline.checkpoint.sharded_tensors import StateFiles
 from pipeline.exporting.whole_model import Parity, parity_tokens
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.head_weights import phases
 from model.hugging_face.folder import ExportDescription
+from model.structure.head_weights import phases
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
 from pipeline.reporting.final_figures import final_figures

@@ -20,7 +20,7 @@ from model.hugging_face.modeling_headway import (
 )
 from model.hugging_face.names import hf_names, split
 from model.hugging_face.stored_tensors import MODEL_INDEX_NAME, StoredTensors
-from model.parameter_shapes import parameter_shapes
+from model.structure.parameter_shapes import parameter_shapes
 from pipeline.checkpoint.sharded_tensors import StateFiles
 
 _CLASSES = ((LlamaForCausalLM, MODEL_INDEX_NAME), (HeadwayForCausalLM, ALL_HEADS_INDEX_NAME))

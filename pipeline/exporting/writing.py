@@ -23,7 +23,7 @@ from model.hugging_face.folder import (
 )
 from model.hugging_face.loading import DTYPES
 from model.hugging_face.names import hf_names, hf_shapes, split
-from model.parameter_shapes import checked_parameters, parameter_shapes
+from model.structure.parameter_shapes import checked_parameters, parameter_shapes
 from pipeline.exporting.identity import Identity, own_identity
 from pipeline.exporting.target import written_aside
 from pipeline.exporting.weight_files import WeightFiles

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
-from model.part import ModelPart
+from model.structure.part import ModelPart
 
 Checkpointing = Literal["none", "full", "selective"]
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from model.config import ModelConfig
-from model.part import ModelPart
+from model.structure.part import ModelPart
 
 
 class RankParameters(NamedTuple):

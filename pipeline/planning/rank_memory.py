@@ -19,7 +19,7 @@ A step has three moments that may be its most:
 
 from typing import NamedTuple
 
-from model.activation_memory import layer_activation_bytes
+from model.structure.activation_memory import layer_activation_bytes
 from pipeline.engine.deepspeed_config import (
     FP32_REDUCTION_FROM_RANKS,
     MAX_LIVE_PARAMETERS,

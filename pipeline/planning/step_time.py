@@ -27,7 +27,7 @@ bandwidth, e bytes of an element.
 from dataclasses import replace
 
 from model.config import ModelConfig
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.planning.layout import Layout, Machine, Prediction, Work
 from pipeline.planning.parameters import rank_parameters
 from pipeline.planning.rank_memory import reduces_in_fp32

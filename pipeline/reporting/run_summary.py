@@ -3,8 +3,8 @@
 import json
 from typing import NamedTuple
 
-from model.activation_memory import layer_activation_bytes
 from model.operations.documents import takes_blocks
+from model.structure.activation_memory import layer_activation_bytes
 from pipeline.config.run_config import (
     Device,
     Precision,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from model.config import ModelConfig
-from model.part import ModelPart
+from model.structure.part import ModelPart
 
 _PLAYED_MICRO_BATCHES = 128
 

@@ -6,9 +6,9 @@ Legend: H hidden, V vocabulary, T tokens of a micro-batch.
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from model.activation_memory import layer_activation_bytes
 from model.config import ModelConfig
-from model.part import ModelPart
+from model.structure.activation_memory import layer_activation_bytes
+from model.structure.part import ModelPart
 from pipeline.stages.plan import depths
 
 _SUM_BYTES = 4  # of what the loss adds up in

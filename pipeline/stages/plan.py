@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from foundation.shown_text import printable
 from model.config import MAX_LAYERS, ModelConfig
-from model.part import ModelPart, span_text
+from model.structure.part import ModelPart, span_text
 
 # What parallel.stages may hold: a number, `auto:S`, or one mapping per stage.
 StagesSetting = int | str | tuple[Mapping[str, int | str], ...]

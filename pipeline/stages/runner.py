@@ -8,9 +8,9 @@ the trunk receives one gradient.
 The heads' forward and backward both happen in a micro-batch's backward turn: until then a stage of
 heads keeps nothing but z.
 
-Heads that read one another (`model.head_kinds`) are links of that chain like the trunk's stages: a
-stage runs its own forward, keeping what each reads, sends what the last one gave to the next, and
-takes the gradient with respect to it before their turns in the backward.
+Heads that read one another (`model.structure.head_kinds`) are links of that chain like the trunk's
+stages: a stage runs its own forward, keeping what each reads, sends what the last one gave to the
+next, and takes the gradient with respect to it before their turns in the backward.
 
 Legend: B batch, S sequence, H hidden, n heads.
 """

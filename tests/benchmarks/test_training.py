@@ -8,7 +8,7 @@ from benchmarks.plain_model import PlainModel
 from benchmarks.training import ARMS, TINY, measure
 from benchmarks.training_arms import Arm, run_arm
 from model.config import ModelConfig
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.planning.parameters import part_parameters
 
 

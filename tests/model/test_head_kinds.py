@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
 from model.loss import IGNORED
-from model.parameter_shapes import head_of, parameter_shapes
+from model.structure.parameter_shapes import head_of, parameter_shapes
 from tests.support.head_variants import VARIANTS
 from tests.support.tiny_model import (
     head_logits,

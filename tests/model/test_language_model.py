@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model.backward import joint_loss, sequential_backward
 from model.hugging_face.names import hf_names, split
 from model.language_model import MultiTokenModel
-from model.parameter_shapes import parameter_shapes
+from model.structure.parameter_shapes import parameter_shapes
 from tests.support.tiny_model import head_logits, tiny_config, tiny_model, tiny_weights
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])

@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.hugging_face.folder import ExportDescription
 from model.hugging_face.loading import load_export
-from model.sharding import merge_slices, placement_of
+from model.structure.sharding import merge_slices, placement_of
 from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.files import write_manifest
 from pipeline.checkpoint.folder import CheckpointFolder, read_config

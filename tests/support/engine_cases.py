@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from model.sharding import merge_slices, placement_of
+from model.structure.sharding import merge_slices, placement_of
 from pipeline.config.run_config import Precision, RunConfig
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology

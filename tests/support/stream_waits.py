@@ -22,7 +22,7 @@ from torch import Tensor
 from data_prep.loading.loader import Batch
 from model.backward import ChainInputs, HeadsResult
 from model.lm_head import LMHeadWeights
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.stages import links as links_module
 from pipeline.stages import runner as runner_module
 from pipeline.stages.costs import micro_batch_order

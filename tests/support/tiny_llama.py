@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model.config import ModelConfig
 from model.hugging_face.importing import ImportedWeights, LlamaFolder, NewHeads
 from model.hugging_face.loading import build_model
-from model.initialization import initial_weight
 from model.language_model import MultiTokenModel
-from model.parameter_shapes import parameter_shapes
+from model.structure.initialization import initial_weight
+from model.structure.parameter_shapes import parameter_shapes
 
 LAYERS, VOCABULARY = 4, 260
 LLAMA3: dict[str, Any] = {

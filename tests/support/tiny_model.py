@@ -13,8 +13,8 @@ from model.hugging_face.names import hf_names, split
 from model.inference.network import Network
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
-from model.parameter_shapes import parameter_shapes
-from model.process_groups import ensure_single_process
+from model.structure.parameter_shapes import parameter_shapes
+from model.structure.process_groups import ensure_single_process
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

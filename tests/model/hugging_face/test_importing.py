@@ -16,8 +16,8 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
 from model.hugging_face.loading import load_export
-from model.parameter_shapes import parameter_shapes
-from model.sharding import merge_slices, placement_of
+from model.structure.parameter_shapes import parameter_shapes
+from model.structure.sharding import merge_slices, placement_of
 from pipeline.exporting.writing import write_export
 from tests.support.hostile import check_message
 from tests.support.tiny_export import byte_tokenizer, describe, export_tiny

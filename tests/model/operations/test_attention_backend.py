@@ -5,7 +5,6 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from model.errors import ConfigError
-from model.kernels import choose_kernels
 from model.operations.attention import attend
 from model.operations.attention_backend import (
     AttentionBackend,
@@ -13,6 +12,7 @@ from model.operations.attention_backend import (
     can_use_on,
     choose_backend,
 )
+from model.operations.kernels import choose_kernels
 from tests.support.tiny_model import training_model
 
 GROUPED = AttentionShape(heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16)

@@ -23,7 +23,7 @@ from model.operations.documents import (
     positions_within,
     visible_within,
 )
-from model.sharding import placement_of, take_slice
+from model.structure.sharding import placement_of, take_slice
 from tests.support.flex_on_cpu import blocks_on_cpu
 from tests.support.harness import run_ranks
 from tests.support.tiny_model import (

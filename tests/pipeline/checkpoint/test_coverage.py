@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from model.parameter_shapes import parameter_shapes
-from model.sharding import placement_of
+from model.structure.parameter_shapes import parameter_shapes
+from model.structure.sharding import placement_of
 from pipeline.checkpoint.coverage import KINDS, Extent, coverage_problems
 
 CONFIG = ModelConfig(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.parameter_shapes import parameter_shapes
-from model.sharding import placement_of, take_slice
+from model.structure.parameter_shapes import parameter_shapes
+from model.structure.sharding import placement_of, take_slice
 from pipeline.checkpoint.coverage import KINDS
 from pipeline.checkpoint.host_copy import HostCopy
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, read_weights, run_key

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.freezing import is_trained
 from model.hugging_face.loading import load_export
+from model.structure.freezing import is_trained
 from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
 from pipeline.engine.build import build_engine

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data_prep.shards.shard_set import ShardSet
-from model.agreement import tree_counts
 from model.decoding.tree import Tree
 from model.errors import CheckpointError
+from model.operations.agreement import tree_counts
 from pipeline.config.run_config import RunConfig, load_config
 from pipeline.data.validation import ValidationSamples
 from pipeline.engine.evaluation import EvalResult, evaluate_heads

@@ -23,8 +23,8 @@ from model.hugging_face.modeling_headway import HeadwayForCausalLM, HeadwayLinea
 from model.hugging_face.saved_folder import read_any_record
 from model.inference.loading import load_drafter, load_network
 from model.inference.prefill import prefill
-from model.parameter_shapes import parameter_shapes
-from model.sharding import placement_of, take_slice
+from model.structure.parameter_shapes import parameter_shapes
+from model.structure.sharding import placement_of, take_slice
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.exporting.acceptance import head_predictions
 from pipeline.exporting.layer_by_layer import compare_layers

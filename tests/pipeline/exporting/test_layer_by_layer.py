@@ -14,7 +14,7 @@ from model.errors import CheckpointError
 from model.hugging_face.folder import ExportDescription
 from model.hugging_face.loading import DTYPES
 from model.hugging_face.modeling_headway import HeadwayForCausalLM
-from model.sharding import placement_of, take_slice
+from model.structure.sharding import placement_of, take_slice
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.exporting.layer_by_layer import compare_layers, logit_blocks
 from pipeline.exporting.tensors import check_names, check_values

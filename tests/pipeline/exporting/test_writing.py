@@ -16,7 +16,7 @@ from model.errors import CheckpointError
 from model.hugging_face.folder import read_record
 from model.hugging_face.loading import load_export
 from model.hugging_face.names import hf_names, hf_shapes, join, split
-from model.parameter_shapes import parameter_shapes
+from model.structure.parameter_shapes import parameter_shapes
 from pipeline.exporting.writing import write_export, write_record
 from tests.support.tiny_export import EOS, VOCABULARY, byte_tokenizer, describe, export_tiny
 from tests.support.tiny_model import head_logits, tiny_config, tiny_model, tiny_weights

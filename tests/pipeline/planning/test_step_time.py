@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.planning.layout import Checkpointing, Work
 from pipeline.planning.step_time import (
     all_reduce_s,

@@ -8,8 +8,8 @@ from model.backward import sequential_backward
 from model.config import ModelConfig
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
-from model.part import ModelPart
-from model.process_groups import ensure_single_process
+from model.structure.part import ModelPart
+from model.structure.process_groups import ensure_single_process
 from pipeline.stages.memory import MicroBatch, loss_bytes, stage_activation_bytes
 from pipeline.stages.plan import balanced_plan
 

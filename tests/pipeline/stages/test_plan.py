@@ -7,7 +7,7 @@ import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
 from model.config import ModelConfig
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from pipeline.config.run_config import load_config
 from pipeline.stages.costs import (
     StageCost,

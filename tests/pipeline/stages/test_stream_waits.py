@@ -8,7 +8,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from model.part import ModelPart
+from model.structure.part import ModelPart
 from tests.support.stream_waits import HEADS, SyncAt, hangs, record
 
 TRUNK = 6

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from benchmarks.saved_tensors import SavedTensorMeter
-from model.activation_memory import layer_activation_bytes
 from model.config import ModelConfig
 from model.language_model import MultiTokenModel
 from model.layers import Checkpointing
-from model.process_groups import ensure_single_process
+from model.structure.activation_memory import layer_activation_bytes
+from model.structure.process_groups import ensure_single_process
 
 LENGTH, BATCH = 48, 2
 

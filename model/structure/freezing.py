@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from model.parameter_shapes import head_of
+from model.structure.parameter_shapes import head_of
 
 Freeze = Literal["none", "trunk"]
 

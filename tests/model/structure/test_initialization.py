@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.initialization import initial_weight
 from model.language_model import MultiTokenModel
-from model.parameter_shapes import parameter_shapes
-from model.process_groups import ensure_single_process
-from model.sharding import Placement, global_shape, merge_slices, placement_of, take_slice
+from model.structure.initialization import initial_weight
+from model.structure.parameter_shapes import parameter_shapes
+from model.structure.process_groups import ensure_single_process
+from model.structure.sharding import Placement, global_shape, merge_slices, placement_of, take_slice
 from tests.support.harness import run_ranks
 from tests.support.tiny_model import tiny_config
 
@@ -120,7 +120,7 @@ def test_gate_and_up_are_split_each() -> None:
 
 def test_unknown_parameter_has_no_placement() -> None:
     """A new kind of parameter is refused by name until the table knows it."""
-    with pytest.raises(KeyError, match=r"trunk\.adapter\.weight.*model/sharding\.py"):
+    with pytest.raises(KeyError, match=r"trunk\.adapter\.weight.*model/structure/sharding\.py"):
         placement_of("trunk.adapter.weight")
 
 

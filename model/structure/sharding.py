@@ -48,7 +48,9 @@ def placement_of(name: str) -> Placement:
     for suffix, placement in PLACEMENTS.items():
         if name == suffix or name.endswith("." + suffix):
             return placement
-    raise KeyError(f"no placement rule for parameter {name!r}; add one to model/sharding.py")
+    raise KeyError(
+        f"no placement rule for parameter {name!r}; add one to model/structure/sharding.py"
+    )
 
 
 def global_shape(local_shape: torch.Size, placement: Placement, size: int) -> torch.Size:

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.agreement import agreement_counts
+from model.operations.agreement import agreement_counts
 
 
 def test_agreement_of_heads() -> None:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.sharding import Placement, global_shape, placement_of, take_slice
+from model.structure.sharding import Placement, global_shape, placement_of, take_slice
 
 _ROWS_PER_BLOCK = 256  # each block of rows has a generator of its own
 

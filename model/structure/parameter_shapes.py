@@ -33,7 +33,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of the whole model, in the model's own order.
 
     What a checkpoint or an export must hold, each name once; tensor-parallel ranks hold slices of
-    these (`model.sharding`).
+    these (`model.structure.sharding`).
     """
     vocabulary, hidden = config.vocab_size, config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"trunk.embedding.weight": (vocabulary, hidden)}

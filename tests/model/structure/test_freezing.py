@@ -5,9 +5,9 @@ import torch
 
 from benchmarks.saved_tensors import SavedTensorMeter
 from model.backward import joint_loss, sequential_backward
-from model.freezing import freeze_parameters, is_trained
 from model.layers import Checkpointing
-from model.parameter_shapes import parameter_shapes
+from model.structure.freezing import freeze_parameters, is_trained
+from model.structure.parameter_shapes import parameter_shapes
 from tests.model.test_backward import Backward, make_batch, run
 from tests.support.tiny_model import tiny_config, training_model
 
