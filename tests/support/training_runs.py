@@ -25,6 +25,7 @@ from tests.support.harness import prepared_context
 TIMES = (
     *("tokens_per_s", "step_time_s", "memory_peak_gib", "save_stall_s", "save_total_s"),
     *("resume_changes", "slowest_rank", "slowest_rank_time_s", "median_rank_time_s"),
+    "stage_idle_fraction",
 )
 CONFIG = """
 run: {name: tiny, seed: 7}

@@ -38,8 +38,18 @@ LAYOUTS = {
     ),
     "tp2-zero2-bf16": (2, ["parallel.zero=2", "parallel.tensor=2", _BF16]),
     "dp2-zero3-bf16": (2, ["parallel.zero=3", "batch.micro_size=2", _BF16]),
+    "dp2-zero3-causal-replicated": (
+        2,
+        ["batch.micro_size=2", "model.head_kind=causal", "model.lm_head=replicated"],
+    ),
+    "stages3-zero1-anticausal": (
+        3,
+        [
+            *("parallel.zero=1", "model.head_kind=anticausal"),
+            "parallel.stages=[{trunk: 0-1}, {heads: 2-3}, {heads: 1}]",
+        ],
+    ),
 }
-IN_MAKE_TEST = ("dp2-zero3", "tp2-zero2", "dp2-zero1-bf16-acc2")
 
 
 def _weights(run_dir: Path) -> dict[str, Tensor]:
