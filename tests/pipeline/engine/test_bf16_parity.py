@@ -1,4 +1,4 @@
-"""The layouts of `test_parity` and of the stages in bf16: as far from fp32 as one process, no more.
+"""All layouts, stages and kinds of heads in bf16: as far from fp32 as one process, no more.
 
 What bf16 costs is measured, not assumed: one process trains the same model in bf16, and its
 distance from the fp32 course is the yardstick. A layout sums in another order and rounds at other
@@ -14,6 +14,8 @@ from functools import cache
 import pytest
 from torch import Tensor
 
+from pipeline.config.run_config import Precision
+from tests.pipeline.engine.test_head_kind_parity import ALL as KINDS
 from tests.pipeline.engine.test_parity import CASES, SLOW_CASES
 from tests.pipeline.stages.test_stage_parity import ALL, OTHERS
 from tests.support.engine_cases import Case
@@ -23,7 +25,7 @@ from tests.support.parity_runs import Course, relative_difference, train_in_rank
 STEPS = 4
 ALL_GRADIENTS, ONE_GRADIENT, LOSSES = 1.6, 5.0, 4.0
 STAGED = [*ALL, *OTHERS]
-MATRIX = [*CASES, *SLOW_CASES, *STAGED]
+MATRIX = [*CASES, *SLOW_CASES, *STAGED, *KINDS]
 
 
 def _in_make_test(number: int, case: Case) -> bool:
@@ -33,10 +35,20 @@ def _in_make_test(number: int, case: Case) -> bool:
 
 
 @cache
-def _course(documents: bool, freeze: str, precision: str) -> Course:
+def _course(like: Case) -> Course:
     """One process, without ZeRO."""
-    case = Case(documents=documents, freeze=freeze, precision=precision)  # type: ignore[arg-type]
-    return train_in_ranks(case, STEPS)
+    return train_in_ranks(like, STEPS)
+
+
+def _alone(case: Case, precision: Precision) -> Case:
+    """What one process trains that has the same to learn."""
+    return Case(
+        documents=case.documents,
+        freeze=case.freeze,
+        heads=case.heads,
+        eps=case.eps,
+        precision=precision,
+    )
 
 
 def _distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
@@ -49,8 +61,8 @@ def _distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> floa
 @pytest.mark.parametrize("case", part_of(MATRIX, _in_make_test), ids=str)
 def test_a_layout_in_bf16_is_as_near_to_fp32_as_one_process(case: Case) -> None:
     """Losses, norm, all gradients of four steps, each gradient, and the weights after them."""
-    truth = _course(case.documents, case.freeze, "fp32")
-    alone = _course(case.documents, case.freeze, "bf16")
+    truth = _course(_alone(case, "fp32"))
+    alone = _course(_alone(case, "bf16"))
     found = train_in_ranks(replace(case, precision="bf16"), STEPS)
     for step, true, one in zip(found.steps, truth.steps, alone.steps, strict=True):
         yardstick = _distance(one.gradients, true.gradients)
