@@ -41,13 +41,13 @@ quickstart: $(installed) ## shards, training, kill, resume, export, generation, 
 	$(python) -m pipeline.quickstart
 
 test: $(installed) ## run the tests (a quarter of an hour on 2 cores)
-	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(python) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 test-cluster: $(installed) ## run the Slurm jobs on a real Slurm of 4 nodes on this machine (root; 4 minutes)
 	$(python) -m pytest -m 'cluster and not stress' tests/cluster $(ARGS)
 
 stress: $(installed) ## run the long forms of tests (hours): every layout, every point of failure
-	$(python) -m pytest --numprocesses $(JOBS) --dist loadfile -m 'stress and not cluster' $(ARGS)
+	$(python) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'stress and not cluster' $(ARGS)
 	$(python) -m pytest -m 'stress and cluster' tests/cluster $(ARGS)
 
 check: $(installed) docs ## ruff, mypy --strict, the layering of imports, the pages and project files
