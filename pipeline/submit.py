@@ -92,6 +92,11 @@ def _check(config: RunConfig, options: argparse.Namespace) -> None:
     """Refuse what the job would be refused for, as far as it is known here."""
     if problem := signal_problem(options.sbatch, job_script()):
         raise ConfigError(problem)
+    if added := os.environ.get("ARGS", "").strip():
+        raise ConfigError(
+            f"ARGS={added} is set: the job script would add it to a run that was checked without "
+            "it; unset ARGS, and give settings with --set"
+        )
     # Imported late: it takes seconds, and mistakes in the file need not wait for them.
     from pipeline.launching.checks import check_run
 

@@ -29,6 +29,11 @@ PROGRAMS = {
     "setpriv": "util-linux",
     "unshare": "util-linux",
 }
+_READ_BY_JOBS = {
+    *("APPTAINER", "ARGS", "CONFIG", "CONTAINER_IMAGE", "HEADWAY_ROOT", "INPUT", "MASTER_PORT"),
+    *("MAX_IDLE_REQUEUES", "MPIRUN", "OMP_NUM_THREADS", "OUTPUT", "PYTHON", "RANKS_PER_NODE"),
+    *("SRUN_ARGS", "TOKENIZER"),
+}
 _CGROUPS_DISABLED_SINCE = 24  # the release whose plugin list knows "disabled"
 
 
@@ -74,8 +79,16 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables with which Slurm's commands find this cluster and no other."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
+        """Variables with which Slurm's commands find this cluster and no other.
+
+        Those that job scripts read are left out: sbatch would hand them to the job, and
+        `make ARGS=...`, for one, gives its own to all that it starts.
+        """
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH")) and name not in _READ_BY_JOBS
+        }
         return inherited | {"SLURM_CONF": str(self._configuration)}
 
     def start(self) -> None:

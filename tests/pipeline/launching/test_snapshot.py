@@ -55,6 +55,17 @@ def test_mistakes_are_found_before_the_queue(
     assert not (tmp_path / "run" / SUBMISSIONS).exists()
 
 
+def test_arguments_in_the_environment_are_refused(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job script would add them to a run that was checked without them."""
+    monkeypatch.setenv("ARGS", "-k resume")
+    assert main([str(config), "--print"]) == 2
+    assert "ARGS=-k resume is set" in capsys.readouterr().err
+    monkeypatch.setenv("ARGS", " ")
+    assert main([str(config), "--print"]) == 0
+
+
 def test_print_shows_the_command_and_does_nothing(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
