@@ -20,7 +20,15 @@ ROOMS = {
         "building",
         "loading",
     ),
-    "model": ("operations", "structure", "hugging_face", "inference", "decoding", "serving"),
+    "model": (
+        "operations",
+        "structure",
+        "hugging_face",
+        "inference",
+        "decoding",
+        "early_exit",
+        "serving",
+    ),
     "pipeline": (
         "distributed",
         "stages",
