@@ -1,4 +1,4 @@
-"""train.freeze=early_exit: an adapter learns on a model's first layers, and drafts for all of it."""
+"""train.freeze=early_exit: an adapter learns on a model's first layers and drafts for it."""
 
 import json
 import os
@@ -190,7 +190,7 @@ def test_an_exit_is_below_the_heads(sizes: dict[str, Any], trunk: int, tmp_path:
     folder.check(tiny_config(layers=most, **fitting))
     with pytest.raises(ConfigError, match=f"set model.layers to at most {most}: "):
         folder.check(tiny_config(layers=most + 1, **fitting))
-    with pytest.raises(ConfigError, match="model.ffn_hidden_size=64 must be 48; set them"):
+    with pytest.raises(ConfigError, match=r"model.ffn_hidden_size=64 must be 48; set them"):
         folder.check(tiny_config(layers=2, ffn_hidden_size=64, **fitting))
     with pytest.raises(ConfigError, match=r"model.vocab_size=300 must be 260"):
         folder.check(tiny_config(layers=2, future_tokens=1, vocab_size=300))
