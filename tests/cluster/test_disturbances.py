@@ -8,7 +8,7 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,12 +50,22 @@ class Disturbed:
         config: of the run.
         folder: of the job's output.
         options: more of sbatch.
+        settings: more of `--set`.
     """
 
-    def __init__(self, cluster: Cluster, config: Path, folder: Path, *options: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: Path,
+        folder: Path,
+        *options: str,
+        settings: Sequence[str] = (),
+    ) -> None:
         self.cluster = cluster
         self.run_dir = folder / "run"
-        self.job = submit_training(cluster, folder, config, ["--nodes=2", *options], *STEPS)
+        self.job = submit_training(
+            cluster, folder, config, ["--nodes=2", *options], *STEPS, *settings
+        )
 
     def reach(self, step: int) -> list[str]:
         """Wait for a step; the job's nodes."""
@@ -135,12 +145,15 @@ def test_a_warning_at_any_second_of_the_start(run: Disturbed, quiet: Path, secon
     run.ends_as(quiet)
 
 
-def test_preemptions_in_a_row(cluster: Cluster, config: Path, tmp_path: Path, quiet: Path) -> None:
+def test_preemptions_in_a_row(cluster: Cluster, shards: Path, config: Path, tmp_path: Path) -> None:
     """Each lets the run save first; twenty of them, at steps that nobody has chosen."""
-    run = Disturbed(cluster, config, tmp_path, "--partition=graced")
+    length = "train.steps=1500"
+    quiet = _quiet_run(shards, tmp_path / "quiet", 2, length)
+    run = Disturbed(cluster, config, tmp_path, "--partition=graced", settings=[length])
     urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]
     for number in range(1, 21):
-        run.reach(8 * number)
+        # Slurm warns tasks, not the script that is yet to start them.
+        run.reach(last_step(run.run_dir) + 3)
         cluster.run(*urgent, "--wrap=sleep 1")
         run.job.wait_for(f"run number {number + 1}", START_S)
     run.ends_as(quiet)
