@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 SEED = "run.seed"
+INIT_FROM = "train.init_from"
 
 
 class Grid(NamedTuple):
@@ -17,11 +18,14 @@ class Grid(NamedTuple):
         run: a run's configuration, by section.
         axes: by key, as `section.key`, the values it takes; every combination is a point.
         points: further points as settings, instead of combinations where it is not empty.
+        pretrain: by name, settings of runs whose exports points begin with; a point names the one
+            of its own seed with `train.init_from`.
     """
 
     run: dict[str, Any]
     axes: dict[str, list[Any]]
     points: list[dict[str, Any]]
+    pretrain: dict[str, dict[str, Any]]
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """The settings of every point."""
@@ -35,15 +39,16 @@ class Grid(NamedTuple):
 
 
 def load_grid(path: Path, *, quick: bool) -> Grid:
-    """Read `grid.yaml`: `run`, `axes`, `points`, and under `quick` what a try in a minute changes.
+    """Read `grid.yaml`: `run`, `axes`, `points`, `pretrain`, and under `quick` a try in a minute.
 
-    `quick` holds settings by dotted key, and an own `axes` or `points`.
+    `quick` holds settings by dotted key that it changes, and an own `axes`, `points`, `pretrain`.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     changes = dict(content.get("quick", {})) if quick else {}
     axes = changes.pop("axes", content.get("axes", {}))
     points = changes.pop("points", content.get("points", []))
-    return Grid(configured(content["run"], changes), axes, points)
+    pretrain = changes.pop("pretrain", content.get("pretrain", {}))
+    return Grid(configured(content["run"], changes), axes, points, pretrain)
 
 
 def configured(run: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
