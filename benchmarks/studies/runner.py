@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks.studies.grid import INIT_FROM, SEED, Grid, configured, load_grid, point_name
+from benchmarks.studies.grid import (
+    INIT_FROM,
+    SEED,
+    Grid,
+    configured,
+    load_grid,
+    point_name,
+    variants,
+)
 from benchmarks.studies.results import write_results
 from foundation.durable_files import write_whole
 
@@ -97,16 +105,24 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=study.title)
     parser.add_argument("--quick", action="store_true", help="a try of a minute; writes no results")
     parser.add_argument(
+        "--variant",
+        choices=variants(study.folder / "grid.yaml"),
+        default="",
+        metavar="NAME",
+        help="runs of `variants` in grid.yaml, with a section and a page of their own",
+    )
+    parser.add_argument(
         "--work", type=Path, metavar="DIR", help="runs and data (default runs/studies/NAME)"
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="README.md and result.html (default: its folder)"
     )
     options = parser.parse_args(arguments)
-    name = study.folder.name + ("-quick" if options.quick else "")
-    work: Path = options.work or Path("runs/studies") / name
+    parts = [study.folder.name, options.variant, "quick" if options.quick else ""]
+    work: Path = options.work or Path("runs/studies") / "-".join(filter(None, parts))
     output: Path | None = options.output or (None if options.quick else study.folder)
-    grid = load_grid(study.folder / "grid.yaml", quick=options.quick)
+    path = study.folder / "grid.yaml"
+    grid = load_grid(path, quick=options.quick, variant=options.variant)
     results = run_points(study, grid, work, quick=options.quick)
     print(write_results(study.title, study.columns, grid, results, output))
     return 0

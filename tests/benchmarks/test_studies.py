@@ -18,7 +18,7 @@ from benchmarks.studies.choice_points.tables import (
     terms_at,
 )
 from benchmarks.studies.finetuning.words import make_question, make_text
-from benchmarks.studies.grid import load_grid, point_name
+from benchmarks.studies.grid import load_grid, point_name, variants
 from benchmarks.studies.induction.stories import tell, two_token_names
 from benchmarks.studies.polynomials.problems import make_problem
 from benchmarks.studies.polynomials.ring import SIZE, add, compose, multiply, negate
@@ -194,13 +194,20 @@ def test_points_share_what_they_begin_with(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["polynomials", "which_heads", "induction", "finetuning"])
 def test_grids_are_whole(name: str) -> None:
-    """At least three seeds; names of points differ; a quick try is a part."""
+    """At least three seeds; names of points differ; a quick try is a part; so with variants."""
     grid = load_grid(STUDIES / name / "grid.yaml", quick=False)
     points = list(grid.settings())
     assert len({point["run.seed"] for point in points}) >= 3
     assert len({point_name(point) for point in points}) == len(points)
-    quick = list(load_grid(STUDIES / name / "grid.yaml", quick=True).settings())
+    path = STUDIES / name / "grid.yaml"
+    quick = list(load_grid(path, quick=True).settings())
     assert len(quick) < len(points)
+    readme = (STUDIES / name / "README.md").read_text()
+    for variant in variants(path):
+        found = load_grid(path, variant=variant)
+        assert len({point["run.seed"] for point in found.settings()}) >= 3
+        assert found._replace(variant="") != grid
+        assert f"<!-- {variant} begin -->" in readme
 
 
 @pytest.mark.parametrize(
