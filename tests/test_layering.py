@@ -20,7 +20,15 @@ ROOMS = {
         "building",
         "loading",
     ),
-    "model": ("operations", "structure", "hugging_face", "inference", "decoding", "serving"),
+    "model": (
+        "operations",
+        "memory",
+        "structure",
+        "hugging_face",
+        "inference",
+        "decoding",
+        "serving",
+    ),
     "pipeline": (
         "distributed",
         "stages",

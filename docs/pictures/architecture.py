@@ -57,7 +57,8 @@ ROOMS = {
     "model.hugging_face": Room(900, 10.9, "hugging_face/", "names, sizes and tensors\nof a Llama"),
     "model": Room(740, 12.0, "model/", "trunk  heads  backward\nloss  config"),
     "model.structure": Room(900, 13.0, "structure/", "heads, parameters,\nshards, parts"),
-    "model.operations": Room(660, 13.0, "operations/", "attention, norm,\nrotation, masks"),
+    "model.memory": Room(775, 13.0, "memory/", "segments,\nprompts"),
+    "model.operations": Room(620, 13.0, "operations/", "attention, norm,\nrotation, masks"),
     "foundation": Room(
         510, 13.9, "foundation/", "durable files, YAML, safetensors headers, pages of reports"
     ),

@@ -1,21 +1,25 @@
-"""Which parameters are trained: all of them, or the extra heads on a model that stays as it is.
+"""Which parameters are trained: all, or what is added to a model that stays as it is.
 
 Freezing the trunk freezes the whole next-token model with it: embedding, trunk, head 1, final norm
 and unembedding. What the model says next is then the same before and after, to the bit, and heads
 2 .. n learn to draft for it (the setting of Medusa-1, Cai et al. 2024).
+
+Of a model that is given a memory, the memory's own parameters may be trained alone.
 """
 
 from typing import Literal
 
 from torch import nn
 
-from model.structure.parameter_shapes import head_of
+from model.structure.parameter_shapes import MEMORY, head_of
 
-Freeze = Literal["none", "trunk"]
+Freeze = Literal["none", "trunk", "all_but_memory"]
 
 
 def is_trained(name: str, freeze: Freeze) -> bool:
     """Whether the optimizer has the parameter of this name."""
+    if freeze == "all_but_memory":
+        return name.startswith(MEMORY)
     return freeze == "none" or head_of(name) > 1
 
 

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.memory.prompts import memory_shapes
 
 _HEAD = re.compile(r"heads\.(?:layers|readouts)\.(\d+)\.")
 
+# What the names of a memory's parameters begin with.
+MEMORY = "memory."
 # A linear head's parameter.
 LINEAR = "projection.weight"
 
@@ -46,6 +49,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["heads.readout.norm_weight"] = (hidden,)
     if config.lm_head == "replicated":
         shapes |= {own_unembedding(head): (vocabulary, hidden) for head in heads[1:]}
+    if config.memory is not None:
+        shapes |= {
+            f"{MEMORY}{name}": shape for name, shape in memory_shapes(config.memory, hidden).items()
+        }
     return shapes
 
 

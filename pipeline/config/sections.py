@@ -184,7 +184,8 @@ class TrainSection(Section):
             run begins with; without effect on a resumed one.
         init_heads: heads that the folder lacks: copy = of its last layer; fresh = untrained.
         freeze: trunk = train heads 2 .. n alone and leave the next-token model (embedding, trunk,
-            head 1, final norm, unembedding) as it was imported.
+            head 1, final norm, unembedding) as it was imported; all_but_memory = train what
+            model.memory adds alone.
     """
 
     steps: PositiveInt
@@ -209,7 +210,7 @@ class TrainSection(Section):
     max_rollbacks: Count = 3
     init_from: FilePath | None = None
     init_heads: Literal["copy", "fresh"] = "copy"
-    freeze: Literal["none", "trunk"] = "none"
+    freeze: Literal["none", "trunk", "all_but_memory"] = "none"
 
     def chunk_tokens(self, device_type: str) -> int:
         """Tokens whose logits exist at once on a `cuda` or `cpu` device."""
@@ -230,9 +231,10 @@ class TrainSection(Section):
     @field_validator("freeze")
     @classmethod
     def _freezes_what_was_trained(cls, freeze: str, info: ValidationInfo) -> str:
-        if freeze == "trunk" and "init_from" in info.data and info.data["init_from"] is None:
+        if freeze != "none" and "init_from" in info.data and info.data["init_from"] is None:
+            what = "heads on" if freeze == "trunk" else "the memory of"
             raise ValueError(
-                "freeze=trunk would train heads on a model that was never trained; set "
+                f"freeze={freeze} would train {what} a model that was never trained; set "
                 "train.init_from to the folder of one, or train.freeze=none"
             )
         return freeze

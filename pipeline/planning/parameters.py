@@ -44,7 +44,7 @@ def rank_parameters(
         lm_head = shared + further
         owned = lm_head if part.owns_lm_head else further
     held = len(part.trunk_layers) * layer + len(part.heads) * head + owned
-    held += part.has_embedding * count.embedding / tensor_size
+    held += part.has_embedding * (count.embedding / tensor_size + count.memory)
     trained_heads = sum(1 for number in part.heads if number > 1 or not freeze_trunk)
     trained = trained_heads * head + further if freeze_trunk else held
     return RankParameters(held, trained, lm_head, trained_heads * head, layer, lm_head - owned)
