@@ -136,6 +136,9 @@ def describe_import(folder: LlamaFolder, config: RunConfig) -> list[str]:
         )
     if folder.sizes.tied:
         lines.append("its embedding is its unembedding, too; here they are two and may part")
+    if config.model.memory is not None:
+        alone = config.train.freeze == "all_but_memory"
+        lines.append(f"the memory is fresh{', and it alone is trained' if alone else ''}")
     if config.train.freeze == "trunk":
         lines.append(f"only heads 2 to {heads} are trained; its next-token model stays as it is")
     return lines

@@ -88,6 +88,11 @@ def _read(checkpoint: Path, dtype: str | None, eos_token: str | None) -> _Traine
             f"{checkpoint} is damaged: {'; '.join(problems[:3])}; export another checkpoint"
         )
     config, state = read_config(checkpoint), read_state(checkpoint)
+    if config.model.memory is not None:
+        raise CheckpointError(
+            f"{checkpoint} is of a model with model.memory, which cannot be exported yet: nothing "
+            "that reads an export knows memories; evaluate it in training (eval.every_steps)"
+        )
     tokenizer = _tokenizer(checkpoint / TOKENIZER, config, eos_token)
     imported = load_identity(checkpoint / IMPORTED)
     positions = config.data.sequence_length

@@ -1,0 +1,102 @@
+"""Whole runs of a model with a memory: `configs/quickstart_hmt.yaml`, resumes, imports."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint.file_names import WEIGHTS
+from pipeline.checkpoint.sharded_tensors import read_weights
+from pipeline.config.run_config import load_config
+from pipeline.export import main as export
+from tests.support.tiny_llama import save_llama
+from tests.support.training_runs import metrics_without_times, run_job
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "quickstart_hmt.yaml"
+TINY = [
+    *("model.hidden_size=32", "model.ffn_hidden_size=48", "train.steps=4", "eval.every_steps=2"),
+    *("eval.samples=4", "checkpoint.every_steps=2", "log.tensorboard=false", "train.device=cpu"),
+    *("train.precision=fp32", "data.sequence_length=32", "model.vocab_size=260"),
+    "model.memory={segment: 8, summary: 4, sensory: 2, cache: 3, bptt: 1}",
+]
+
+
+def test_quickstart_configuration_keeps_the_batch_of_the_quickstart() -> None:
+    """Same batch keys, so that the two can be compared."""
+    assert load_config(CONFIG).batch == load_config(ROOT / "configs" / "quickstart.yaml").batch
+
+
+def test_one_key_of_a_mapping_can_be_set() -> None:
+    """The others stay as the file has them."""
+    memory = load_config(CONFIG, ["model.memory.bptt=5"]).model.memory
+    assert memory is not None
+    assert (memory.bptt, memory.segment) == (5, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["data.sequence_length=64"], "so nothing would be remembered"),
+        (["parallel.stages=auto:2"], "cuts the trunk into 2 stages"),
+        (["train.activation_checkpointing=full"], "gives a layer a gradient for every segment"),
+        (["model.memory.summary=65"], "is more than the 64 tokens of a segment"),
+        (["train.freeze=all_but_memory", "train.init_from=x", "model.memory=null"], "leaves noth"),
+        (["train.freeze=all_but_memory"], "the memory of a model that was never trained"),
+        (["model.memory.depth=1"], "model.memory.depth is not a known key"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: list[str], told: str) -> None:
+    """In one line, before anything starts."""
+    with pytest.raises(Exception, match=told):
+        load_config(CONFIG, settings)
+
+
+def test_losses_do_not_depend_on_ranks_and_a_resume_repeats(tmp_path: Path, shards: Path) -> None:
+    """The same losses on 1 and 2 ranks; a run that stopped and went on is one that did not."""
+
+    def run(name: str, ranks: int, *settings: str) -> Path:
+        folder = tmp_path / name
+        changes = [*TINY, f"run.dir={folder}", f"data.shards={shards}", *settings]
+        outcome = run_job(tmp_path, [str(CONFIG), "--set", *changes], world=ranks)
+        assert outcome.codes == [0] * ranks, outcome.output
+        return folder
+
+    one = run("one", 1, "batch.micro_size=4")
+    two = run("two", 2, "batch.micro_size=2")
+    for first, second in zip(metrics_without_times(one), metrics_without_times(two), strict=True):
+        for key, value in first.items():
+            if "loss" in key:
+                assert second[key] == pytest.approx(value, rel=2e-5), key
+    run("parts", 2, "batch.micro_size=2", "train.stop_at_step=2")
+    parts = run("parts", 2, "batch.micro_size=2")
+    assert metrics_without_times(parts) == metrics_without_times(two)
+    assert export([str(one), str(tmp_path / "export")]) == 1  # refused, in one line
+
+
+def test_a_llama_stays_as_it_is_but_for_its_memory(tmp_path: Path, shards: Path) -> None:
+    """Only T, W_q, W_k and the initial memory move."""
+    save_llama(tmp_path / "llama")
+    settings = [
+        *(change for change in TINY if not change.startswith("model.")),
+        *(
+            "model.layers=4",
+            "model.future_tokens=1",
+            "model.hidden_size=32",
+            "model.vocab_size=260",
+        ),
+        *("model.ffn_hidden_size=48", "model.rope_theta=500.0", "model.norm_eps=2e-5"),
+        *("model.memory={segment: 8, bptt: 1}", f"train.init_from={tmp_path / 'llama'}"),
+        *("train.freeze=all_but_memory", f"run.dir={tmp_path / 'run'}", f"data.shards={shards}"),
+        *("batch.micro_size=2", "eval.every_steps=0"),
+    ]
+    outcome = run_job(tmp_path, [str(CONFIG), "--set", *settings], world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    config = load_config(CONFIG, settings)
+    folder = tmp_path / "run" / "checkpoints"
+    before, after = (
+        dict(read_weights(folder / f"step_0000000{step}" / WEIGHTS, config.model))
+        for step in (2, 4)
+    )
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert moved == {f"memory.{name}" for name in ("initial", "summary", "query", "key")}
