@@ -27,6 +27,7 @@ ROOMS = {
         "hugging_face",
         "inference",
         "decoding",
+        "streaming",
         "serving",
     ),
     "pipeline": (

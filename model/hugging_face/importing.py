@@ -47,10 +47,10 @@ from model.hugging_face.stored_tensors import (
     open_tensors,
     read_weight_map,
 )
+from model.memory.prompts import MEMORY
 from model.operations.rope_scaling import RopeScaling
 from model.structure.parameter_shapes import (
     LINEAR,
-    MEMORY,
     head_of,
     own_unembedding,
     parameter_shapes,
@@ -104,7 +104,7 @@ class LlamaFolder:
     def holds(self, name: str, config: ModelConfig) -> bool:
         """Whether it has the weights of a parameter of the run's model."""
         if name.startswith(MEMORY):
-            return False  # no Llama has one
+            return name in self._files
         head = head_of(name)
         if config.head_kind == "linear" and not self._linear:
             return head == 0  # of a plain Llama
@@ -271,7 +271,7 @@ class ImportedWeights:
         Returns:
             float32 tensor on the CPU.
         """
-        if name.startswith(MEMORY):
+        if name.startswith(MEMORY) and not self.folder.holds(name, self.config):
             return fresh()
         head = head_of(name)
         if not self.folder.holds(name, self.config):

@@ -116,6 +116,10 @@ class Network:
     def trunk(self, tokens: Tensor, cache: Cache, block: Block) -> Tensor:
         """Run the trunk over new tokens `[B, S]` and fill its part of the cache; z `[N, H]`."""
         hidden = F.embedding(tokens.flatten(), self.weights.embedding)
+        return self.transform(hidden, cache, block)
+
+    def transform(self, hidden: Tensor, cache: Cache, block: Block) -> Tensor:
+        """The same over embeddings `[N, H]`."""
         for index, layer in enumerate(self.weights.trunk):
             hidden = self._layer(hidden, index, layer, cache, block)
         return hidden

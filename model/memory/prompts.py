@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from model.memory.sizes import MemorySizes
 
+# What the names of the parameters begin with, in a model and in an export.
+MEMORY = "memory."
+
 
 class MemoryWeights(NamedTuple):
     """The parameters; without retrieval only the first.

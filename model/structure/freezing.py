@@ -11,7 +11,8 @@ from typing import Literal
 
 from torch import nn
 
-from model.structure.parameter_shapes import MEMORY, head_of
+from model.memory.prompts import MEMORY
+from model.structure.parameter_shapes import head_of
 
 Freeze = Literal["none", "trunk", "all_but_memory"]
 

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.memory.prompts import memory_shapes
+from model.memory.prompts import MEMORY, memory_shapes
 
 _HEAD = re.compile(r"heads\.(?:layers|readouts)\.(\d+)\.")
 
-# What the names of a memory's parameters begin with.
-MEMORY = "memory."
 # A linear head's parameter.
 LINEAR = "projection.weight"
 

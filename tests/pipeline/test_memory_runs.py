@@ -1,10 +1,15 @@
 """Whole runs of a model with a memory: `configs/quickstart_hmt.yaml`, resumes, imports."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.errors import ConfigError
+from model.generate import main as generate
+from model.inference.loading import load_network
 from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.sharded_tensors import read_weights
 from pipeline.config.run_config import load_config
@@ -52,7 +57,9 @@ def test_what_cannot_be_is_refused(settings: list[str], told: str) -> None:
         load_config(CONFIG, settings)
 
 
-def test_losses_do_not_depend_on_ranks_and_a_resume_repeats(tmp_path: Path, shards: Path) -> None:
+def test_losses_do_not_depend_on_ranks_and_a_resume_repeats(
+    tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The same losses on 1 and 2 ranks; a run that stopped and went on is one that did not."""
 
     def run(name: str, ranks: int, *settings: str) -> Path:
@@ -71,7 +78,30 @@ def test_losses_do_not_depend_on_ranks_and_a_resume_repeats(tmp_path: Path, shar
     run("parts", 2, "batch.micro_size=2", "train.stop_at_step=2")
     parts = run("parts", 2, "batch.micro_size=2")
     assert metrics_without_times(parts) == metrics_without_times(two)
-    assert export([str(one), str(tmp_path / "export")]) == 1  # refused, in one line
+    _writes(one, tmp_path / "export", tmp_path / "state", capfd)
+    stage_2 = ["batch.micro_size=2", f"train.init_from={tmp_path / 'export'}"]
+    run("again", 1, *stage_2, "model.layers=8", "train.stop_at_step=1")
+
+
+def _writes(run: Path, folder: Path, state: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The export is no Llama, writes past borders of segments, and goes on from a file."""
+    assert export([str(run), str(folder)]) == 0
+    told = json.loads((folder / "config.json").read_text())
+    assert (told["model_type"], told["memory"]["segment"]) == ("headway", 8)
+
+    def new_ids(*options: str) -> list[int]:
+        assert generate([str(folder), "--ids", *options]) == 0
+        found = re.search(r"^ids: (.*)$", capfd.readouterr().out, re.MULTILINE)
+        assert found is not None
+        return [int(number) for number in found[1].split()]
+
+    whole = new_ids("--prompt", "The cat sat", "--max-new-tokens", "30")
+    new_ids("--prompt", "The cat ", "--max-new-tokens", "1", "--save-memory", str(state))
+    rest = new_ids("--prompt", "sat", "--max-new-tokens", "30", "--load-memory", str(state))
+    assert rest == whole
+    assert generate([str(folder), "--prompt", "a", "--heads", "2"]) == 1
+    with pytest.raises(ConfigError, match="alone runs"):
+        load_network(folder)
 
 
 def test_a_llama_stays_as_it_is_but_for_its_memory(tmp_path: Path, shards: Path) -> None:
