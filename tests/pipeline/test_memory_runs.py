@@ -57,30 +57,43 @@ def test_what_cannot_be_is_refused(settings: list[str], told: str) -> None:
         load_config(CONFIG, settings)
 
 
-def test_losses_do_not_depend_on_ranks_and_a_resume_repeats(
+def _run(folder: Path, shards: Path, ranks: int, *settings: str) -> Path:
+    """A tiny form of the configuration, in `folder`."""
+    changes = [*TINY, f"run.dir={folder}", f"data.shards={shards}", *settings]
+    outcome = run_job(folder.parent, [str(CONFIG), "--set", *changes], world=ranks)
+    assert outcome.codes == [0] * ranks, outcome.output
+    return folder
+
+
+def test_quickstart_has_the_same_losses_on_any_ranks_and_writes(
     tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The same losses on 1 and 2 ranks; a run that stopped and went on is one that did not."""
-
-    def run(name: str, ranks: int, *settings: str) -> Path:
-        folder = tmp_path / name
-        changes = [*TINY, f"run.dir={folder}", f"data.shards={shards}", *settings]
-        outcome = run_job(tmp_path, [str(CONFIG), "--set", *changes], world=ranks)
-        assert outcome.codes == [0] * ranks, outcome.output
-        return folder
-
-    one = run("one", 1, "batch.micro_size=4")
-    two = run("two", 2, "batch.micro_size=2")
+    """On 1 and 2 ranks, losses of training and validation; its export goes on with texts."""
+    one = _run(tmp_path / "one", shards, 1, "batch.micro_size=4")
+    two = _run(tmp_path / "two", shards, 2, "batch.micro_size=2")
     for first, second in zip(metrics_without_times(one), metrics_without_times(two), strict=True):
         for key, value in first.items():
             if "loss" in key:
                 assert second[key] == pytest.approx(value, rel=2e-5), key
-    run("parts", 2, "batch.micro_size=2", "train.stop_at_step=2")
-    parts = run("parts", 2, "batch.micro_size=2")
-    assert metrics_without_times(parts) == metrics_without_times(two)
     _writes(one, tmp_path / "export", tmp_path / "state", capfd)
-    stage_2 = ["batch.micro_size=2", f"train.init_from={tmp_path / 'export'}"]
-    run("again", 1, *stage_2, "model.layers=8", "train.stop_at_step=1")
+
+
+@pytest.mark.stress
+def test_a_resumed_run_repeats_and_stage_2_begins_from_stage_1(
+    tmp_path: Path, shards: Path
+) -> None:
+    """To the bit; and an export without retrieval gives its memory to a run with it."""
+    whole = _run(tmp_path / "whole", shards, 2, "batch.micro_size=2")
+    _run(tmp_path / "parts", shards, 2, "batch.micro_size=2", "train.stop_at_step=2")
+    parts = _run(tmp_path / "parts", shards, 2, "batch.micro_size=2")
+    assert metrics_without_times(parts) == metrics_without_times(whole)
+    stage_1 = _run(tmp_path / "stage1", shards, 1, "model.memory.retrieval=false")
+    assert export([str(stage_1), str(tmp_path / "export")]) == 0
+    stage_2 = _run(
+        tmp_path / "stage2", shards, 1, f"train.init_from={tmp_path / 'export'}", "train.steps=1"
+    )
+    log = (stage_2 / "logs" / "rank_00000.log").read_text()
+    assert "the memory goes on from its own" in log
 
 
 def _writes(run: Path, folder: Path, state: Path, capfd: pytest.CaptureFixture[str]) -> None:
