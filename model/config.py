@@ -254,7 +254,7 @@ class ModelConfig(BaseModel):
         head = self.layers_per_head or self.hidden_size**2 / self._matrix_parameters_per_layer()
         return head + self.unembedding_layer_equivalents
 
-    def flops_per_token(self, sequence_length: int, *, frozen: bool = False) -> float:
+    def flops_per_token(self, sequence_length: int, *, trained_heads: int | None = None) -> float:
         """Floating point operations of one training step per input token.
 
         A product with a matrix of P parameters costs 2P per token forward and 4P backward:
@@ -269,13 +269,13 @@ class ModelConfig(BaseModel):
         backward of chains of heads, is not counted: utilization from this figure is of useful
         work.
 
-        With all but heads 2 .. n frozen, only their layers cost a whole backward. Their products
+        With all but some heads frozen, only their layers cost a whole backward. Their products
         with a shared unembedding cost half of one (the gradient of the hidden states), and
         everything else only its forward.
 
         Args:
             sequence_length: S, tokens of one sample.
-            frozen: only heads 2 .. n are trained.
+            trained_heads: so many heads alone are trained; None = everything is.
         """
         matrices = self.layers * self._matrix_parameters_per_layer()
         head_matrices = self.layers_per_head * self._matrix_parameters_per_layer()
@@ -284,11 +284,11 @@ class ModelConfig(BaseModel):
             matrices += self.future_tokens * head_matrices
         unembeddings = self.future_tokens * self.vocab_size * self.hidden_size
         attention = 12 * self.layers * self.hidden_size * sequence_length / 2
-        if frozen:
-            heads = self.future_tokens - 1
-            attending = heads * self.layers_per_head / self.layers
+        if trained_heads is not None:
+            attending = trained_heads * self.layers_per_head / self.layers
             each = 4 if self.lm_head == "replicated" else 2
-            backward = 4 * heads * head_matrices + each * unembeddings * heads / self.future_tokens
+            backward: float = 4 * trained_heads * head_matrices
+            backward += each * unembeddings * trained_heads / self.future_tokens
             return 2 * (matrices + unembeddings) + backward + attention * (1 + 2 * attending) / 3
         return 6 * (matrices + unembeddings) + attention
 

@@ -17,6 +17,8 @@ _WIDEST_TREE = 8
 _MOST_TOP_K = 1000
 _DRAFTS = 4
 _MOST_DRAFTS = 64
+_EXIT_STEPS = 6
+_EXIT_THRESHOLD = 0.6
 
 AUTO = "auto"
 HEADS_HELP = "heads to use, 1 = plain decoding, auto = as many as pay on this machine (all)"
@@ -64,6 +66,19 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         help="a smaller model of the same tokenizer drafts, instead of the heads",
     )
     add("--drafts", type=int, metavar="N", help=f"tokens it drafts per forward ({_DRAFTS})")
+    add(
+        "--early-exit",
+        type=Path,
+        metavar="DIR",
+        help="an adapter on the model's first layers drafts, instead of the heads",
+    )
+    add(
+        "--exit-threshold",
+        type=float,
+        metavar="P",
+        help=f"it drafts on while its likeliest token has more than P ({_EXIT_THRESHOLD:g})",
+    )
+    add("--exit-steps", type=int, metavar="N", help=f"its drafts per forward ({_EXIT_STEPS})")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (all)")
@@ -131,6 +146,7 @@ def check(options: argparse.Namespace) -> None:
     """
     _check_numbers(options)
     _check_draft_model(options)
+    _check_early_exit(options)
     _check_sampling(options)
 
 
@@ -177,6 +193,35 @@ def _check_draft_model(options: argparse.Namespace) -> None:
         raise ConfigError(
             "--draft-model drafts instead of the heads, so it goes without --heads, --tree and "
             "--lossy; leave these out"
+        )
+
+
+def _check_early_exit(options: argparse.Namespace) -> None:
+    given = {"--exit-threshold": options.exit_threshold, "--exit-steps": options.exit_steps}
+    if options.early_exit is None and (named := [n for n, v in given.items() if v is not None]):
+        raise ConfigError(
+            f"{named[0]} is of an --early-exit, and none is given; name the adapter's folder, or "
+            f"leave {named[0]} out"
+        )
+    if options.exit_threshold is None:
+        options.exit_threshold = _EXIT_THRESHOLD
+    if options.exit_steps is None:
+        options.exit_steps = _EXIT_STEPS
+    if not 0 <= options.exit_threshold <= 1:
+        raise ConfigError(
+            f"--exit-threshold {options.exit_threshold:g} must be from 0 to 1; 0 always drafts "
+            f"--exit-steps tokens, 1 drafts one, the default is {_EXIT_THRESHOLD:g}"
+        )
+    if not 1 <= options.exit_steps <= _MOST_DRAFTS:
+        raise ConfigError(
+            f"--exit-steps {printable(str(options.exit_steps))} must be from 1 to {_MOST_DRAFTS}; "
+            f"the default is {_EXIT_STEPS}"
+        )
+    others = (options.heads, options.tree, options.lossy, options.draft_model)
+    if options.early_exit is not None and any(others):
+        raise ConfigError(
+            "--early-exit drafts instead of the heads, so it goes without --heads, --tree, --lossy "
+            "and --draft-model; leave these out"
         )
 
 
@@ -236,6 +281,7 @@ def check_memory(options: argparse.Namespace, *, has_memory: bool) -> None:
         "--tree": options.tree,
         "--lossy": options.lossy,
         "--draft-model": options.draft_model,
+        "--early-exit": options.early_exit,
         "--compare": options.compare,
         "--stats": options.stats,
     }

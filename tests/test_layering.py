@@ -27,6 +27,7 @@ ROOMS = {
         "hugging_face",
         "inference",
         "decoding",
+        "early_exit",
         "streaming",
         "serving",
     ),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.memory.prompts import MEMORY
+from model.memory.sizes import MEMORY
 
 EXTRA_HEADS = "extra_heads"
 EXTRA_LM_HEADS = "extra_lm_heads"

@@ -8,7 +8,7 @@ Legend: H hidden, A attention heads, G key-value heads, R = A / G, D head dimens
 V vocabulary, n heads of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ from model.hugging_face.names import (
     head_prefixes,
 )
 from model.inference.norm import RMSNorm
-from model.memory.prompts import MEMORY, MemoryWeights, memory_shapes
+from model.memory.prompts import MemoryWeights
+from model.memory.sizes import MEMORY, memory_shapes
 
 Read = Callable[[str], Tensor]
 
@@ -137,12 +138,27 @@ def read_weights(
     norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
     return NetworkWeights(
         embedding=place("model.embed_tokens.weight"),
-        trunk=tuple(_layer(config, norm, place, prefix) for prefix in prefixes),
+        trunk=read_layers(config, read, prefixes, dtype, device),
         heads=_read_heads(config, norm, place),
         norm=norm.prepare(place("model.norm.weight")),
         unembedding=place("lm_head.weight").t().contiguous(),
         own_unembeddings=_read_unembeddings(config, place),
         memory=_read_memory(config, place),
+    )
+
+
+def read_layers(
+    config: ModelConfig,
+    read: Read,
+    prefixes: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[LayerWeights, ...]:
+    """The layers whose tensors' names begin so; arguments as in `read_weights`."""
+    norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+    return tuple(
+        _layer(config, norm, lambda name: read(name).to(device, dtype), prefix)
+        for prefix in prefixes
     )
 
 

@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.memory.sizes import MemorySizes
-
-# What the names of the parameters begin with, in a model and in an export.
-MEMORY = "memory."
+from model.memory.sizes import MemorySizes, memory_shapes
 
 
 class MemoryWeights(NamedTuple):
@@ -53,13 +50,6 @@ class MemoryParameters(nn.Module):
         """The parameters as graph tensors."""
         weights = (self.get_parameter(name) for name in self._names)
         return MemoryWeights(*(weight.view_as(weight) for weight in weights))
-
-
-def memory_shapes(sizes: MemorySizes, hidden_size: int) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the parameters, in the order of `MemoryWeights`."""
-    names = MemoryWeights._fields if sizes.retrieval else MemoryWeights._fields[:1]
-    rows = (1, 1, sizes.key_width(hidden_size), sizes.key_width(hidden_size))
-    return {name: (count, hidden_size) for name, count in zip(names, rows, strict=False)}
 
 
 def retrieve(

@@ -4,6 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+# What the names of a memory's parameters begin with, in a model and in an export.
+MEMORY = "memory."
+PARAMETERS = ("initial", "summary", "query", "key")
+
 MemoryMode = Literal["strict_prev", "paper", "strict_score"]
 
 # Far above any use; below, what is computed from them takes no time.
@@ -86,3 +90,10 @@ class MemorySizes(BaseModel):
     def num_segments(self, length: int) -> int:
         """Segments of so many tokens; the last one may be shorter."""
         return -(-length // self.segment)
+
+
+def memory_shapes(sizes: MemorySizes, hidden_size: int) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the parameters, as `model.memory.prompts.MemoryWeights` has them."""
+    names = PARAMETERS if sizes.retrieval else PARAMETERS[:1]
+    rows = (1, 1, sizes.key_width(hidden_size), sizes.key_width(hidden_size))
+    return {name: (count, hidden_size) for name, count in zip(names, rows, strict=False)}

@@ -7,12 +7,14 @@ dimension.
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.memory.prompts import MEMORY, memory_shapes
+from model.memory.sizes import MEMORY, memory_shapes
+
+if TYPE_CHECKING:  # plans and configurations need no torch
+    from torch import Tensor
 
 _HEAD = re.compile(r"heads\.(?:layers|readouts)\.(\d+)\.")
 
@@ -93,8 +95,8 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def checked_parameters(
-    weights: Iterable[tuple[str, Tensor]], config: ModelConfig, origin: Path
-) -> Iterator[tuple[str, Tensor]]:
+    weights: "Iterable[tuple[str, Tensor]]", config: ModelConfig, origin: Path
+) -> "Iterator[tuple[str, Tensor]]":
     """Pass whole parameters through, checking that all of the model's come, each exactly once.
 
     Args:

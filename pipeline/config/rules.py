@@ -67,6 +67,8 @@ def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[s
 def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
     if train.freeze == "none":
         return []
+    if train.freeze == "early_exit":
+        return _early_exit_problems(model)
     if train.freeze == "all_but_memory":
         if model.memory is not None:
             return []
@@ -84,6 +86,17 @@ def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
     return [
         "train.freeze=trunk leaves nothing to train with model.future_tokens=1, since head 1 "
         "belongs to the frozen model; set model.future_tokens to 2 or more, or train.freeze=none"
+    ]
+
+
+def _early_exit_problems(model: ModelConfig) -> list[str]:
+    wanted = {"future_tokens": 1, "head_kind": "parallel", "lm_head": "shared"}
+    return [
+        f"train.freeze=early_exit trains one adapter for the model's own LM head, and "
+        f"model.{key}={getattr(model, key)} is of other heads; set model.{key}={value}, or "
+        "train.freeze=trunk"
+        for key, value in wanted.items()
+        if getattr(model, key) != value
     ]
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from foundation.yaml_text import YamlError, dump_yaml, parse_yaml, read_yaml
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.structure.freezing import heads_trained_alone
 from model.structure.part import ModelPart
 from pipeline.config.data_section import DataSection
 from pipeline.config.problems import MOST_PROBLEMS, listed, plain_problems, shown, unknown_key
@@ -74,7 +75,8 @@ class RunConfig(Section):
     def flops_per_token(self) -> float:
         """Floating point operations of one training step per input token."""
         return self.model.flops_per_token(
-            self.data.sequence_length, frozen=self.train.freeze == "trunk"
+            self.data.sequence_length,
+            trained_heads=heads_trained_alone(self.model.future_tokens, self.train.freeze),
         )
 
     @property

@@ -13,6 +13,7 @@ from data_prep.tokenization.tokenizer import Tokenizer
 from foundation.bounded_files import read_bounded
 from model.errors import CheckpointError
 from model.hugging_face.acceptance import ACCEPTANCE_NAME
+from model.hugging_face.early_exit import EARLY_EXIT_NAME, EarlyExit
 from model.hugging_face.folder import ExportDescription
 from model.hugging_face.identity import ImportedIdentity, load_identity
 from pipeline.checkpoint.file_names import IMPORTED, TOKENIZER, WEIGHTS
@@ -46,6 +47,7 @@ class _Trained(NamedTuple):
     tokenizer: Tokenizer
     description: ExportDescription
     identity: Identity
+    early_exit: EarlyExit | None
 
 
 def export_checkpoint(
@@ -70,7 +72,7 @@ def export_checkpoint(
         card=model_card(
             trained.config, trained.state, trained.description, records, trained.identity.card
         ),
-        add=lambda folder: agreement.extend(_add_acceptance(folder, trained)),
+        add=lambda folder: agreement.extend(_add_files(folder, trained)),
         check=lambda folder: results.extend(_checked(folder, trained)),
     )
     report(
@@ -108,7 +110,8 @@ def _read(checkpoint: Path, dtype: str | None, eos_token: str | None) -> _Traine
         }
     )
     identity = _identity(config, description, tokenizer.content, imported)
-    return _Trained(checkpoint, config, state, tokenizer, description, identity)
+    early_exit = imported.early_exit if imported else None
+    return _Trained(checkpoint, config, state, tokenizer, description, identity, early_exit)
 
 
 def _identity(
@@ -125,6 +128,19 @@ def _identity(
         lost = "nothing: its checkpoint was saved before such things were kept"
         own.card.insert(0, (f"Kept of `{config.train.init_from.name}`", lost))
     return own
+
+
+def _add_files(folder: Path, trained: _Trained) -> Iterator[str]:
+    """Write what only some exports have; a line about each."""
+    if trained.early_exit is not None:
+        text = trained.early_exit.model_dump_json(indent=1) + "\n"
+        (folder / EARLY_EXIT_NAME).write_text(text, "utf-8")
+        layer, layers = trained.early_exit.layer, trained.early_exit.model_layers
+        yield (
+            f"it holds an early-exit adapter on layer {layer} of the {layers} of "
+            f"{trained.early_exit.model}, for --early-exit of python -m model.generate"
+        )
+    yield from _add_acceptance(folder, trained)
 
 
 def _add_acceptance(folder: Path, trained: _Trained) -> Iterator[str]:

@@ -140,6 +140,14 @@ def _origin(config: RunConfig) -> str:
     source = config.train.init_from
     if source is None:
         return ""
+    if config.train.freeze == "early_exit":
+        return (
+            f"\nIt is the first {config.model.trunk_layers} layers, the embedding and the LM head "
+            f"of the model in `{source.name}`, as they were, and an early-exit adapter on them: "
+            "head 1 here, which drafts for that model "
+            "([Liu et al. 2024](https://arxiv.org/abs/2404.18911)):\n\n"
+            "```\npython -m model.generate MODEL --early-exit folder --compare\n```\n"
+        )
     frozen = config.train.freeze == "trunk"
     what = "They were left as they were" if frozen else "Its training went on from there"
     return f"\nTrunk and head 1 began as the model in `{source.name}`. {what}.\n"
@@ -190,6 +198,8 @@ def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:
     ]
     if config.train.freeze == "trunk":
         rows.append(("Trained", f"heads 2 to {config.model.future_tokens} only"))
+    if config.train.freeze == "early_exit":
+        rows.append(("Trained", "the adapter, head 1, only"))
     return rows
 
 
