@@ -142,7 +142,7 @@ def chain_forward(
         trunk_output: `[S, B, H]` what the first head here reads.
         documents: `[B, S]`, the ones with which the trunk ran.
     """
-    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
+    context = model.heads_context(trunk_output, documents)
     inputs = _chain_inputs(model, trunk_output, context)
     return ChainInputs(inputs, model.heads.hidden(model.heads.order[-1], inputs[-1], context))
 
@@ -178,7 +178,7 @@ def heads_backward(
         output_gradient: `[S, B, H]` of the losses of a chain's further heads, with respect to what
             the last head here gave; None when there are none.
     """
-    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
+    context = model.heads_context(trunk_output, documents)
     norm = shared.norm.detach().requires_grad_(gradients is not None)
     turns = _Turns(model, labels, scales, norm, shared.unembedding.detach(), gradients)
     if model.config.chain:
@@ -310,7 +310,7 @@ def joint_loss(
     `surrogate_loss`, which here is the weighted sum of the losses itself.
     """
     norm, unembedding = model.heads.lm_head()
-    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
+    context = model.heads_context(trunk_output, documents)
     losses = {}
     for head, hidden in model.heads.outputs(trunk_output, context):
         normed = model.heads.lm_head.normalize(hidden, norm)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from model.memory.sizes import MemorySizes
 from model.operations.rope_scaling import RopeScaling
 from model.structure import head_weights
 from model.structure.head_kinds import HeadKind, LMHeadKind, head_order, is_chain, next_token_heads
@@ -30,6 +31,7 @@ class ParameterCount(NamedTuple):
     head_layers: int
     final_norm: int
     unembedding: int
+    memory: int = 0
 
     @property
     def total(self) -> int:
@@ -80,6 +82,8 @@ class ModelConfig(BaseModel):
             learns sooner when the token dominates the residual stream at first (1.0).
         head_weights: weight of each head's loss, head 1 first; all 1 unless given. Or weights by
             the step, as a list of [step, weights]: each holds after so many steps, until the next.
+        memory: read the input in segments, with a memory of those before, as a mapping of the keys
+            below; null = whole sequences.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -102,6 +106,7 @@ class ModelConfig(BaseModel):
     init_std: float = Field(default=0.02, gt=0)
     embedding_init_std: float = Field(default_factory=_default_embedding_init_std, gt=0)
     head_weights: HeadWeights | None = None
+    memory: MemorySizes | None = None
 
     @property
     def head_dim(self) -> int:
@@ -225,12 +230,13 @@ class ModelConfig(BaseModel):
             head_layers=self.future_tokens * (self.layers_per_head * layer or self.hidden_size**2),
             final_norm=self.hidden_size,
             unembedding=unembeddings * self.vocab_size * self.hidden_size,
+            memory=0 if self.memory is None else self.memory.num_parameters(self.hidden_size),
         )
 
     def num_parameters(self) -> int:
         """All parameters: 2VH + L * (layer) + H, whatever the number of heads.
 
-        Linear heads add nH^2, and a replicated LM head (n - 1)VH.
+        Linear heads add nH^2, a replicated LM head (n - 1)VH, and a memory 2 H d_h + 2H.
         """
         return self.parameter_count().total
 

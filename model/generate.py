@@ -16,6 +16,7 @@ from model.generate_options import (
     AUTO,
     EXIT_DIFFERENT,
     check,
+    check_memory,
     check_stream,
     choose_number,
     lossy_top_k,
@@ -105,7 +106,10 @@ def _generate(options: argparse.Namespace) -> int:
     if options.prompt_file is not None:
         options.prompt.append(read_prompt(options.prompt_file))
     check_stream(options)
-    heads = choose_number(options.heads, read_any_record(options.directory).future_tokens)
+    record = read_any_record(options.directory)
+    heads = choose_number(options.heads, record.future_tokens)
+    has_memory = record.description.model.memory is not None
+    check_memory(options, has_memory=has_memory)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.decoding.head_choice import Drafting
     from model.hugging_face.loading import DTYPES
@@ -113,14 +117,14 @@ def _generate(options: argparse.Namespace) -> int:
 
     device = choose_device(options.device)
     dtype = DTYPES[options.dtype] if options.dtype else None
-    loaded = load_network(options.directory, dtype, device)
+    loaded = load_network(options.directory, dtype, device, memory=True)
     model = loaded.record.description.model
     begin = first_token(options.directory, model.vocab_size)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
     limit_threads(loaded.network)
-    drafting = Drafting(heads, options.tree)
-    if options.heads == AUTO:
+    drafting = Drafting(1 if has_memory else heads, options.tree)
+    if options.heads == AUTO and not has_memory:
         drafting = _automatic(options, loaded.network, len(prompts))
     ways = [_Way(*drafting, drafter, _early_exit(options, loaded))]
     if options.compare:
@@ -209,7 +213,7 @@ def _encode(
             ids = [begin]
         prompts.append(ids)
     longest, limit = max(map(len, prompts)), loaded.record.description.sequence_length
-    if longest + max_new_tokens > limit:
+    if longest + max_new_tokens > limit and loaded.network.config.memory is None:
         print(
             f"note: a prompt of {longest} tokens and {max_new_tokens} new ones may pass position "
             f"{limit}, the last one the model was trained on; the text may get worse from there",
@@ -298,16 +302,20 @@ def _run(
     from model.early_exit.decoder import EarlyExitDecoder
 
     seeds = [(options.seed + row) % (1 << 63) for row in range(len(prompts))]
-    decoder = _decoder(loaded, way, options, seeds)
     start = time.perf_counter()
     try:
-        pieces = stream(
-            decoder,
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            eos_id=loaded.eos_ids,
-            stop=_stop(options, loaded),
-        )
+        decoder = None
+        if loaded.network.config.memory is not None:
+            pieces = _remembering(loaded, prompts, options, seeds)
+        else:
+            decoder = _decoder(loaded, way, options, seeds)
+            pieces = stream(
+                decoder,
+                prompts,
+                max_new_tokens=options.max_new_tokens,
+                eos_id=loaded.eos_ids,
+                stop=_stop(options, loaded),
+            )
         first = next(pieces)
         first_s = time.perf_counter() - start
         pieces = itertools.chain([first], pieces)
@@ -324,6 +332,30 @@ def _run(
     seconds = time.perf_counter() - start
     tried = decoder.tried if isinstance(decoder, EarlyExitDecoder) else None
     return Run(result, way.told(options), tried, way.most_drafts(options), seconds, first_s)
+
+
+def _remembering(
+    loaded: "LoadedNetwork",
+    prompts: list[list[int]],
+    options: argparse.Namespace,
+    seeds: list[int],
+) -> Iterator["Piece"]:
+    """The pieces of a model with a memory, which goes on from a file, or into one, if asked for."""
+    from model.streaming.generation import continued
+    from model.streaming.state_file import read_state, write_state
+
+    config, load, save = loaded.network.config, options.load_memory, options.save_memory
+    return continued(
+        loaded.network,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        eos_id=loaded.eos_ids,
+        stop=_stop(options, loaded),
+        sampling=_sampling(options),
+        seeds=seeds,
+        state=None if load is None else read_state(load, config),
+        finished=None if save is None else (lambda state: write_state(save, state, config)),
+    )
 
 
 def _shown(

@@ -99,6 +99,8 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         help="of the first prompt, S+1 of the second, for a temperature above 0 (0)",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text, may be repeated")
+    add("--load-memory", type=Path, metavar="FILE", help="go on with a text that was read before")
+    add("--save-memory", type=Path, metavar="FILE", help="keep what a model with a memory has read")
     add("--dtype", choices=("fp32", "bf16"), help="arithmetic (as exported)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (auto)")
     add("--ids", action="store_true", help="print the ids of the new tokens, too")
@@ -257,6 +259,41 @@ def _check_sampling(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"{given[0]} has no effect at temperature 0, where the likeliest token is taken; add "
             f"--temperature 1 or leave {given[0]} out"
+        )
+
+
+def check_memory(options: argparse.Namespace, *, has_memory: bool) -> None:
+    """See that the options are those of a model with a memory, or of one without.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    files = {"--load-memory": options.load_memory, "--save-memory": options.save_memory}
+    if not has_memory:
+        if given := [name for name, path in files.items() if path is not None]:
+            raise ConfigError(
+                f"{given[0]} is of models with a memory (model.memory), and this one has none; "
+                f"leave {given[0]} out"
+            )
+        return
+    drafts = {
+        "--heads": isinstance(options.heads, int) and options.heads > 1,
+        "--tree": options.tree,
+        "--lossy": options.lossy,
+        "--draft-model": options.draft_model,
+        "--early-exit": options.early_exit,
+        "--compare": options.compare,
+        "--stats": options.stats,
+    }
+    if given := [name for name, is_set in drafts.items() if is_set]:
+        raise ConfigError(
+            f"{given[0]} is of drafts, and a model with a memory decodes without them; leave "
+            f"{given[0]} out"
+        )
+    if options.save_memory is not None and len(options.prompt) != 1:
+        raise ConfigError(
+            f"--save-memory keeps what one text leaves behind, not of {len(options.prompt)} "
+            "prompts; give one --prompt"
         )
 
 

@@ -22,11 +22,13 @@ ROOMS = {
     ),
     "model": (
         "operations",
+        "memory",
         "structure",
         "hugging_face",
         "inference",
         "decoding",
         "early_exit",
+        "streaming",
         "serving",
     ),
     "pipeline": (

@@ -1,7 +1,7 @@
 """`{config-keys} SECTION`: keys of a configuration, from the models that check it.
 
 SECTION is a section of a run (`run`, `model`, ...), a mapping within one (`rope_scaling`,
-`weight_schedule`), or `build` and `source` for the two levels of a data configuration.
+`memory`, `weight_schedule`), or `build` and `source` for the two levels of a data configuration.
 """
 
 import collections.abc
@@ -23,6 +23,7 @@ from data_prep.building.data_config import _CONFIG, _SOURCE
 from data_prep.building.options import BuildOptions, Source
 from docs.extensions.docstrings import attribute_descriptions
 from docs.extensions.markdown import MarkdownDirective, table
+from model.memory.sizes import MemorySizes
 from model.operations.rope_scaling import RopeScaling
 from pipeline.config.data_section import WeightPhase
 from pipeline.config.run_config import RunConfig
@@ -64,6 +65,12 @@ _UNITS = {
     "model.vocab_size": "tokens",
     "model.future_tokens": "heads",
     "model.head_layers": "layers",
+    "memory.segment": "tokens",
+    "memory.summary": "tokens",
+    "memory.sensory": "tokens",
+    "memory.cache": "memories",
+    "memory.width": "elements",
+    "memory.bptt": "segments",
     "rope_scaling.original_max_position_embeddings": "tokens",
     "weight_schedule.step": "steps",
     "build.workers": "processes",
@@ -110,7 +117,12 @@ def _run_classes() -> dict[str, type[BaseModel]]:
         assert isinstance(field.annotation, type)
         assert issubclass(field.annotation, BaseModel)
         classes[name] = field.annotation
-    return {**classes, "rope_scaling": RopeScaling, "weight_schedule": WeightPhase}
+    return {
+        **classes,
+        "rope_scaling": RopeScaling,
+        "memory": MemorySizes,
+        "weight_schedule": WeightPhase,
+    }
 
 
 def _data_keys(section: str) -> Iterator[Key]:

@@ -51,6 +51,7 @@ ROOMS = {
     "data_prep.tokenization": Room(250, 13.0, "tokenization/", "text to\ntokens"),
     "model.generate": Room(620, 8, "generate", "text from an export"),
     "model.serve": Room(880, 8, "serve", "texts over HTTP"),
+    "model.streaming": Room(750, 9.1, "streaming/", "with a\nmemory"),
     "model.serving": Room(880, 9.1, "serving/", "queue, batch thread,\nOpenAI's API"),
     "model.early_exit": Room(620, 9.1, "early_exit/", "drafts of the\nfirst layers"),
     "model.decoding": Room(620, 10.05, "decoding/", "drafts, acceptance,\nsampling"),
@@ -58,7 +59,8 @@ ROOMS = {
     "model.hugging_face": Room(900, 10.9, "hugging_face/", "names, sizes and tensors\nof a Llama"),
     "model": Room(740, 12.0, "model/", "trunk  heads  backward\nloss  config"),
     "model.structure": Room(900, 13.0, "structure/", "heads, parameters,\nshards, parts"),
-    "model.operations": Room(660, 13.0, "operations/", "attention, norm,\nrotation, masks"),
+    "model.memory": Room(775, 13.0, "memory/", "segments,\nprompts"),
+    "model.operations": Room(620, 13.0, "operations/", "attention, norm,\nrotation, masks"),
     "foundation": Room(
         510, 13.9, "foundation/", "durable files, YAML, safetensors headers, pages of reports"
     ),

@@ -47,8 +47,14 @@ from model.hugging_face.stored_tensors import (
     open_tensors,
     read_weight_map,
 )
+from model.memory.sizes import MEMORY
 from model.operations.rope_scaling import RopeScaling
-from model.structure.parameter_shapes import LINEAR, head_of, own_unembedding, parameter_shapes
+from model.structure.parameter_shapes import (
+    LINEAR,
+    head_of,
+    own_unembedding,
+    parameter_shapes,
+)
 from model.structure.sharding import placement_of, take_slice
 
 NewHeads = Literal["copy", "fresh"]
@@ -97,6 +103,8 @@ class LlamaFolder:
 
     def holds(self, name: str, config: ModelConfig) -> bool:
         """Whether it has the weights of a parameter of the run's model."""
+        if name.startswith(MEMORY):
+            return name in self._files
         head = head_of(name)
         if config.head_kind == "linear" and not self._linear:
             return head == 0  # of a plain Llama
@@ -125,7 +133,9 @@ class LlamaFolder:
     def new_heads(self, config: ModelConfig) -> list[int]:
         """Heads of the run's model that have weights which the folder lacks."""
         lacking = {
-            head_of(name) for name in parameter_shapes(config) if not self.holds(name, config)
+            head_of(name)
+            for name in parameter_shapes(config)
+            if not name.startswith(MEMORY) and not self.holds(name, config)
         }
         return sorted(lacking)
 
@@ -264,6 +274,8 @@ class ImportedWeights:
         Returns:
             float32 tensor on the CPU.
         """
+        if name.startswith(MEMORY) and not self.folder.holds(name, self.config):
+            return fresh()
         head = head_of(name)
         if not self.folder.holds(name, self.config):
             linear = name.endswith(LINEAR)

@@ -123,6 +123,10 @@ class Network:
     def trunk(self, tokens: Tensor, cache: Cache, block: Block) -> Tensor:
         """Run the trunk over new tokens `[B, S]` and fill its part of the cache; z `[N, H]`."""
         hidden = F.embedding(tokens.flatten(), self.weights.embedding)
+        return self.transform(hidden, cache, block)
+
+    def transform(self, hidden: Tensor, cache: Cache, block: Block) -> Tensor:
+        """The same over embeddings `[N, H]`."""
         return self.run_layers(hidden, self.weights.trunk, 0, cache, block)
 
     def run_layers(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.memory.sizes import MEMORY, memory_shapes
 
 if TYPE_CHECKING:  # plans and configurations need no torch
     from torch import Tensor
@@ -48,6 +49,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["heads.readout.norm_weight"] = (hidden,)
     if config.lm_head == "replicated":
         shapes |= {own_unembedding(head): (vocabulary, hidden) for head in heads[1:]}
+    if config.memory is not None:
+        shapes |= {
+            f"{MEMORY}{name}": shape for name, shape in memory_shapes(config.memory, hidden).items()
+        }
     return shapes
 
 

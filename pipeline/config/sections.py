@@ -188,6 +188,7 @@ class TrainSection(Section):
         freeze: trunk = train heads 2 .. n alone and leave the next-token model (embedding, trunk,
             head 1, final norm, unembedding) as it was imported. early_exit = train head 1 alone, an
             adapter on the first layers of the folder's model, as many as the trunk has.
+            all_but_memory = train what model.memory adds alone.
     """
 
     steps: PositiveInt
@@ -234,8 +235,9 @@ class TrainSection(Section):
     @classmethod
     def _freezes_what_was_trained(cls, freeze: str, info: ValidationInfo) -> str:
         if freeze != "none" and "init_from" in info.data and info.data["init_from"] is None:
+            what = "the memory of" if freeze == "all_but_memory" else "heads on"
             raise ValueError(
-                f"freeze={freeze} would train heads on a model that was never trained; set "
+                f"freeze={freeze} would train {what} a model that was never trained; set "
                 "train.init_from to the folder of one, or train.freeze=none"
             )
         return freeze

@@ -18,6 +18,7 @@ from torch import Tensor
 from data_prep.loading.loader import Batch
 from model.language_model import MultiTokenModel
 from model.loss import IGNORED
+from model.memory.segments import scored_labels
 from model.structure.sharding import placement_of
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.config.run_config import RunConfig
@@ -137,7 +138,7 @@ class Engine:
             head_weights: of each head's loss; None = those of a run's first step.
         """
         weights = self._weights_on_device(head_weights)
-        batches = [batch.to(self.topology.device) for batch in batches]
+        batches = [self._scored(batch.to(self.topology.device)) for batch in batches]
         counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
         # DeepSpeed averages over data-parallel ranks; the loss is a mean over global targets.
         scales = weights * self.topology.data_size / counts.clamp(min=1)
@@ -153,6 +154,11 @@ class Engine:
             return StepResult(head_losses, loss, float("nan"), False, agreed)
         self.execution.weights_changed()
         return StepResult(head_losses, loss, norm, True, agreed)
+
+    def _scored(self, batch: Batch) -> Batch:
+        """The batch, without the targets that the mode of a memory leaves out."""
+        sizes = self.config.model.memory
+        return batch if sizes is None else batch._replace(labels=scored_labels(sizes, batch.labels))
 
     def _weights_on_device(self, head_weights: Sequence[float] | None) -> Tensor:
         """`[n]`; copied to the device when they change, not in every step."""
@@ -201,6 +207,7 @@ class Engine:
 
         def moved() -> Iterator[Batch]:
             for batch in batches:
+                batch = self._scored(batch)
                 if token_bytes is not None:
                     spelled.add_(spelled_bytes(batch.labels.cpu(), token_bytes))
                 yield batch.to(device)

@@ -19,6 +19,7 @@ from model.hugging_face.identity import (
     read_identity,
 )
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
+from model.memory.sizes import MEMORY
 from pipeline.checkpoint.file_names import FOLDER, IMPORTED, TOKENIZER
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.agreement import from_main
@@ -149,6 +150,10 @@ def describe_import(folder: LlamaFolder, config: RunConfig) -> list[str]:
         )
     if folder.sizes.tied:
         lines.append("its embedding is its unembedding, too; here they are two and may part")
+    if config.model.memory is not None:
+        begun = "goes on from its own" if folder.holds(f"{MEMORY}initial", model) else "is fresh"
+        alone = ", and it alone is trained" if config.train.freeze == "all_but_memory" else ""
+        lines.append(f"the memory {begun}{alone}")
     if config.train.freeze == "trunk":
         lines.append(f"only heads 2 to {heads} are trained; its next-token model stays as it is")
     return lines

@@ -6,6 +6,7 @@ from pathlib import Path
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.hugging_face.folder import ExportDescription
+from model.memory.sizes import MemorySizes
 from model.structure.head_weights import phases
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
@@ -167,7 +168,15 @@ def _sizes(description: ExportDescription) -> list[tuple[str, str]]:
             f"{model.rope_theta:g}" + (f", {scaling.rope_type} scaling" if scaling else ""),
         ),
         ("Weights", description.dtype),
+        *([] if model.memory is None else [("Memory", _memory(model.memory))]),
     ]
+
+
+def _memory(sizes: MemorySizes) -> str:
+    return (
+        f"segments of {sizes.segment} tokens, {sizes.cache} memories, mode {sizes.mode}; "
+        "run by `python -m model.generate`, and by no class of transformers"
+    )
 
 
 def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:

@@ -45,9 +45,11 @@ def rank_parameters(
         lm_head = shared + further
         owned = lm_head if part.owns_lm_head else further
     held = len(part.trunk_layers) * layer + len(part.heads) * head + owned
-    held += part.has_embedding * count.embedding / tensor_size
+    held += part.has_embedding * (count.embedding / tensor_size + count.memory)
     trained_heads = sum(is_head_trained(number, freeze) for number in part.heads)
     trained = held if freeze == "none" else trained_heads * head + further
+    if freeze == "all_but_memory":
+        trained = count.memory
     return RankParameters(held, trained, lm_head, trained_heads * head, layer, lm_head - owned)
 
 
