@@ -12,6 +12,8 @@ BASE_PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do 
 	&& { echo $$name; break; }; done)
 # Given to pip install as it is, for example an index of CPU builds of torch.
 PIP_ARGS ?=
+# Job scripts that tests start read a variable of this name, too.
+unexport ARGS
 # Given to pytest as it is, for example ARGS="-k resume".
 ARGS ?=
 # Tests that run at once; each starts ranks of its own, so one per two cores is enough on larger machines.

@@ -147,7 +147,7 @@ def test_a_warning_at_any_second_of_the_start(run: Disturbed, quiet: Path, secon
 
 def test_preemptions_in_a_row(cluster: Cluster, shards: Path, config: Path, tmp_path: Path) -> None:
     """Each lets the run save first; twenty of them, at steps that nobody has chosen."""
-    length = "train.steps=1500"
+    length = "train.steps=600"
     quiet = _quiet_run(shards, tmp_path / "quiet", 2, length)
     run = Disturbed(cluster, config, tmp_path, "--partition=graced", settings=[length])
     urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]

@@ -112,7 +112,7 @@ def small_config(config: dict[str, Any]) -> dict[str, Any]:
     model["layers"] = model["future_tokens"] + 3
     if "rope_scaling" in model:
         model["rope_scaling"] = dict(LLAMA3)
-    if "memory" in model:
+    if model.get("memory"):
         model["memory"] |= {"segment": 4, "summary": 2, "sensory": 1}
     train = config["train"] | {"steps": STEPS, "device": "auto", "precision": "auto"}
     if "init_from" in train:

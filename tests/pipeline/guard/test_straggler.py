@@ -41,7 +41,7 @@ def _own_times(slow_rank: int) -> tuple[float, float, float]:
 def test_own_time_leaves_waiting_out() -> None:
     """Both ranks' steps last alike; of the quick one most is waiting."""
     quick, slow = run_ranks(2, _own_times, 1)
-    assert 0.3 < quick[1] < 0.6 * quick[0], "it waited for most of the time"
+    assert 0.25 < quick[1] < 0.6 * quick[0], "it waited for most of the time"
     assert slow[1] > 0.8 * slow[0], "it never waited"
     assert quick[2] == slow[2] == 0, "what was taken is not taken again"
 

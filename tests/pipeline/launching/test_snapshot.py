@@ -11,6 +11,12 @@ from pipeline.launching.snapshot import SUBMISSIONS, job_script, take_snapshot
 from pipeline.submit import main
 
 
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the job script's variables none is set."""
+    monkeypatch.delenv("ARGS", raising=False)
+
+
 def test_a_snapshot_runs_by_itself(config: Path, tmp_path: Path) -> None:
     """Code that is imported from it is its own, from any folder; the configuration is resolved."""
     run = load_config(config, ["train.steps=77"])
