@@ -1,11 +1,13 @@
 """What a stream has left behind, in a file: written whole or not at all, read back checked."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from foundation.bounded_files import check_regular
 from foundation.durable_files import write_whole
@@ -62,8 +64,31 @@ def read_state(path: Path, config: ModelConfig) -> MemoryState:
         raise ConfigError(
             f"--load-memory {path} is of a model of other sizes; give a file that this model wrote"
         )
+    if not _fits(found, config):
+        raise CheckpointError(
+            f"--load-memory {path} is damaged: its tensors are not those of a text; read the text "
+            "again with --save-memory"
+        )
     before, segment = (tuple(found[name].tolist()) for name in ("before", "segment"))
     return MemoryState(found["memories"], before, segment)
+
+
+def _fits(found: Mapping[str, Tensor], config: ModelConfig) -> bool:
+    """Whether shapes and ids are such as a stream leaves behind."""
+    sizes = config.memory
+    assert sizes is not None
+    memories, before, segment = (found[name] for name in MemoryState._fields)
+    tokens = [before, segment]
+    return (
+        memories.is_floating_point()
+        and memories.dim() == 2
+        and memories.shape[1] == config.hidden_size
+        and len(memories) <= sizes.cache
+        and all(ids.dtype == torch.long and ids.dim() == 1 for ids in tokens)
+        and len(before) == (sizes.recent if len(memories) else 0)
+        and len(segment) < sizes.segment
+        and all(((ids >= 0) & (ids < config.vocab_size)).all() for ids in tokens)
+    )
 
 
 def _sizes(config: ModelConfig) -> str:
