@@ -139,11 +139,15 @@ verdict_value() {
   sed -n "s/^ *\"$1\": //p" "$file" | sed 's/,$//; s/^"\(.*\)"$/\1/; s/^null$//; s/\\"/"/g; s/\\\\/\\/g'
 }
 
-# The node of the first task that srun saw die, if it was killed and did not end by itself.
+# The node of the first task that srun saw die, if it was killed and did not end by itself, or the first
+# node that srun could not reach to start its tasks.
 killed_on() {
   [ -n "$step_errors" ] || return 0
-  sed -n 's/^srun: error: \([^ :]*\): tasks\{0,1\} [0-9,-]*: \(.*\)/\1 \2/p; s/^srun: error: Node failure on \(.*\)/\1 Killed/p' \
-    "$step_errors" | head -n 1 | sed -n 's/^\([^ ]*\) \(Killed\|Bus error\|Segmentation fault\|Aborted\|Out Of Memory\).*/\1/p'
+  sed -n -e 's/^srun: error: \([^ :]*\): tasks\{0,1\} [0-9,-]*: \(.*\)/\1 \2/p' \
+    -e 's/^srun: error: Node failure on \(.*\)/\1 Killed/p' \
+    -e 's/^srun: error: Task launch for [^ ]* failed on node \([^ ]*\): \(.*\)/\1 \2/p' "$step_errors" |
+    head -n 1 |
+    sed -n 's/^\([^ ]*\) \(Killed\|Bus error\|Segmentation fault\|Aborted\|Out Of Memory\|Communication connection failure\|Socket timed out\|Zero Bytes\).*/\1/p'
 }
 
 # What a task has said that could not leave a verdict, or has none to leave.
@@ -194,7 +198,7 @@ finish_job() {
   node=$(killed_on)
   if [ "$outcome" = lost ] || [ -n "$node" ]; then
     node=${node:-$(verdict_value host)}
-    [ -n "$message" ] || message="a task on $node was killed"
+    [ -n "$message" ] || message="a task on $node was killed or could not be started"
     queue_again "$message" "$node"
   elif [ "$status" = 75 ]; then
     # Preemption with a time of grace sends TERM to the tasks only.

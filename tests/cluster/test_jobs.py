@@ -348,3 +348,18 @@ def test_a_node_that_slurm_has_not_missed_yet(patient: Cluster, tmp_path: Path) 
     job.wait_for_starts(2)
     assert "node2" not in job.starts[1] + job.field("NodeList")
     assert job.finish() == "COMPLETED", job.log
+
+
+@pytest.mark.stress
+def test_a_node_where_no_task_can_be_started(patient: Cluster, tmp_path: Path) -> None:
+    """Its daemon is gone, and Slurm does not know yet: the job does not end, it leaves the node."""
+    patient.kill("node2", "slurmd")
+    job = _submitted(patient, tmp_path, ["--nodes=2"], steps=60)
+    patient.wait(lambda: job.field("Restarts") == "1", f"a restart\n{job.log}", 120)
+    job.wait_for("node2 is excluded from the next start")
+    assert "a task on node2 was killed or could not be started" in job.log
+    # As above; an allocation with node2 is not cleared before Slurm takes the node for down.
+    patient.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    assert job.finish() == "COMPLETED", job.log
+    assert "node2" not in job.starts[-1]
+    _assert_went_on(tmp_path, 60)

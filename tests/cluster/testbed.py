@@ -277,7 +277,9 @@ class Cluster:
         # The card of a node that lost its power goes a moment after the node's last process.
         subprocess.run(["ip", "link", "del", card], capture_output=True, check=False)
         self.wait(lambda: not Path("/sys/class/net", card).exists(), f"{card} is free")
-        _call("ip", "link", "add", card, "type", "veth", *peer)
+        # The same address at each boot, as a real card has: the other nodes remember it for a while.
+        address = ["address", f"02:00:00:00:00:{index + 1:02x}"]
+        _call("ip", "link", "add", card, "type", "veth", *peer, *address)
         _call("ip", "link", "set", card, "master", self._bridge, "up")
         _call(*inside, "link", "set", "lo", "up")
         _call(*inside, "addr", "add", f"{self._network}.{index + 1}/24", "dev", "eth0")
