@@ -27,6 +27,7 @@ ROOMS = {
         "config",
         "checkpoint",
         "data",
+        "review",
         "guard",
         "engine",
         "planning",

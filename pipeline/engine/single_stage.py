@@ -33,15 +33,18 @@ class SingleStage:
         # On a GPU: before and after what no other rank takes part in.
         self._own_work: list[tuple[Any, Any]] = []
 
-    def run(self, batches: list[Batch], scales: Tensor) -> Tensor:
-        """Forward and backward of a step's micro-batches; each head's loss sum over them `[n]`."""
+    def run(
+        self, batches: list[Batch], scales: Tensor, sequence_losses: Tensor | None = None
+    ) -> Tensor:
+        """Forward and backward of a step's micro-batches; see `Execution.run`."""
         sums = torch.zeros_like(scales)
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            sums += self._micro_step(batch, scales)
+            losses = None if sequence_losses is None else sequence_losses[index]
+            sums += self._micro_step(batch, scales, losses)
         return sums
 
-    def _micro_step(self, batch: Batch, scales: Tensor) -> Tensor:
+    def _micro_step(self, batch: Batch, scales: Tensor, sequence_losses: Tensor | None) -> Tensor:
         """Forward and backward of one micro-batch; each head's local loss sum `[n]`."""
         begun = self._now()
         if self._config.train.head_backward == "joint":
@@ -69,6 +72,7 @@ class SingleStage:
                 scales,
                 chunk_tokens=self._chunk_tokens,
                 documents=batch.documents,
+                sequence_losses=sequence_losses,
             )
         if begun is not None:  # the trunk's backward, which follows, has the reduction in it
             self._own_work.append((begun, self._now()))
