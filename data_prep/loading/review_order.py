@@ -1,6 +1,7 @@
 """The order of a run that goes over its sequences in passes, some of them over chosen ones only.
 
 Sequences of all sources are numbered through: those of the first source, then of the second, ...
+A run may go over a part of them, number i being sequence floor(i * all / part) then.
 Pass p has s sequences, those that its phase kept, and shows them in the order permutation(p) of
 their ranks. Samples are counted over all passes, so that a run's position is one integer.
 """
@@ -48,20 +49,28 @@ class ReviewOrder:
 
     Args:
         passes: of the run, in their order.
-        counts: sequences of each source.
+        total: sequences that the run goes over.
+        counts: sequences of each source, together at least as many.
         fingerprint: of the data; part of the key of each permutation.
         seed: the run's seed.
     """
 
     def __init__(
-        self, passes: Sequence[Pass], counts: Sequence[int], fingerprint: str, *, seed: int
+        self,
+        passes: Sequence[Pass],
+        total: int,
+        counts: Sequence[int],
+        fingerprint: str,
+        *,
+        seed: int,
     ) -> None:
         self.passes = tuple(passes)
-        self.total = sum(counts)
+        self.total = total
         self._fingerprint = fingerprint
         self._seed = seed
         self._firsts = [one.first_sample for one in self.passes]
         self._source_starts = np.cumsum([0, *counts])
+        assert 0 < total <= self._source_starts[-1] < 1 << 31, (total, counts)
         self._kept: dict[int, KeptSequences] = {}
 
     @property
@@ -109,6 +118,10 @@ class ReviewOrder:
 
     def locate(self, first_sample: int, count: int) -> tuple[list[int], list[int]]:
         """Number of the source, and of the sequence in it, of each sample of a range."""
-        numbers = self.numbers(first_sample, count)
+        return self.places(self.numbers(first_sample, count))
+
+    def places(self, numbers: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+        """Number of the source, and of the sequence in it, of sequences by their numbers."""
+        numbers = numbers * self._source_starts[-1] // self.total
         sources = np.searchsorted(self._source_starts, numbers, side="right") - 1
         return sources.tolist(), (numbers - self._source_starts[sources]).tolist()

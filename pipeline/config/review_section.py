@@ -52,6 +52,7 @@ class ReviewSection(Section):
         phases: the phases in their order, or published = those of the paper: learn, all for 1
             epoch; focus, without 50 %, for 1; review, all for 1; focus, without 70 %, for 1,
             5 times.
+        sequences: go over so many of the training sequences, evenly spread; null = all of them.
         min_targets: a sequence with fewer targets of head 1 has no loss to rely on, and is among
             the first that are left out.
         staleness: what to do about losses of sequences that came early, when the model knew less:
@@ -61,6 +62,7 @@ class ReviewSection(Section):
     """
 
     phases: Annotated[tuple[ReviewPhase, ...], Strict(False)] = PUBLISHED_PHASES
+    sequences: PositiveInt | None = None
     min_targets: PositiveInt = 1
     staleness: Literal["none", "subtract_running_mean"] = "none"
     running_mean_sequences: Annotated[int, Field(gt=0, le=MAX_COUNT)] = 1024

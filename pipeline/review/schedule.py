@@ -26,13 +26,13 @@ class ReviewSchedule:
 
     Attributes:
         phases: as configured.
-        sequences: as given.
+        sequences: those that the run goes over.
         passes: epochs of all phases and repetitions, in their order.
     """
 
     def __init__(self, review: ReviewSection, sequences: int) -> None:
         self.phases = review.phases
-        self.sequences = sequences
+        self.sequences = sequences = min(sequences, review.sequences or sequences)
         passes: list[Pass] = []
         for number, phase in enumerate(self.phases):
             size = sequences - dropped_by(phase, sequences)
@@ -45,7 +45,7 @@ class ReviewSchedule:
 
     def order(self, counts: list[int], fingerprint: str, seed: int) -> ReviewOrder:
         """The order of the run's samples."""
-        return ReviewOrder(self.passes, counts, fingerprint, seed=seed)
+        return ReviewOrder(self.passes, self.sequences, counts, fingerprint, seed=seed)
 
     def dropped(self, phase: int) -> int:
         """Sequences that a phase leaves out."""

@@ -113,6 +113,10 @@ def small_config(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_scaling" in model:
         model["rope_scaling"] = dict(LLAMA3)
     train = config["train"] | {"steps": STEPS, "device": "auto", "precision": "auto"}
+    data = config["data"] | {"sequence_length": 16, "shards": "data/corpus"}
+    if "review" in data:
+        del train["steps"]
+        data["review"] = data["review"] | {"sequences": 8}
     if "init_from" in train:
         train["init_from"] = "llama"
     schedule = config["schedule"] | {"warmup_steps": 1}
@@ -120,7 +124,7 @@ def small_config(config: dict[str, Any]) -> dict[str, Any]:
         schedule["decay_steps"] = 1
     return config | {
         "model": model,
-        "data": config["data"] | {"sequence_length": 16, "shards": "data/corpus"},
+        "data": data,
         "batch": {"micro_size": 2, "accumulation": config["batch"].get("accumulation", 1) and 1},
         "parallel": _parallel(config.get("parallel", {})),
         "train": train,

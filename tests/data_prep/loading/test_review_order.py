@@ -19,7 +19,7 @@ def _order(seed: int = 1) -> ReviewOrder:
         Pass(2, 1, 1, 0, 140, 40, True),
         Pass(3, 2, 0, 0, 180, 100, False),
     ]
-    order = ReviewOrder(passes, COUNTS, "f", seed=seed)
+    order = ReviewOrder(passes, 100, COUNTS, "f", seed=seed)
     order.keep(1, KeptSequences.by_loss(np.arange(100, dtype=np.float32), 60))
     return order
 
@@ -67,4 +67,11 @@ def test_passes_of_all_are_the_epochs_of_plain_training() -> None:
         seed=5,
         shuffle=True,
     )
-    assert ReviewOrder(passes, [100], "f", seed=5).locate(0, 400) == plain.locate(0, 400)
+    assert ReviewOrder(passes, 100, [100], "f", seed=5).locate(0, 400) == plain.locate(0, 400)
+
+
+def test_a_part_of_the_sequences_is_spread_evenly_over_all() -> None:
+    """Every fourth of 100 sequences in two sources, each once an epoch."""
+    order = ReviewOrder([Pass(0, 0, 0, 0, 0, 25, False)], 25, COUNTS, "f", seed=1)
+    found = sorted(zip(*order.locate(0, 25), strict=True))
+    assert found == [divmod(n, 70) for n in range(0, 100, 4)]

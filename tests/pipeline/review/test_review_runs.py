@@ -1,6 +1,9 @@
 """Runs with data.review through the real command: what is recorded, chosen, and resumed."""
 
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,15 @@ from tests.pipeline.conftest import written_config
 from tests.support.tiny_model import head_logits, tiny_model
 from tests.support.training_runs import metrics_without_times, run_job
 
+ROOT = Path(__file__).parents[3]
 PHASES = (
     "data.review={phases: [{name: learn}, {name: focus, drop_percent: 50, repetitions: 2}, "
     "{name: review, epochs: 1}, {name: focus, drop_percent: 70}]}"
 )
+LENGTH = 240
 # 16 samples a step in every layout.
 SETTINGS = ["train.steps=null", PHASES, "checkpoint.every_steps=5", "checkpoint.keep=40"]
-SETTINGS += ["eval.every_steps=0", "parallel.zero=0"]
+SETTINGS += ["eval.every_steps=0", "parallel.zero=0", f"data.sequence_length={LENGTH}"]
 ONE = ["batch.micro_size=4", "batch.accumulation=4"]
 LAYOUTS = {
     "dp2": (2, ["batch.micro_size=4", "batch.accumulation=2", "parallel.zero=3"]),
@@ -81,7 +86,7 @@ def test_each_epoch_has_a_record_of_each_of_its_sequences(straight: Path) -> Non
         expected = KeptSequences.by_loss(judge, dropped)
         np.testing.assert_array_equal(arrays[f"kept_phase_{phase}.npy"], expected.bits)
     records = metrics_without_times(straight)
-    assert records[-1]["tokens"] == 16 * sum(int((array >= 0).sum()) for array in losses)
+    assert records[-1]["tokens"] == LENGTH * sum(int((array >= 0).sum()) for array in losses)
     assert [record["review_phase"] for record in records] == sorted(
         record["review_phase"] for record in records
     )
@@ -112,11 +117,16 @@ def test_a_record_is_the_loss_of_a_forward_apart(straight: Path, shards: Path) -
     np.testing.assert_allclose(losses[numbers], expected.numpy(), rtol=2e-5)
 
 
-@pytest.mark.parametrize("step", [13, 20])
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param("within an epoch", marks=pytest.mark.stress), "before a selection"],
+)
 def test_a_run_stopped_anywhere_goes_on_to_the_bit(
-    straight: Path, config: Path, tmp_path: Path, step: int
+    straight: Path, config: Path, tmp_path: Path, place: str
 ) -> None:
     """L5: ids, losses and selections, and the curve; stopped within an epoch and after one."""
+    learnt = [r["step"] for r in metrics_without_times(straight) if r["review_phase"] == 1][-1]
+    step = learnt if place == "before a selection" else learnt + 3
     run_dir = _run(config, tmp_path, *ONE, f"train.stop_at_step={step}")
     _run(config, tmp_path, *ONE)
     assert metrics_without_times(run_dir) == metrics_without_times(straight)
@@ -126,7 +136,15 @@ def test_a_run_stopped_anywhere_goes_on_to_the_bit(
         np.testing.assert_array_equal(found[name], array)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        LAYOUTS["dp2"],
+        pytest.param(LAYOUTS["tp2"], marks=pytest.mark.stress),
+        pytest.param(LAYOUTS["stages2"], marks=pytest.mark.stress),
+    ],
+    ids=LAYOUTS,
+)
 def test_another_layout_records_the_same(
     straight: Path, config: Path, tmp_path: Path, layout: tuple[int, list[str]]
 ) -> None:
@@ -161,3 +179,38 @@ def test_nothing_left_out_is_plain_training(config: Path, tmp_path: Path) -> Non
     ]
     # The last step of the review has what is left, the plain run's goes on into a fourth epoch.
     assert stripped[:-1] == metrics_without_times(plain / "run")[:-1]
+
+
+def test_trivial_text_is_left_out(config: Path, tmp_path: Path) -> None:
+    """L8: of half repetitions and half random letters, the half that stays is random.
+
+    By a second epoch: in the first steps of the first one all text is as hard.
+    """
+    generator = random.Random(3)
+    corpus = tmp_path / "corpus.jsonl"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = ["ab" * 80 if n % 2 else "".join(generator.choices(letters, k=160)) for n in range(160)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [sys.executable, str(ROOT / "data_prep" / "shard.py"), "--input", str(corpus)]
+    command += ["--output", str(tmp_path / "set"), "--tokenizer", "bytes", "--workers", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    phases = "[{name: read}, {name: learn}, {name: focus, drop_percent: 50}]"
+    run_dir = _run(
+        config,
+        tmp_path / "run",
+        *(
+            *ONE,
+            f"data.review={{phases: {phases}}}",
+            f"data.shards={tmp_path / 'set'}",
+            "data.packing=one_per_sequence",
+        ),
+        "data.sequence_length=161",
+    )
+    opened = ShardSet.open(tmp_path / "set", "train")
+    loader = TokenLoader(
+        opened, SequenceFormat(161, 3, "one_per_sequence"), BatchLayout(1), seed=7, shuffle=False
+    )
+    kept = np.unpackbits(np.load(run_dir / "review" / "kept_phase_3.npy"))[: loader.num_samples]
+    hard = [len(set(loader.read(n, 1).tokens[0].tolist())) > 4 for n in range(loader.num_samples)]
+    assert abs(sum(hard) - len(hard) / 2) <= 1
+    assert sum(k and not h for k, h in zip(kept.tolist(), hard, strict=True)) <= 1
