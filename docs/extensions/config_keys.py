@@ -73,7 +73,7 @@ _UNITS = {
     "review.running_mean_sequences": "sequences",
     "review_phase.epochs": "epochs",
     "review_phase.drop_percent": "percent",
-    "review_phase.repetitions": "",
+    "review_phase.repetitions": "repetitions",
     "build.workers": "processes",
 }
 _SUFFIXES = {"_s": "seconds", "_steps": "steps", "_tokens": "tokens", "_bytes": "bytes"}
