@@ -6,6 +6,7 @@ process and in turn; the best of the rounds counts, since other work can only ad
 thread computes, and its own time counts instead of the clock's. *transformers* is `generate` of the
 plain Llama in the folder, *prompt lookup* its speculative decoding with n-grams of the text, *auto*
 the chain that `--heads auto` takes for a batch of that size on this machine.
+`--early-exit ADAPTER` adds its drafts, at some thresholds.
 `--quick` takes few tokens and rounds and writes nothing.
 """
 
@@ -32,6 +33,9 @@ from model.decoding.generation import Generation, collect, stream
 from model.decoding.head_choice import automatic_heads
 from model.decoding.sampling import GREEDY, Sampling
 from model.decoding.tree import TreeDecoder
+from model.early_exit.decoder import EarlyExitDecoder
+from model.early_exit.loading import load_early_exit
+from model.early_exit.network import EarlyExitNetwork
 from model.inference.loading import LoadedNetwork, load_network
 
 PROMPTS = (
@@ -55,6 +59,8 @@ PROMPTS = (
 SAMPLED = Sampling(temperature=1.0)
 _FEWEST = 4  # prompts, one after the other where a batch has fewer
 LOOKED_UP = 3  # tokens that prompt lookup drafts
+THRESHOLDS = (0.3, 0.6, 0.9)  # of an early exit
+MOST_DRAFTS = 6
 
 
 class Result(NamedTuple):
@@ -107,9 +113,12 @@ class Bench:
         folder: the export.
         device: where everything runs.
         num_tokens: new tokens of each prompt.
+        adapter: export of an early-exit adapter; None = there is none.
     """
 
-    def __init__(self, folder: Path, device: str, num_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, device: str, num_tokens: int, adapter: Path | None = None
+    ) -> None:
         self.folder = folder
         self.loaded: LoadedNetwork = load_network(folder, device=torch.device(device))
         transformers.utils.logging.disable_progress_bar()
@@ -121,6 +130,9 @@ class Bench:
         self.device = device
         self.num_tokens = num_tokens
         encode = self.loaded.tokenizer.encode
+        self.early_exit = None
+        if adapter is not None:
+            self.early_exit = load_early_exit(adapter, folder, self.loaded.network)
         self.prompts = [encode(text, add_special_tokens=False).ids for text in PROMPTS]
 
     def clock(self) -> float:
@@ -147,6 +159,11 @@ class Bench:
                 arms[f"tree of {k}, spread {spread}"] = self._ours(
                     batch, self._tree(k, spread, sampling)
                 )
+        if self.early_exit is not None:
+            for threshold in THRESHOLDS:
+                arms[f"early exit at layer {self.early_exit.layer}, threshold {threshold}"] = (
+                    self._ours(batch, self._exit(self.early_exit, threshold, sampling))
+                )
         if not sampled:
             k = automatic_heads(self.folder, self.loaded.network, [batch], print).most
             arms[f"auto: {k} {'head' if k == 1 else 'heads'}"] = self._ours(
@@ -160,6 +177,13 @@ class Bench:
     def _tree(self, heads: int, spread: int, sampling: Sampling) -> Callable[[], Decoder]:
         return lambda: TreeDecoder(
             self.loaded.network, heads=heads, spread=spread, sampling=sampling
+        )
+
+    def _exit(
+        self, network: EarlyExitNetwork, threshold: float, sampling: Sampling
+    ) -> Callable[[], Decoder]:
+        return lambda: EarlyExitDecoder(
+            network, threshold=threshold, most_drafts=MOST_DRAFTS, sampling=sampling
         )
 
     def _batches(self, size: int) -> list[list[list[int]]]:
@@ -291,13 +315,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--batches", type=int, nargs="+", default=[1, 4, 16], help="prompts at once"
     )
     parser.add_argument("--spreads", type=int, nargs="+", default=[1, 2], help="of trees")
+    parser.add_argument("--early-exit", type=Path, metavar="ADAPTER", help="its export (none)")
     parser.add_argument("--quick", action="store_true", help="few tokens; prints, writes nothing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.quick:
         options.tokens, options.rounds, options.output = 6, 1, None
         options.batches, options.spreads = [1, 2], [1]
-    bench = Bench(options.export, options.device, options.tokens)
+    bench = Bench(options.export, options.device, options.tokens, options.early_exit)
     results: list[Result] = []
     for batch in options.batches:
         for sampled in (False, True):

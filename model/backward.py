@@ -97,7 +97,7 @@ def sequential_backward(
         scales: `[n]`, factor on each head's loss sum.
         chunk_tokens: tokens whose logits exist at once.
         documents: `[B, S]`, the ones with which the trunk ran.
-        sequence_losses: `[B]` float64, filled with head 1's loss sum of each sequence; or None.
+        sequence_losses: `[B]` float64, gets head 1's loss sum of each sequence added; or None.
 
     Returns:
         Loss sums, and the scalar that delivers the shared gradients.
@@ -145,7 +145,7 @@ def chain_forward(
         trunk_output: `[S, B, H]` what the first head here reads.
         documents: `[B, S]`, the ones with which the trunk ran.
     """
-    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
+    context = model.heads_context(trunk_output, documents)
     inputs = _chain_inputs(model, trunk_output, context)
     return ChainInputs(inputs, model.heads.hidden(model.heads.order[-1], inputs[-1], context))
 
@@ -181,10 +181,10 @@ def heads_backward(
         chain: of a chain whose forward has run, what it left.
         output_gradient: `[S, B, H]` of the losses of a chain's further heads, with respect to what
             the last head here gave; None when there are none.
-        sequence_losses: `[B]` float64, filled with head 1's loss sum of each sequence where head 1
+        sequence_losses: `[B]` float64, gets head 1's loss sum of each sequence added where head 1
             is here; or None.
     """
-    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
+    context = model.heads_context(trunk_output, documents)
     norm = shared.norm.detach().requires_grad_(gradients is not None)
     turns = _Turns(
         model, labels, scales, norm, shared.unembedding.detach(), gradients, sequence_losses
@@ -302,7 +302,7 @@ class _Turns:
         )
         if wanted is not None and token_losses is not None:
             # A sequence's tokens side by side: the same sum whatever sequences are beside it.
-            wanted.copy_(token_losses.view(-1, len(wanted)).t().contiguous().sum(1))
+            wanted.add_(token_losses.view(-1, len(wanted)).t().contiguous().sum(1))
         self.sums[head] = result.loss_sum
         pairs = [(normed, result.hidden_gradient.view_as(normed)), (output, output_gradient)]
         if own is not None and weight_gradient is not None:
@@ -327,7 +327,7 @@ def joint_loss(
     `surrogate_loss`, which here is the weighted sum of the losses itself.
     """
     norm, unembedding = model.heads.lm_head()
-    context = model.context(trunk_output.shape[0], trunk_output.device, documents)
+    context = model.heads_context(trunk_output, documents)
     losses = {}
     for head, hidden in model.heads.outputs(trunk_output, context):
         normed = model.heads.lm_head.normalize(hidden, norm)

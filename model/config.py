@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from model.memory.sizes import MemorySizes
 from model.operations.rope_scaling import RopeScaling
 from model.structure import head_weights
 from model.structure.head_kinds import HeadKind, LMHeadKind, head_order, is_chain, next_token_heads
@@ -30,6 +31,7 @@ class ParameterCount(NamedTuple):
     head_layers: int
     final_norm: int
     unembedding: int
+    memory: int = 0
 
     @property
     def total(self) -> int:
@@ -80,6 +82,8 @@ class ModelConfig(BaseModel):
             learns sooner when the token dominates the residual stream at first (1.0).
         head_weights: weight of each head's loss, head 1 first; all 1 unless given. Or weights by
             the step, as a list of [step, weights]: each holds after so many steps, until the next.
+        memory: read the input in segments, with a memory of those before, as a mapping of the keys
+            below; null = whole sequences.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -102,6 +106,7 @@ class ModelConfig(BaseModel):
     init_std: float = Field(default=0.02, gt=0)
     embedding_init_std: float = Field(default_factory=_default_embedding_init_std, gt=0)
     head_weights: HeadWeights | None = None
+    memory: MemorySizes | None = None
 
     @property
     def head_dim(self) -> int:
@@ -225,12 +230,13 @@ class ModelConfig(BaseModel):
             head_layers=self.future_tokens * (self.layers_per_head * layer or self.hidden_size**2),
             final_norm=self.hidden_size,
             unembedding=unembeddings * self.vocab_size * self.hidden_size,
+            memory=0 if self.memory is None else self.memory.num_parameters(self.hidden_size),
         )
 
     def num_parameters(self) -> int:
         """All parameters: 2VH + L * (layer) + H, whatever the number of heads.
 
-        Linear heads add nH^2, and a replicated LM head (n - 1)VH.
+        Linear heads add nH^2, a replicated LM head (n - 1)VH, and a memory 2 H d_h + 2H.
         """
         return self.parameter_count().total
 
@@ -248,7 +254,7 @@ class ModelConfig(BaseModel):
         head = self.layers_per_head or self.hidden_size**2 / self._matrix_parameters_per_layer()
         return head + self.unembedding_layer_equivalents
 
-    def flops_per_token(self, sequence_length: int, *, frozen: bool = False) -> float:
+    def flops_per_token(self, sequence_length: int, *, trained_heads: int | None = None) -> float:
         """Floating point operations of one training step per input token.
 
         A product with a matrix of P parameters costs 2P per token forward and 4P backward:
@@ -263,13 +269,13 @@ class ModelConfig(BaseModel):
         backward of chains of heads, is not counted: utilization from this figure is of useful
         work.
 
-        With all but heads 2 .. n frozen, only their layers cost a whole backward. Their products
+        With all but some heads frozen, only their layers cost a whole backward. Their products
         with a shared unembedding cost half of one (the gradient of the hidden states), and
         everything else only its forward.
 
         Args:
             sequence_length: S, tokens of one sample.
-            frozen: only heads 2 .. n are trained.
+            trained_heads: so many heads alone are trained; None = everything is.
         """
         matrices = self.layers * self._matrix_parameters_per_layer()
         head_matrices = self.layers_per_head * self._matrix_parameters_per_layer()
@@ -278,11 +284,11 @@ class ModelConfig(BaseModel):
             matrices += self.future_tokens * head_matrices
         unembeddings = self.future_tokens * self.vocab_size * self.hidden_size
         attention = 12 * self.layers * self.hidden_size * sequence_length / 2
-        if frozen:
-            heads = self.future_tokens - 1
-            attending = heads * self.layers_per_head / self.layers
+        if trained_heads is not None:
+            attending = trained_heads * self.layers_per_head / self.layers
             each = 4 if self.lm_head == "replicated" else 2
-            backward = 4 * heads * head_matrices + each * unembeddings * heads / self.future_tokens
+            backward: float = 4 * trained_heads * head_matrices
+            backward += each * unembeddings * trained_heads / self.future_tokens
             return 2 * (matrices + unembeddings) + backward + attention * (1 + 2 * attending) / 3
         return 6 * (matrices + unembeddings) + attention
 

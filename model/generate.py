@@ -16,6 +16,7 @@ from model.generate_options import (
     AUTO,
     EXIT_DIFFERENT,
     check,
+    check_memory,
     check_stream,
     choose_number,
     lossy_top_k,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from model.decoding.head_choice import Drafting
     from model.decoding.sampling import Sampling
     from model.decoding.stopping import StopStrings
+    from model.early_exit.network import EarlyExitNetwork
     from model.inference.loading import LoadedNetwork
     from model.inference.network import Network
 
@@ -44,14 +46,17 @@ class Run(NamedTuple):
 
     Attributes:
         generation: what came out.
-        drafts: what drafted: so many heads, head 1 among them, or a second model.
-        most_drafts: tokens that it drafted for each forward.
+        drafts: what drafted: so many heads, head 1 among them, a second model, or an adapter.
+        tried: how often each draft of a forward was verified after all before it had been kept;
+            None = whenever they had.
+        most_drafts: tokens that were drafted for each forward, at most.
         seconds: that it took.
         first_s: seconds until the first token of each prompt was there.
     """
 
     generation: "Generation"
     drafts: str
+    tried: list[int] | None
     most_drafts: int
     seconds: float
     first_s: float
@@ -81,6 +86,8 @@ class Run(NamedTuple):
         sizes = [len(block) for blocks in result.blocks for block in blocks[1:]]
         for draft in range(1, self.most_drafts + 1):
             tried = sum(size >= draft for size in sizes)
+            if self.tried is not None:
+                tried = self.tried[draft - 1]
             kept = sum(size > draft for size in sizes)
             share = f"{kept / tried:.0%}" if tried else "-"
             name = f"draft of head {draft + 1}" if "head" in self.drafts else f"draft {draft}"
@@ -99,7 +106,10 @@ def _generate(options: argparse.Namespace) -> int:
     if options.prompt_file is not None:
         options.prompt.append(read_prompt(options.prompt_file))
     check_stream(options)
-    heads = choose_number(options.heads, read_any_record(options.directory).future_tokens)
+    record = read_any_record(options.directory)
+    heads = choose_number(options.heads, record.future_tokens)
+    has_memory = record.description.model.memory is not None
+    check_memory(options, has_memory=has_memory)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.decoding.head_choice import Drafting
     from model.hugging_face.loading import DTYPES
@@ -107,18 +117,18 @@ def _generate(options: argparse.Namespace) -> int:
 
     device = choose_device(options.device)
     dtype = DTYPES[options.dtype] if options.dtype else None
-    loaded = load_network(options.directory, dtype, device)
+    loaded = load_network(options.directory, dtype, device, memory=True)
     model = loaded.record.description.model
     begin = first_token(options.directory, model.vocab_size)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
     limit_threads(loaded.network)
-    drafting = Drafting(heads, options.tree)
-    if options.heads == AUTO:
+    drafting = Drafting(1 if has_memory else heads, options.tree)
+    if options.heads == AUTO and not has_memory:
         drafting = _automatic(options, loaded.network, len(prompts))
-    ways = [_Way(*drafting, drafter)]
+    ways = [_Way(*drafting, drafter, _early_exit(options, loaded))]
     if options.compare:
-        ways.insert(0, _Way(1, 0, None))
+        ways.insert(0, _Way(1, 0, None, None))
     # The first run on a machine pays for what is set up once; the faster of two is reported.
     rounds = [
         [_run(loaded, prompts, way, options) for way in ways]
@@ -148,18 +158,35 @@ def _automatic(options: argparse.Namespace, network: "Network", rows: int) -> "D
     return found
 
 
+def _early_exit(options: argparse.Namespace, loaded: "LoadedNetwork") -> "EarlyExitNetwork | None":
+    from model.early_exit.loading import load_early_exit
+
+    if options.early_exit is None:
+        return None
+    return load_early_exit(options.early_exit, options.directory, loaded.network)
+
+
 class _Way(NamedTuple):
     """What drafts."""
 
     heads: int
     spread: int
     drafter: "Network | None"
+    early_exit: "EarlyExitNetwork | None"
 
-    def told(self, num_drafts: int) -> str:
+    def told(self, options: argparse.Namespace) -> str:
         """Its name in what is printed."""
         if self.drafter is not None:
-            return f"draft model, {num_drafts} drafts"
+            return f"draft model, {options.drafts} drafts"
+        if self.early_exit is not None:
+            return f"early exit at layer {self.early_exit.layer}, 1 to {options.exit_steps} drafts"
         return f"{self.heads} {'head' if self.heads == 1 else 'heads'}"
+
+    def most_drafts(self, options: argparse.Namespace) -> int:
+        """Tokens that it drafts for each forward, at most."""
+        if self.drafter is not None:
+            return int(options.drafts)
+        return self.heads - 1 if self.early_exit is None else int(options.exit_steps)
 
 
 def _note(line: str) -> None:
@@ -186,7 +213,7 @@ def _encode(
             ids = [begin]
         prompts.append(ids)
     longest, limit = max(map(len, prompts)), loaded.record.description.sequence_length
-    if longest + max_new_tokens > limit:
+    if longest + max_new_tokens > limit and loaded.network.config.memory is None:
         print(
             f"note: a prompt of {longest} tokens and {max_new_tokens} new ones may pass position "
             f"{limit}, the last one the model was trained on; the text may get worse from there",
@@ -229,6 +256,7 @@ def _decoder(
     from model.decoding.draft_model import DraftModelDecoder
     from model.decoding.lossy import LossyDecoder, LossyRule
     from model.decoding.tree import TreeDecoder
+    from model.early_exit.decoder import EarlyExitDecoder
 
     network, heads = loaded.network, way.heads
     logprobs, sampling = options.stats, _sampling(options)
@@ -237,6 +265,15 @@ def _decoder(
             network,
             drafter=way.drafter,
             drafts=options.drafts,
+            sampling=sampling,
+            seeds=seeds,
+            logprobs=logprobs,
+        )
+    if way.early_exit is not None:
+        return EarlyExitDecoder(
+            way.early_exit,
+            threshold=options.exit_threshold,
+            most_drafts=options.exit_steps,
             sampling=sampling,
             seeds=seeds,
             logprobs=logprobs,
@@ -262,18 +299,23 @@ def _run(
     loaded: "LoadedNetwork", prompts: list[list[int]], way: _Way, options: argparse.Namespace
 ) -> Run:
     from model.decoding.generation import collect, stream
+    from model.early_exit.decoder import EarlyExitDecoder
 
     seeds = [(options.seed + row) % (1 << 63) for row in range(len(prompts))]
-    decoder = _decoder(loaded, way, options, seeds)
     start = time.perf_counter()
     try:
-        pieces = stream(
-            decoder,
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            eos_id=loaded.eos_ids,
-            stop=_stop(options, loaded),
-        )
+        decoder = None
+        if loaded.network.config.memory is not None:
+            pieces = _remembering(loaded, prompts, options, seeds)
+        else:
+            decoder = _decoder(loaded, way, options, seeds)
+            pieces = stream(
+                decoder,
+                prompts,
+                max_new_tokens=options.max_new_tokens,
+                eos_id=loaded.eos_ids,
+                stop=_stop(options, loaded),
+            )
         first = next(pieces)
         first_s = time.perf_counter() - start
         pieces = itertools.chain([first], pieces)
@@ -288,8 +330,32 @@ def _run(
             "many tokens; give a smaller number, or fewer prompts"
         ) from error
     seconds = time.perf_counter() - start
-    most_drafts = options.drafts if way.drafter is not None else way.heads - 1
-    return Run(result, way.told(options.drafts), most_drafts, seconds, first_s)
+    tried = decoder.tried if isinstance(decoder, EarlyExitDecoder) else None
+    return Run(result, way.told(options), tried, way.most_drafts(options), seconds, first_s)
+
+
+def _remembering(
+    loaded: "LoadedNetwork",
+    prompts: list[list[int]],
+    options: argparse.Namespace,
+    seeds: list[int],
+) -> Iterator["Piece"]:
+    """The pieces of a model with a memory, which goes on from a file, or into one, if asked for."""
+    from model.streaming.generation import continued
+    from model.streaming.state_file import read_state, write_state
+
+    config, load, save = loaded.network.config, options.load_memory, options.save_memory
+    return continued(
+        loaded.network,
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        eos_id=loaded.eos_ids,
+        stop=_stop(options, loaded),
+        sampling=_sampling(options),
+        seeds=seeds,
+        state=None if load is None else read_state(load, config),
+        finished=None if save is None else (lambda state: write_state(save, state, config)),
+    )
 
 
 def _shown(

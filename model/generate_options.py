@@ -17,6 +17,8 @@ _WIDEST_TREE = 8
 _MOST_TOP_K = 1000
 _DRAFTS = 4
 _MOST_DRAFTS = 64
+_EXIT_STEPS = 6
+_EXIT_THRESHOLD = 0.6
 
 AUTO = "auto"
 HEADS_HELP = "heads to use, 1 = plain decoding, auto = as many as pay on this machine (all)"
@@ -64,6 +66,19 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         help="a smaller model of the same tokenizer drafts, instead of the heads",
     )
     add("--drafts", type=int, metavar="N", help=f"tokens it drafts per forward ({_DRAFTS})")
+    add(
+        "--early-exit",
+        type=Path,
+        metavar="DIR",
+        help="an adapter on the model's first layers drafts, instead of the heads",
+    )
+    add(
+        "--exit-threshold",
+        type=float,
+        metavar="P",
+        help=f"it drafts on while its likeliest token has more than P ({_EXIT_THRESHOLD:g})",
+    )
+    add("--exit-steps", type=int, metavar="N", help=f"its drafts per forward ({_EXIT_STEPS})")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (all)")
@@ -84,6 +99,8 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         help="of the first prompt, S+1 of the second, for a temperature above 0 (0)",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text, may be repeated")
+    add("--load-memory", type=Path, metavar="FILE", help="go on with a text that was read before")
+    add("--save-memory", type=Path, metavar="FILE", help="keep what a model with a memory has read")
     add("--dtype", choices=("fp32", "bf16"), help="arithmetic (as exported)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (auto)")
     add("--ids", action="store_true", help="print the ids of the new tokens, too")
@@ -129,6 +146,7 @@ def check(options: argparse.Namespace) -> None:
     """
     _check_numbers(options)
     _check_draft_model(options)
+    _check_early_exit(options)
     _check_sampling(options)
 
 
@@ -178,6 +196,35 @@ def _check_draft_model(options: argparse.Namespace) -> None:
         )
 
 
+def _check_early_exit(options: argparse.Namespace) -> None:
+    given = {"--exit-threshold": options.exit_threshold, "--exit-steps": options.exit_steps}
+    if options.early_exit is None and (named := [n for n, v in given.items() if v is not None]):
+        raise ConfigError(
+            f"{named[0]} is of an --early-exit, and none is given; name the adapter's folder, or "
+            f"leave {named[0]} out"
+        )
+    if options.exit_threshold is None:
+        options.exit_threshold = _EXIT_THRESHOLD
+    if options.exit_steps is None:
+        options.exit_steps = _EXIT_STEPS
+    if not 0 <= options.exit_threshold <= 1:
+        raise ConfigError(
+            f"--exit-threshold {options.exit_threshold:g} must be from 0 to 1; 0 always drafts "
+            f"--exit-steps tokens, 1 drafts one, the default is {_EXIT_THRESHOLD:g}"
+        )
+    if not 1 <= options.exit_steps <= _MOST_DRAFTS:
+        raise ConfigError(
+            f"--exit-steps {printable(str(options.exit_steps))} must be from 1 to {_MOST_DRAFTS}; "
+            f"the default is {_EXIT_STEPS}"
+        )
+    others = (options.heads, options.tree, options.lossy, options.draft_model)
+    if options.early_exit is not None and any(others):
+        raise ConfigError(
+            "--early-exit drafts instead of the heads, so it goes without --heads, --tree, --lossy "
+            "and --draft-model; leave these out"
+        )
+
+
 def _check_sampling(options: argparse.Namespace) -> None:
     if options.top_k < 0:
         raise ConfigError(f"--top-k {options.top_k} must be at least 0; 0 draws from all tokens")
@@ -212,6 +259,41 @@ def _check_sampling(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"{given[0]} has no effect at temperature 0, where the likeliest token is taken; add "
             f"--temperature 1 or leave {given[0]} out"
+        )
+
+
+def check_memory(options: argparse.Namespace, *, has_memory: bool) -> None:
+    """See that the options are those of a model with a memory, or of one without.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    files = {"--load-memory": options.load_memory, "--save-memory": options.save_memory}
+    if not has_memory:
+        if given := [name for name, path in files.items() if path is not None]:
+            raise ConfigError(
+                f"{given[0]} is of models with a memory (model.memory), and this one has none; "
+                f"leave {given[0]} out"
+            )
+        return
+    drafts = {
+        "--heads": isinstance(options.heads, int) and options.heads > 1,
+        "--tree": options.tree,
+        "--lossy": options.lossy,
+        "--draft-model": options.draft_model,
+        "--early-exit": options.early_exit,
+        "--compare": options.compare,
+        "--stats": options.stats,
+    }
+    if given := [name for name, is_set in drafts.items() if is_set]:
+        raise ConfigError(
+            f"{given[0]} is of drafts, and a model with a memory decodes without them; leave "
+            f"{given[0]} out"
+        )
+    if options.save_memory is not None and len(options.prompt) != 1:
+        raise ConfigError(
+            f"--save-memory keeps what one text leaves behind, not of {len(options.prompt)} "
+            "prompts; give one --prompt"
         )
 
 

@@ -14,6 +14,9 @@ from model.config import ModelConfig
 from model.heads import Heads
 from model.layers import Checkpointing, LayerContext, transformer_config
 from model.loss import VocabularyShard
+from model.memory.prompts import MemoryParameters
+from model.memory.segments import split_at_segments
+from model.memory.unrolling import Window, unroll
 from model.operations.attention import CoreAttention
 from model.operations.attention_backend import (
     AttentionBackend,
@@ -22,7 +25,12 @@ from model.operations.attention_backend import (
     can_use_on,
     choose_backend,
 )
-from model.operations.documents import attention_mask, positions_within
+from model.operations.documents import (
+    attention_mask,
+    bias_within,
+    positions_within,
+    visible_within,
+)
 from model.operations.rotary import RotaryTable
 from model.structure.initialization import initial_weight
 from model.structure.part import ModelPart
@@ -71,6 +79,8 @@ class MultiTokenModel(nn.Module):
         self.heads = Heads(
             config, layer_config, self.part.heads, checkpointing=activation_checkpointing
         )
+        if config.memory is not None:
+            self.memory = MemoryParameters(config.memory, config.hidden_size, dtype)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
         self._attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
         self.to(dtype)  # megatron makes the norms of its local layers in float32
@@ -104,12 +114,28 @@ class MultiTokenModel(nn.Module):
             attention_mask(documents, self.config.head_dim, self.dtype),
         )
 
+    def heads_context(self, trunk_output: Tensor, documents: Tensor | None = None) -> LayerContext:
+        """Positions and mask for the heads over z `[S, B, H]`.
+
+        Args:
+            trunk_output: z; of a model with a memory from the beginning of a segment on.
+            documents: `[B, S]` the ones with which the trunk ran, at the positions of z.
+        """
+        length, rows = trunk_output.shape[:2]
+        if self.config.memory is not None:
+            documents = split_at_segments(
+                self.config.memory, rows, length, documents, trunk_output.device
+            )
+        return self.context(length, trunk_output.device, documents)
+
     def forward(
         self,
         inputs: Tensor,
         then: Callable[[Tensor], Any] | None = None,
         *,
         documents: Tensor | None = None,
+        window: Window | None = None,
+        memories: list[Tensor] | None = None,
     ) -> Any:
         """Run the trunk, and with `then` what follows it, inside one forward of this module.
 
@@ -119,15 +145,47 @@ class MultiTokenModel(nn.Module):
             then: computes what the caller needs from z.
             documents: `[B, S]` which document of its sequence a token belongs to, see `context`;
                 the heads need the same ones.
+            window: of a model with a memory, the segments to run; None = all.
+            memories: likewise, what `model.memory.unrolling.unroll` takes; None = none so far.
 
         Returns:
-            z `[S, B, H]` (in a part of the trunk, what its last layer gives), or what `then(z)`
-            returned.
+            z `[S, B, H]` (in a part of the trunk, what its last layer gives; with a window, at the
+            segments that it scores), or what `then(z)` returned.
         """
-        length = inputs.shape[1 if self.part.has_embedding else 0]
-        context = self.context(length, inputs.device, documents)
-        trunk_output = self.trunk(inputs, context)
+        if self.config.memory is not None:
+            trunk_output = unroll(
+                self,
+                self.memory(),
+                self.config.memory,
+                inputs,
+                [] if memories is None else memories,
+                documents=None if documents is None else documents.to(inputs.device),
+                window=window,
+            )
+        else:
+            length = inputs.shape[1 if self.part.has_embedding else 0]
+            context = self.context(length, inputs.device, documents)
+            trunk_output = self.trunk(inputs, context)
         return trunk_output if then is None else then(trunk_output)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Ids `[B, S]` to embeddings `[S, B, H]`."""
+        return self.trunk.embed(tokens)
+
+    def transform(self, hidden: Tensor, documents: Tensor | None) -> Tensor:
+        """The trunk's layers over `[S, B, H]`; see `unroll`.
+
+        Positions count from 0, those of a document from its first one here: what stands between
+        and is of another document takes no place.
+        """
+        if documents is None:
+            context = self.context(hidden.shape[0], hidden.device)
+        else:
+            positions = visible_within(documents).sum(-1).squeeze(1) - 1
+            context = LayerContext(
+                self.rotary.rotation(positions, self.dtype), bias_within(documents, self.dtype)
+            )
+        return self.trunk.transform(hidden, context)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, head: int = 1) -> Tensor:
@@ -170,7 +228,8 @@ class MultiTokenModel(nn.Module):
 
     def initial_weight(self, name: str, local_shape: torch.Size, seed: int) -> Tensor:
         """This rank's part of a parameter's initial value, see `model.structure.initialization`."""
-        embedding = name.endswith(".embedding.weight")
+        # Prompts of a memory stand where embeddings do.
+        embedding = name.endswith((".embedding.weight", "memory.initial", "memory.summary"))
         return initial_weight(
             name,
             local_shape,

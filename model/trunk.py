@@ -55,9 +55,17 @@ class Trunk(nn.Module):
         Returns:
             z `[S, B, H]`, the same on all tensor-parallel ranks.
         """
-        hidden = inputs
-        if self.embedding is not None:
-            hidden = self.embedding(inputs).transpose(0, 1).contiguous()
+        hidden = inputs if self.embedding is None else self.embed(inputs)
+        return self.transform(hidden, context)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Ids `[B, S]` to embeddings `[S, B, H]`, where the embedding is here."""
+        assert self.embedding is not None
+        embedded: Tensor = self.embedding(tokens)
+        return embedded.transpose(0, 1).contiguous()
+
+    def transform(self, hidden: Tensor, context: LayerContext) -> Tensor:
+        """The layers over `[S, B, H]`."""
         for layer in self.layers.values():
             hidden = layer(hidden, context)
         return hidden

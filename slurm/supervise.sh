@@ -166,7 +166,7 @@ finish_job() {
   local outcome message node exit_code notes
   notes=$(job_field StdOut || true).requeues # beside the job's output, which all nodes see
   if [ "$status" = 0 ]; then
-    rm -f "$notes"
+    rm -f "$notes" "$notes.excluded"
     tell_end "done" "$(verdict_value message)"
     exit 0
   fi
@@ -271,7 +271,16 @@ queue_again() {
 }
 
 # Runs a command to its end, whatever signals Slurm sends to all of the script's processes.
-deaf() { (trap '' TERM USR1 && exec "$@"); }
+# One that comes before the trap is set ends the subshell before it has done anything: then once more.
+deaf() {
+  local code
+  for _ in 1 2 3; do
+    code=0
+    (trap '' TERM USR1 && exec "$@") || code=$?
+    case $code in 138 | 143) ;; *) break ;; esac
+  done
+  return "$code"
+}
 
 # A warning that is due before the job begins would come again at each start. A --signal of the sbatch
 # line cannot be seen here: a start that got further is taken for one that has a shorter one.
@@ -302,18 +311,35 @@ seconds_of() {
   echo $((((10#$days * 24 + 10#$hours) * 60 + 10#$minutes) * 60 + 10#$seconds))
 }
 
-# The nodes to keep the job off: those so far and $1; nothing if too few would be left for it.
+# The nodes to keep the job off: those that sbatch was asked for, and as many of the ones where tasks were
+# lost, $1 and the latest before it, as leave a node to spare. Nothing if too few would be left for the job.
 nodes_to_exclude() {
-  local node=$1 others excluded
-  excluded=$(job_field ExcNodeList || true)
-  [ "$excluded" != "(null)" ] || excluded=""
-  excluded=$excluded${excluded:+,}$node
-  others=$(sinfo --noheader --Node --responding --partition="$SLURM_JOB_PARTITION" --format='%N %t' |
-    awk '$2 !~ /^(down|drain|drng|fail|maint|unk)/ {print $1}' | sort -u |
-    grep -cvxFf <(scontrol show hostnames "$excluded")) || true
-  if [ "${others:-0}" -ge "$SLURM_JOB_NUM_NODES" ]; then
-    echo "$excluded"
+  local node=$1 lost=$notes.excluded asked excluded others
+  touch "$lost"
+  asked=$(hosts_of "$(job_field ExcNodeList || true)" | grep -vxFf "$lost" || true)
+  echo "$node" >>"$lost"
+  while :; do
+    excluded=$(printf '%s\n' "$asked" "$(<"$lost")" | sort -u | grep .)
+    others=$(usable_nodes | grep -cvxFf <(echo "$excluded") || true)
+    if [ "$others" -gt "$SLURM_JOB_NUM_NODES" ] || [ "$(wc -l <"$lost")" -le 1 ]; then break; fi
+    say "$(head -n 1 "$lost") is not excluded any more: without it there is no node to spare" >&2
+    sed -i 1d "$lost"
+  done
+  if [ "$others" -ge "$SLURM_JOB_NUM_NODES" ]; then
+    paste -sd, <<<"$excluded"
   else
+    sed -i 1d "$lost"
     say "$node is not excluded: without it partition $SLURM_JOB_PARTITION has $others nodes, and the job needs $SLURM_JOB_NUM_NODES" >&2
   fi
+}
+
+# The names in a list of Slurm's, a line each.
+hosts_of() {
+  [ -z "$1" ] || [ "$1" = "(null)" ] || scontrol show hostnames "$1"
+}
+
+# The nodes of the partition that a job can be put on.
+usable_nodes() {
+  sinfo --noheader --Node --responding --partition="$SLURM_JOB_PARTITION" --format='%N %t' |
+    awk '$2 !~ /^(down|drain|drng|fail|maint|unk)/ {print $1}' | sort -u
 }

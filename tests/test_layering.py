@@ -20,7 +20,17 @@ ROOMS = {
         "building",
         "loading",
     ),
-    "model": ("operations", "structure", "hugging_face", "inference", "decoding", "serving"),
+    "model": (
+        "operations",
+        "memory",
+        "structure",
+        "hugging_face",
+        "inference",
+        "decoding",
+        "early_exit",
+        "streaming",
+        "serving",
+    ),
     "pipeline": (
         "distributed",
         "stages",

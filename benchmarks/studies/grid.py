@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 SEED = "run.seed"
+INIT_FROM = "train.init_from"
 
 
 class Grid(NamedTuple):
@@ -17,11 +18,16 @@ class Grid(NamedTuple):
         run: a run's configuration, by section.
         axes: by key, as `section.key`, the values it takes; every combination is a point.
         points: further points as settings, instead of combinations where it is not empty.
+        pretrain: by name, settings of runs whose exports points begin with; a point names the one
+            of its own seed with `train.init_from`.
+        variant: of the study that this is; empty for the study itself.
     """
 
     run: dict[str, Any]
     axes: dict[str, list[Any]]
     points: list[dict[str, Any]]
+    pretrain: dict[str, dict[str, Any]]
+    variant: str = ""
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """The settings of every point."""
@@ -34,16 +40,25 @@ class Grid(NamedTuple):
             yield dict(zip(self.axes, values, strict=True))
 
 
-def load_grid(path: Path, *, quick: bool) -> Grid:
-    """Read `grid.yaml`: `run`, `axes`, `points`, and under `quick` what a try in a minute changes.
+def load_grid(path: Path, *, quick: bool = False, variant: str = "") -> Grid:
+    """Read `grid.yaml`: `run`, `axes`, `points`, `pretrain`; what else is there changes them.
 
-    `quick` holds settings by dotted key, and an own `axes` or `points`.
+    `quick`, for a try in a minute, and each of `variants` by its name, hold settings by dotted key,
+    and an own `axes`, `points` or `pretrain`.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changes = dict(content.get("quick", {})) if quick else {}
+    changes = dict(content["variants"][variant]) if variant else {}
+    if quick:
+        changes = dict(content["quick"])
     axes = changes.pop("axes", content.get("axes", {}))
     points = changes.pop("points", content.get("points", []))
-    return Grid(configured(content["run"], changes), axes, points)
+    pretrain = changes.pop("pretrain", content.get("pretrain", {}))
+    return Grid(configured(content["run"], changes), axes, points, pretrain, variant)
+
+
+def variants(path: Path) -> list[str]:
+    """Names of the variants of a study."""
+    return list(yaml.safe_load(path.read_text(encoding="utf-8")).get("variants", {}))
 
 
 def configured(run: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

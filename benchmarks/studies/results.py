@@ -54,9 +54,10 @@ def write_results(
     )
     told = _told(grid, results)
     if output is not None:
-        replace_section(output / "README.md", "study", f"{told}\n\n{markdown}")
+        replace_section(output / "README.md", grid.variant or "study", f"{told}\n\n{markdown}")
         page = _page(title, told, heads, rows, columns, groups)
-        write_whole(output / "result.html", page.encode())
+        name = "-".join(filter(None, ["result", grid.variant]))
+        write_whole(output / f"{name}.html", page.encode())
     return f"{told}\n\n{markdown}"
 
 
@@ -84,7 +85,9 @@ def _told(grid: Grid, results: Sequence[Mapping[str, Any]]) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    command = " ".join(["python", "-m", f"benchmarks.studies.{Path(sys.argv[0]).parent.name}"])
+    command = f"python -m benchmarks.studies.{Path(sys.argv[0]).parent.name}"
+    if grid.variant:
+        command += f" --variant {grid.variant}"
     seeds = ", ".join(map(str, grid.axes.get(SEED, [1])))
     hours = sum(result["seconds"] for result in results) / 3600
     return (

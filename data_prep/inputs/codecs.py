@@ -112,7 +112,7 @@ class DecompressedStream:
                 self._damage = str(error)
             except _ERRORS as error:
                 self._damage = f"damaged {self._codec} ({error})"
-                self._rescued = self._read_up_to_fault()
+                self._rescued = _in_blocks(self._read_up_to_fault())
         self._rest = self._rest or next(self._rescued, b"")
         if not self._rest:
             raise DamagedInputError(self._damage)
@@ -183,6 +183,18 @@ class DecompressedStream:
                     data = b""
         except _ERRORS:
             return
+
+
+def _in_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in fewer pieces: those before a fault come one by one."""
+    gathered = bytearray()
+    for piece in pieces:
+        gathered += piece
+        if len(gathered) >= COMPRESSED_BLOCK_BYTES:
+            yield bytes(gathered)
+            gathered.clear()
+    if gathered:
+        yield bytes(gathered)
 
 
 def open_stream(file: BinaryIO, codec: str) -> Stream:

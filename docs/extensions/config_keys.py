@@ -1,8 +1,8 @@
 """`{config-keys} SECTION`: keys of a configuration, from the models that check it.
 
 SECTION is a section of a run (`run`, `model`, ...), a mapping within one (`rope_scaling`,
-`weight_schedule`, `review`, `review_phase`), or `build` and `source` for the two levels of a data
-configuration.
+`memory`, `weight_schedule`, `review`, `review_phase`), or `build` and `source` for the two levels
+of a data configuration.
 """
 
 import collections.abc
@@ -24,6 +24,7 @@ from data_prep.building.data_config import _CONFIG, _SOURCE
 from data_prep.building.options import BuildOptions, Source
 from docs.extensions.docstrings import attribute_descriptions
 from docs.extensions.markdown import MarkdownDirective, table
+from model.memory.sizes import MemorySizes
 from model.operations.rope_scaling import RopeScaling
 from pipeline.config.data_section import WeightPhase
 from pipeline.config.review_section import PUBLISHED_PHASES, ReviewPhase, ReviewSection
@@ -66,6 +67,12 @@ _UNITS = {
     "model.vocab_size": "tokens",
     "model.future_tokens": "heads",
     "model.head_layers": "layers",
+    "memory.segment": "tokens",
+    "memory.summary": "tokens",
+    "memory.sensory": "tokens",
+    "memory.cache": "memories",
+    "memory.width": "elements",
+    "memory.bptt": "segments",
     "rope_scaling.original_max_position_embeddings": "tokens",
     "weight_schedule.step": "steps",
     "review.sequences": "sequences",
@@ -121,9 +128,10 @@ def _run_classes() -> dict[str, type[BaseModel]]:
     return {
         **classes,
         "rope_scaling": RopeScaling,
-        "weight_schedule": WeightPhase,
         "review": ReviewSection,
         "review_phase": ReviewPhase,
+        "memory": MemorySizes,
+        "weight_schedule": WeightPhase,
     }
 
 

@@ -195,7 +195,7 @@ class ChainDecoder:
         if self._drafts.tokens.shape[1]:
             pending = torch.cat([pending, self._drafts.tokens], dim=1)
         block = self.network.following(self.cache, pending.shape[1], width)
-        trunk_output = self.network.trunk(pending, self.cache, block)
+        trunk_output = self._run_trunk(pending, block)
         trunk_output = self.network.fill_heads(trunk_output, self._most_heads, self.cache, block)
         hidden = self._run_heads(trunk_output, block)
         logits = self.network.logits(hidden[0]).unflatten(0, pending.shape)
@@ -226,6 +226,10 @@ class ChainDecoder:
         vocab_size = self.network.config.vocab_size
         samplings, seeds = [row.sampling for row in rows], [row.seed for row in rows]
         return Chooser(samplings, seeds, vocab_size, self.network.device)
+
+    def _run_trunk(self, pending: Tensor, block: Block) -> Tensor:
+        """The trunk at the pending tokens `[B, S]`; `[B * S, H]`."""
+        return self.network.trunk(pending, self.cache, block)
 
     def _run_heads(self, trunk_output: Tensor, block: Block) -> Tensor:
         """Head 1 at all positions; where these are few, the other heads as well.

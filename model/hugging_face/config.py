@@ -18,7 +18,7 @@ CONFIG_NAME = "config.json"
 # says nothing is kept so: once said, such an id would become a default of generate().
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
-# A model with linear heads: no loader shall take it for a Llama.
+# A model with linear heads or with a memory: no loader shall take it for a Llama.
 LINEAR_MODEL_TYPE = "headway"
 
 _KEYS = {

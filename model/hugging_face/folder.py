@@ -8,6 +8,7 @@
     modeling_headway.py                   a class for transformers with all heads
     tokenizer.json, tokenizer_config.json
     special_tokens_map.json, ...          of an imported model, as they were (`identity.py`)
+    early_exit.json                       of an adapter, which model it drafts for (`early_exit.py`)
     acceptance.json                       how often the heads agree (`acceptance.py`); may be absent
     README.md                             the model card
     headway.json                          sizes, heads, run, and all files with checksums

@@ -15,13 +15,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from foundation.bounded_files import read_bounded
 from foundation.json_text import read_json
 from foundation.shown_text import printable, reason
 from model.errors import CheckpointError
 from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS
+from model.hugging_face.early_exit import EarlyExit
 from model.hugging_face.folder import TOKENIZER_NAME
 
 GENERATION_NAME = "generation_config.json"
@@ -91,6 +100,7 @@ class ImportedIdentity(_Part):
         config: keys of config.json with their values, those of TOKEN_IDS that it has among them.
         files: small files by name.
         left_out: what the folder has and this has not, by name, with the reason.
+        early_exit: of an adapter's run, which model the adapter drafts for.
     """
 
     version: Literal[1] = 1
@@ -100,6 +110,15 @@ class ImportedIdentity(_Part):
     config: dict[str, Any]
     files: dict[str, KeptFile]
     left_out: dict[str, str]
+    early_exit: EarlyExit | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_others_lack(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Runs of other kinds say nothing of an early exit, as earlier versions wrote and read."""
+        content: dict[str, Any] = handler(self)
+        if content["early_exit"] is None:
+            del content["early_exit"]
+        return content
 
     @model_validator(mode="after")
     def _is_of_one_folder(self) -> Self:

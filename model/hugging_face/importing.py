@@ -47,8 +47,14 @@ from model.hugging_face.stored_tensors import (
     open_tensors,
     read_weight_map,
 )
+from model.memory.sizes import MEMORY
 from model.operations.rope_scaling import RopeScaling
-from model.structure.parameter_shapes import LINEAR, head_of, own_unembedding, parameter_shapes
+from model.structure.parameter_shapes import (
+    LINEAR,
+    head_of,
+    own_unembedding,
+    parameter_shapes,
+)
 from model.structure.sharding import placement_of, take_slice
 
 NewHeads = Literal["copy", "fresh"]
@@ -97,6 +103,8 @@ class LlamaFolder:
 
     def holds(self, name: str, config: ModelConfig) -> bool:
         """Whether it has the weights of a parameter of the run's model."""
+        if name.startswith(MEMORY):
+            return name in self._files
         head = head_of(name)
         if config.head_kind == "linear" and not self._linear:
             return head == 0  # of a plain Llama
@@ -125,7 +133,9 @@ class LlamaFolder:
     def new_heads(self, config: ModelConfig) -> list[int]:
         """Heads of the run's model that have weights which the folder lacks."""
         lacking = {
-            head_of(name) for name in parameter_shapes(config) if not self.holds(name, config)
+            head_of(name)
+            for name in parameter_shapes(config)
+            if not name.startswith(MEMORY) and not self.holds(name, config)
         }
         return sorted(lacking)
 
@@ -158,18 +168,9 @@ class LlamaFolder:
             CheckpointError: a tensor is missing, has another shape, or is not a Llama's.
         """
         if wanted := self.differences(config):
-            listed = "; ".join(
-                f"model.{key}={_shown(getattr(config, key))} must be {_shown(value)}"
-                for key, value in wanted.items()
-            )
-            settings = " ".join(_setting(key, value) for key, value in wanted.items())
             layers = layers_from_llama(self.sizes.layers, config)
-            raise ConfigError(
-                f"{self.directory} has {self.sizes.layers} layers, so trunk and "
-                f"{config.future_tokens} heads make {layers}; "
-                f"its sizes are not this run's: {listed}; set them in the YAML or with "
-                f"--set {settings}"
-            )
+            rule = f"trunk and {config.future_tokens} heads make {layers}"
+            raise self._differs(config, wanted, f"so {rule}")
         self._check_tensors(config)
 
     def tensor(self, name: str) -> Tensor:
@@ -178,6 +179,18 @@ class LlamaFolder:
             name = _EMBEDDING
         with _opened(self._files[name]) as file:
             return file.get_tensor(name)
+
+    def _differs(self, config: ModelConfig, wanted: dict[str, Any], rule: str) -> ConfigError:
+        """The error of keys that do not fit, with the values that `differences` gave."""
+        listed = "; ".join(
+            f"model.{key}={_shown(getattr(config, key))} must be {_shown(value)}"
+            for key, value in wanted.items()
+        )
+        settings = " ".join(_setting(key, value) for key, value in wanted.items())
+        return ConfigError(
+            f"{self.directory} has {self.sizes.layers} layers, {rule}; its sizes are not this "
+            f"run's: {listed}; set them in the YAML or with --set {settings}"
+        )
 
     def _check_tensors(self, config: ModelConfig) -> None:
         unused = {name for name in self._files if _UNUSED.fullmatch(name)}
@@ -261,6 +274,8 @@ class ImportedWeights:
         Returns:
             float32 tensor on the CPU.
         """
+        if name.startswith(MEMORY) and not self.folder.holds(name, self.config):
+            return fresh()
         head = head_of(name)
         if not self.folder.holds(name, self.config):
             linear = name.endswith(LINEAR)

@@ -14,6 +14,7 @@ Further forms, by the keys of the model's configuration:
                               <-> extra_heads.2.0..., extra_heads.2.1...
     head_kind: linear         heads.layers.{k}.projection.weight <-> extra_heads.{k}.weight, but of
                               head 1 model.norm.projection.weight: it is no plain Llama
+    memory: {...}             memory.initial, .summary, .query, .key keep their names
     lm_head: replicated       heads.readouts.{k}.unembedding.weight <-> extra_lm_heads.{k}.weight
 
 Legend: A attention heads, G key-value heads, D head dimension, F feed-forward, H hidden.
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.memory.sizes import MEMORY
 
 EXTRA_HEADS = "extra_heads"
 EXTRA_LM_HEADS = "extra_lm_heads"
@@ -49,6 +51,8 @@ _WITHIN_LAYER = {
 
 def hf_names(name: str, config: ModelConfig) -> tuple[str, ...]:
     """The Hugging Face tensors that a parameter becomes, in the order of `split`."""
+    if name.startswith(MEMORY):
+        return (name,)
     if name in _OUTSIDE_LAYERS:
         return (_OUTSIDE_LAYERS[name],)
     layer, _, rest = name.partition(".block.")

@@ -61,7 +61,7 @@ class Cache:
     forward writes over them. So drafts are forgotten by not counting them in the length.
 
     Args:
-        buffers: `[rows, C, 2, G, D]` of finite values, the heads' last. At the start every row is
+        buffers: `[rows, C, 2, G, D]` of finite values. At the start every row is
             in use; B falls as rows leave, and grows as others join.
 
     Attributes:

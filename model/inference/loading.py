@@ -37,7 +37,11 @@ class LoadedNetwork(NamedTuple):
 
 
 def load_network(
-    directory: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    *,
+    memory: bool = False,
 ) -> LoadedNetwork:
     """Load an export; megatron-core is not needed and no process group is made.
 
@@ -45,12 +49,19 @@ def load_network(
         directory: the folder.
         dtype: to compute in; None = as stored.
         device: to compute on; None = the CPU.
+        memory: take a model with a memory, too, which only `model.inference.memory_stream` runs.
 
     Raises:
         CheckpointError: a file, a head or a tensor is missing, or one is damaged.
+        ConfigError: it has a memory and may not.
     """
     with open_export(directory) as export:
         description = export.record.description
+        if description.model.memory is not None and not memory:
+            raise ConfigError(
+                f"{directory} is a model with a memory, which python -m model.generate alone runs; "
+                "use that, or an export of a model without model.memory"
+            )
         network = Network.read(
             description.model, export.tensor, dtype or DTYPES[description.dtype], device
         )

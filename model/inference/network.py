@@ -11,6 +11,8 @@ that are run, H hidden, A attention heads, G key-value heads, R = A / G, D head 
 vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,13 +77,18 @@ class Network:
         A whole number of steps of the width: kernels on GPUs want masks of even rows.
         """
         capacity = -(-capacity // WIDTH_STEP) * WIDTH_STEP
+        sizes, dim = self.cache_sizes(), self.config.head_dim
+        return Cache.zeros(sizes, rows, capacity, dim, self.dtype, self.device)
+
+    def cache_sizes(self) -> list[int]:
+        """G of each buffer of a cache: those of the trunk's layers, then those of the heads."""
         groups, heads = self.config.kv_heads, self.weights.heads
         sizes = [groups] * self.config.trunk_layers
         if isinstance(heads, HeadWeights):
             sizes += [self.num_heads * groups]
         elif isinstance(heads, SerialHeads):
             sizes += [groups] * (self.num_heads * self.config.layers_per_head)
-        return Cache.zeros(sizes, rows, capacity, self.config.head_dim, self.dtype, self.device)
+        return sizes
 
     def block(
         self, cache: Cache, positions: Tensor, places: Tensor, mask: Tensor | None, width: int
@@ -116,7 +123,22 @@ class Network:
     def trunk(self, tokens: Tensor, cache: Cache, block: Block) -> Tensor:
         """Run the trunk over new tokens `[B, S]` and fill its part of the cache; z `[N, H]`."""
         hidden = F.embedding(tokens.flatten(), self.weights.embedding)
-        for index, layer in enumerate(self.weights.trunk):
+        return self.transform(hidden, cache, block)
+
+    def transform(self, hidden: Tensor, cache: Cache, block: Block) -> Tensor:
+        """The same over embeddings `[N, H]`."""
+        return self.run_layers(hidden, self.weights.trunk, 0, cache, block)
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        layers: Sequence[LayerWeights],
+        first: int,
+        cache: Cache,
+        block: Block,
+    ) -> Tensor:
+        """Run layers over new positions `[N, H]` and fill their buffers, from number `first` on."""
+        for index, layer in enumerate(layers, first):
             hidden = self._layer(hidden, index, layer, cache, block)
         return hidden
 
@@ -173,7 +195,9 @@ class Network:
         self._rotate(query, block)
         # [M, B, Q * R, G, D] to [B, Q * R, M * G, D]
         query = query.view(num, rows, -1, groups, dim).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        key, value = cache.read(-1, block.width, (first - 1) * groups, last * groups)
+        key, value = cache.read(
+            self.config.trunk_layers, block.width, (first - 1) * groups, last * groups
+        )
         mixed = self._attend(query, key, value, block)
         mixed = mixed.reshape(hidden.shape[1], -1, num, groups, dim).permute(2, 0, 1, 3, 4)
         hidden = torch.baddbmm(hidden, mixed.reshape(num, hidden.shape[1], -1), weights.output)
@@ -201,10 +225,8 @@ class Network:
         for place, head in enumerate(config.head_order):
             if head not in wanted:
                 break  # of a chain and of heads side by side these are the last
-            output = hidden
-            for number, layer in enumerate(weights.layers[head]):
-                index = config.trunk_layers + place * config.layers_per_head + number
-                output = self._layer(output, index, layer, cache, block)
+            first = config.trunk_layers + place * config.layers_per_head
+            output = self.run_layers(hidden, weights.layers[head], first, cache, block)
             outputs[head] = output
             if config.chain:
                 hidden = output
@@ -253,7 +275,7 @@ class Network:
 
     def _write_heads(self, new: Tensor, cache: Cache, block: Block) -> None:
         """Write keys and values `[M, N, 2, G, D]` of heads 1 .. M."""
-        cache.write(-1, block.slots, new.permute(1, 2, 0, 3, 4).flatten(2, 3))
+        cache.write(self.config.trunk_layers, block.slots, new.permute(1, 2, 0, 3, 4).flatten(2, 3))
 
     def _heads(self, first: int, last: int) -> HeadWeights:
         """Views of the weights of some heads, made once."""

@@ -8,7 +8,7 @@ Legend: H hidden, A attention heads, G key-value heads, R = A / G, D head dimens
 V vocabulary, n heads of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from model.hugging_face.names import (
     head_prefixes,
 )
 from model.inference.norm import RMSNorm
+from model.memory.prompts import MemoryWeights
+from model.memory.sizes import MEMORY, memory_shapes
 
 Read = Callable[[str], Tensor]
 
@@ -105,6 +107,7 @@ class NetworkWeights(NamedTuple):
         norm: `[H]`, final norm.
         unembedding: `[H, V]`; of head 1 where each has its own.
         own_unembeddings: `[n, H, V]` where each head has its own.
+        memory: of a model that has one.
     """
 
     embedding: Tensor
@@ -113,6 +116,7 @@ class NetworkWeights(NamedTuple):
     norm: Tensor
     unembedding: Tensor
     own_unembeddings: Tensor | None = None
+    memory: MemoryWeights | None = None
 
 
 def read_weights(
@@ -134,11 +138,27 @@ def read_weights(
     norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
     return NetworkWeights(
         embedding=place("model.embed_tokens.weight"),
-        trunk=tuple(_layer(config, norm, place, prefix) for prefix in prefixes),
+        trunk=read_layers(config, read, prefixes, dtype, device),
         heads=_read_heads(config, norm, place),
         norm=norm.prepare(place("model.norm.weight")),
         unembedding=place("lm_head.weight").t().contiguous(),
         own_unembeddings=_read_unembeddings(config, place),
+        memory=_read_memory(config, place),
+    )
+
+
+def read_layers(
+    config: ModelConfig,
+    read: Read,
+    prefixes: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[LayerWeights, ...]:
+    """The layers whose tensors' names begin so; arguments as in `read_weights`."""
+    norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+    return tuple(
+        _layer(config, norm, lambda name: read(name).to(device, dtype), prefix)
+        for prefix in prefixes
     )
 
 
@@ -161,6 +181,13 @@ def _read_unembeddings(config: ModelConfig, place: Read) -> Tensor | None:
         return None
     names = [f"{EXTRA_LM_HEADS}.{head}.weight" for head in range(2, config.future_tokens + 1)]
     return torch.stack([place(name).t() for name in ("lm_head.weight", *names)])
+
+
+def _read_memory(config: ModelConfig, place: Read) -> MemoryWeights | None:
+    if config.memory is None:
+        return None
+    names = memory_shapes(config.memory, config.hidden_size)
+    return MemoryWeights(*(place(f"{MEMORY}{name}") for name in names))
 
 
 def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> LayerWeights:

@@ -7,11 +7,14 @@ dimension.
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.memory.sizes import MEMORY, memory_shapes
+
+if TYPE_CHECKING:  # plans and configurations need no torch
+    from torch import Tensor
 
 _HEAD = re.compile(r"heads\.(?:layers|readouts)\.(\d+)\.")
 
@@ -46,6 +49,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["heads.readout.norm_weight"] = (hidden,)
     if config.lm_head == "replicated":
         shapes |= {own_unembedding(head): (vocabulary, hidden) for head in heads[1:]}
+    if config.memory is not None:
+        shapes |= {
+            f"{MEMORY}{name}": shape for name, shape in memory_shapes(config.memory, hidden).items()
+        }
     return shapes
 
 
@@ -88,8 +95,8 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def checked_parameters(
-    weights: Iterable[tuple[str, Tensor]], config: ModelConfig, origin: Path
-) -> Iterator[tuple[str, Tensor]]:
+    weights: "Iterable[tuple[str, Tensor]]", config: ModelConfig, origin: Path
+) -> "Iterator[tuple[str, Tensor]]":
     """Pass whole parameters through, checking that all of the model's come, each exactly once.
 
     Args:

@@ -36,6 +36,10 @@ PLACEMENTS = {
     "readout.weight": Placement(0),
     "unembedding.weight": Placement(0),
     "projection.weight": Placement(1),
+    "memory.initial": REPLICATED,
+    "memory.summary": REPLICATED,
+    "memory.query": REPLICATED,
+    "memory.key": REPLICATED,
 }
 
 

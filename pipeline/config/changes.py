@@ -21,6 +21,7 @@ _EFFECTS = {
     "run.seed": "the order of the data",
     "model": "the model",
     "model.head_weights": "the weighted loss, and the gradients of every later step",
+    "model.memory": "what the model reads, and how far gradients go back",
     "model.init_std": _NONE_AFTER_START,
     "model.embedding_init_std": _NONE_AFTER_START,
     "data": "the data of every later step",

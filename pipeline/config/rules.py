@@ -29,6 +29,7 @@ def problems_between(sections: Mapping[str, Any]) -> list[str]:
         (_review_problems, ("train", "data")),
         (_freeze_problems, ("model", "train")),
         (_best_checkpoint_problems, ("eval", "checkpoint")),
+        (_memory_problems, ("model", "data", "parallel", "train")),
     )
     problems = []
     for rule, needed in rules:
@@ -125,6 +126,15 @@ def _review_problems(train: TrainSection, data: DataSection) -> list[str]:
 def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
     if train.freeze == "none":
         return []
+    if train.freeze == "early_exit":
+        return _early_exit_problems(model)
+    if train.freeze == "all_but_memory":
+        if model.memory is not None:
+            return []
+        return [
+            "train.freeze=all_but_memory leaves nothing to train with model.memory=null; give the "
+            "model a memory, such as model.memory={segment: 512}, or set train.freeze=none"
+        ]
     if model.head_kind == "anticausal":
         return [
             "train.freeze=trunk leaves nothing to train with model.head_kind=anticausal, where the "
@@ -135,6 +145,17 @@ def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:
     return [
         "train.freeze=trunk leaves nothing to train with model.future_tokens=1, since head 1 "
         "belongs to the frozen model; set model.future_tokens to 2 or more, or train.freeze=none"
+    ]
+
+
+def _early_exit_problems(model: ModelConfig) -> list[str]:
+    wanted = {"future_tokens": 1, "head_kind": "parallel", "lm_head": "shared"}
+    return [
+        f"train.freeze=early_exit trains one adapter for the model's own LM head, and "
+        f"model.{key}={getattr(model, key)} is of other heads; set model.{key}={value}, or "
+        "train.freeze=trunk"
+        for key, value in wanted.items()
+        if getattr(model, key) != value
     ]
 
 
@@ -191,3 +212,29 @@ def _best_checkpoint_problems(evaluation: EvalSection, checkpoint: CheckpointSec
             f"{validations}; make every_steps a multiple of it, or set keep_best=0"
         ]
     return []
+
+
+def _memory_problems(
+    model: ModelConfig, data: DataSection, parallel: ParallelSection, train: TrainSection
+) -> list[str]:
+    if model.memory is None:
+        return []
+    segment, stages, problems = model.memory.segment, num_stages(parallel.stages), []
+    if data.sequence_length <= segment:
+        problems.append(
+            f"model.memory.segment={segment} holds all of data.sequence_length="
+            f"{data.sequence_length}, so nothing would be remembered; use longer sequences or "
+            f"segments of at most {max(1, data.sequence_length // 2)}"
+        )
+    if stages > 1:
+        problems.append(
+            f"model.memory passes every segment through the whole trunk before the next one, and "
+            f"parallel.stages cuts the trunk into {stages} stages; set parallel.stages=1"
+        )
+    if train.activation_checkpointing == "full":
+        problems.append(
+            "train.activation_checkpointing=full gives a layer a gradient for every segment, "
+            "and ZeRO takes one for all of model.memory's; set it to selective or none, and "
+            "lower model.memory.bptt to keep fewer segments"
+        )
+    return problems

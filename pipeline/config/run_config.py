@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from foundation.yaml_text import YamlError, dump_yaml, parse_yaml, read_yaml
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.structure.freezing import heads_trained_alone
 from model.structure.part import ModelPart
 from pipeline.config.data_section import DataSection
 from pipeline.config.problems import MOST_PROBLEMS, listed, plain_problems, shown, unknown_key
@@ -37,8 +38,8 @@ from pipeline.config.versions import (
 )
 from pipeline.stages.plan import num_stages, stage_plan
 
-# Keys whose value is itself a mapping.
-_MAPPINGS = ("data.review", "data.weights", "model.rope_scaling")
+# Keys whose value is itself a mapping; overrides set it whole, or one key within it.
+_MAPPINGS = ("data.review", "data.weights", "model.rope_scaling", "model.memory")
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -80,7 +81,8 @@ class RunConfig(Section):
     def flops_per_token(self) -> float:
         """Floating point operations of one training step per input token."""
         return self.model.flops_per_token(
-            self.data.sequence_length, frozen=self.train.freeze == "trunk"
+            self.data.sequence_length,
+            trained_heads=heads_trained_alone(self.model.future_tokens, self.train.freeze),
         )
 
     @property
@@ -122,7 +124,8 @@ def load_config(
 
     Args:
         path: The YAML file.
-        overrides: `section.key=value` each, the value in YAML; a later one wins.
+        overrides: `section.key=value` each, the value in YAML; a later one wins. Within a mapping
+            `section.key.name=value` sets one of its keys.
         left_out: Told of each unknown key, which is then left out; None = unknown keys are errors.
             Those of the model are errors anyhow, since they may make it another one.
 
@@ -173,7 +176,8 @@ def _apply_override(raw: dict[Any, Any], text: str) -> str | None:
     key = key.strip()
     if not equals or not key:
         return f"--set {shown(text)} must look like section.key=value, e.g. train.steps=100"
-    if key not in known_keys():
+    mapping = next((name for name in _MAPPINGS if key.startswith(f"{name}.")), None)
+    if (mapping or key) not in known_keys():
         return f"--set {unknown_key(key, known_keys())}"
     try:
         value = parse_yaml(value_text)
@@ -185,10 +189,15 @@ def _apply_override(raw: dict[Any, Any], text: str) -> str | None:
             f"--set {shown(text)[1:-1]}: the value must be one value or a list; set the keys one "
             "by one"
         )
-    section, _, name = key.partition(".")
+    section, _, name = (mapping or key).partition(".")
     current = raw.get(section)
     if current is None or isinstance(current, dict):
-        raw[section] = {**(current or {}), name: value}
+        current = current or {}
+        if mapping is not None:
+            before = current.get(name)
+            within = before if isinstance(before, dict) else {}
+            value = {**within, key.removeprefix(f"{mapping}."): value}
+        raw[section] = {**current, name: value}
     return None
 
 

@@ -16,6 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from model.structure.freezing import Freeze
 from pipeline.config.problems import shown
 from pipeline.stages.plan import StagesSetting, setting_problem
 
@@ -183,9 +184,12 @@ class TrainSection(Section):
         max_rollbacks: returns in the whole run before giving up.
         init_from: folder of a Hugging Face Llama, or of an export of Headway, whose weights a new
             run begins with; without effect on a resumed one.
-        init_heads: heads that the folder lacks: copy = of its last layer; fresh = untrained.
+        init_heads: heads that the folder lacks: copy = of its last layer; fresh = untrained. Of an
+            early-exit adapter copy = of the layer above its exit.
         freeze: trunk = train heads 2 .. n alone and leave the next-token model (embedding, trunk,
-            head 1, final norm, unembedding) as it was imported.
+            head 1, final norm, unembedding) as it was imported. early_exit = train head 1 alone, an
+            adapter on the first layers of the folder's model, as many as the trunk has.
+            all_but_memory = train what model.memory adds alone.
     """
 
     steps: PositiveInt | None = None
@@ -210,7 +214,7 @@ class TrainSection(Section):
     max_rollbacks: Count = 3
     init_from: FilePath | None = None
     init_heads: Literal["copy", "fresh"] = "copy"
-    freeze: Literal["none", "trunk"] = "none"
+    freeze: Freeze = "none"
 
     def chunk_tokens(self, device_type: str) -> int:
         """Tokens whose logits exist at once on a `cuda` or `cpu` device."""
@@ -231,9 +235,10 @@ class TrainSection(Section):
     @field_validator("freeze")
     @classmethod
     def _freezes_what_was_trained(cls, freeze: str, info: ValidationInfo) -> str:
-        if freeze == "trunk" and "init_from" in info.data and info.data["init_from"] is None:
+        if freeze != "none" and "init_from" in info.data and info.data["init_from"] is None:
+            what = "the memory of" if freeze == "all_but_memory" else "heads on"
             raise ValueError(
-                "freeze=trunk would train heads on a model that was never trained; set "
+                f"freeze={freeze} would train {what} a model that was never trained; set "
                 "train.init_from to the folder of one, or train.freeze=none"
             )
         return freeze

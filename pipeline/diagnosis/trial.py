@@ -9,6 +9,7 @@ import torch
 
 from data_prep.loading.loader import Batch
 from model.config import ModelConfig
+from model.memory.sizes import MemorySizes
 from model.structure.part import ModelPart, span_text
 from pipeline.config.run_config import Precision, RunConfig
 
@@ -41,6 +42,8 @@ def trial_config(config: RunConfig, width: Width, precision: Precision) -> RunCo
     values["batch"] = {"micro_size": config.batch.micro_size, "accumulation": micro_batches}
     if width == "tiny":
         model |= _tiny_sizes(config.model, config.parallel.tensor)
+        if config.model.memory is not None:
+            model["memory"] = _tiny_memory(config.model.memory)
         values["batch"]["micro_size"] = 1
         length = max(_TINY_LENGTH, config.model.future_tokens + 1)
         values["data"]["sequence_length"] = length
@@ -103,3 +106,10 @@ def _tiny_sizes(model: ModelConfig, tensor_size: int) -> dict[str, Any]:
         "ffn_hidden_size": 64 * tensor_size,
         "vocab_size": 128 * tensor_size,
     }
+
+
+def _tiny_memory(sizes: MemorySizes) -> dict[str, Any]:
+    """A memory of the same kind, for several windows of a tiny sequence."""
+    segment = _TINY_LENGTH // 4
+    tiny = {"segment": segment, "summary": segment // 2, "cache": 2, "width": None, "bptt": 1}
+    return sizes.model_dump() | tiny | {"sensory": min(sizes.sensory, segment // 4)}

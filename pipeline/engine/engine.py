@@ -18,6 +18,7 @@ from torch import Tensor
 from data_prep.loading.loader import Batch
 from model.language_model import MultiTokenModel
 from model.loss import IGNORED
+from model.memory.segments import scored_labels
 from model.structure.sharding import placement_of
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, run_key
 from pipeline.config.run_config import RunConfig
@@ -61,8 +62,8 @@ class Execution(Protocol):
         Args:
             batches: on the device.
             scales: `[n]`, factor on each head's loss sum.
-            sequence_losses: `[micro-batches, B]` float64, filled with head 1's loss sum of each
-                sequence where head 1 is on this rank; or None.
+            sequence_losses: `[micro-batches, B]` float64 of zeros, to which head 1's loss sum of
+                each sequence is added where head 1 is on this rank; or None.
         """
         ...
 
@@ -144,7 +145,7 @@ class Engine:
             head_weights: of each head's loss; None = those of a run's first step.
         """
         weights = self._weights_on_device(head_weights)
-        batches = [batch.to(self.topology.device) for batch in batches]
+        batches = [self._scored(batch.to(self.topology.device)) for batch in batches]
         counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
         # DeepSpeed averages over data-parallel ranks; the loss is a mean over global targets.
         scales = weights * self.topology.data_size / counts.clamp(min=1)
@@ -178,6 +179,11 @@ class Engine:
         speaks = self.topology.tensor_rank == 0 and 1 in self.model.heads.numbers
         counted = counts >= review.min_targets if speaks else torch.zeros_like(counts)
         return (sums / counts.clamp(min=1)).where(counted.bool(), 0.0).float()
+
+    def _scored(self, batch: Batch) -> Batch:
+        """The batch, without the targets that the mode of a memory leaves out."""
+        sizes = self.config.model.memory
+        return batch if sizes is None else batch._replace(labels=scored_labels(sizes, batch.labels))
 
     def _weights_on_device(self, head_weights: Sequence[float] | None) -> Tensor:
         """`[n]`; copied to the device when they change, not in every step."""
@@ -226,6 +232,7 @@ class Engine:
 
         def moved() -> Iterator[Batch]:
             for batch in batches:
+                batch = self._scored(batch)
                 if token_bytes is not None:
                     spelled.add_(spelled_bytes(batch.labels.cpu(), token_bytes))
                 yield batch.to(device)

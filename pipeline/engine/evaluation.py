@@ -84,7 +84,7 @@ def evaluate_heads(
         `[3 * n]`: loss sums, target counts, and positions where heads 1 .. k all agree; zero for
         heads of other ranks, the agreement only where head 1 is.
     """
-    context = model.context(trunk_output.shape[0], trunk_output.device, batch.documents)
+    context = model.heads_context(trunk_output, batch.documents)
     norm, unembedding = model.heads.lm_head()
     sums = torch.zeros(3, len(batch.labels), dtype=torch.float64, device=trunk_output.device)
     shape = (len(batch.labels), *trunk_output.shape[:2])

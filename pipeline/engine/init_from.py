@@ -11,6 +11,7 @@ from data_prep.shards.shard_set import ShardSet
 from foundation.shown_text import reason
 from model.errors import CheckpointError, ConfigError
 from model.hugging_face.config import read_llama_config
+from model.hugging_face.early_exit import LowerLayers
 from model.hugging_face.identity import (
     ImportedIdentity,
     TokenizerOrigin,
@@ -18,6 +19,7 @@ from model.hugging_face.identity import (
     read_identity,
 )
 from model.hugging_face.importing import ImportedWeights, LlamaFolder
+from model.memory.sizes import MEMORY
 from pipeline.checkpoint.file_names import FOLDER, IMPORTED, TOKENIZER
 from pipeline.config.run_config import RunConfig
 from pipeline.distributed.agreement import from_main
@@ -45,7 +47,7 @@ def imported_weights(
     if resumed:
         logger.info("train.init_from=%s is not read: the run goes on", config.train.init_from)
         return None
-    folder = _open_folder(config.train.init_from)
+    folder = _open_folder(config)
     folder.check(config.model)
     _check_tokenizer(folder, shards)
     _verify_once(folder, topology)
@@ -77,10 +79,20 @@ def imported_identity(config: RunConfig, shards: ShardSet, resumed_from: Path | 
         if resumed_from is not None:
             found.append(load_identity(resumed_from / IMPORTED))
         elif directory is not None:
-            found.append(_read_identity(directory, shards))
+            found.append(_with_early_exit(_read_identity(directory, shards), config))
 
     from_main(read, CheckpointError)
     return "".join(kept.model_dump_json(indent=1) + "\n" for kept in found if kept) or None
+
+
+def _with_early_exit(kept: ImportedIdentity, config: RunConfig) -> ImportedIdentity:
+    """The same, and of an adapter's run which model the adapter drafts for."""
+    if config.train.freeze != "early_exit":
+        return kept
+    logger.info("hashing all weights of %s, which the adapter drafts for", config.train.init_from)
+    assert config.train.init_from is not None
+    early_exit = LowerLayers(config.train.init_from).early_exit(config.model)
+    return kept.model_copy(update={"early_exit": early_exit})
 
 
 def _read_identity(directory: Path, shards: ShardSet) -> ImportedIdentity:
@@ -112,13 +124,15 @@ def planned_import(config: RunConfig) -> list[str]:
         return []
     if not directory.exists():
         return [f"weights from {directory}: not on this machine, so not looked at"]
-    folder = _open_folder(directory)
+    folder = _open_folder(config)
     folder.check(config.model)
     return describe_import(folder, config)
 
 
 def describe_import(folder: LlamaFolder, config: RunConfig) -> list[str]:
     """What is taken from the folder and what is not, one line each."""
+    if config.train.freeze == "early_exit":
+        return _describe_early_exit(folder, config)
     model = config.model
     heads, new = model.future_tokens, folder.new_heads(model)
     taken = heads - len(new)
@@ -136,9 +150,27 @@ def describe_import(folder: LlamaFolder, config: RunConfig) -> list[str]:
         )
     if folder.sizes.tied:
         lines.append("its embedding is its unembedding, too; here they are two and may part")
+    if config.model.memory is not None:
+        begun = "goes on from its own" if folder.holds(f"{MEMORY}initial", model) else "is fresh"
+        alone = ", and it alone is trained" if config.train.freeze == "all_but_memory" else ""
+        lines.append(f"the memory {begun}{alone}")
     if config.train.freeze == "trunk":
         lines.append(f"only heads 2 to {heads} are trained; its next-token model stays as it is")
     return lines
+
+
+def _describe_early_exit(folder: LlamaFolder, config: RunConfig) -> list[str]:
+    """What an adapter stands on, and what it begins as."""
+    layer, last = config.model.trunk_layers, config.model.layers - 1
+    copied = f"a copy of its layer {layer}"
+    if last > layer:
+        copied = f"a copy of its layers {layer} to {last}"
+    began = "fresh" if config.train.init_heads == "fresh" else copied
+    return [
+        f"weights from {folder.directory}: the first {layer} of its {folder.sizes.layers} layers, "
+        "embedding and LM head",
+        f"the early-exit adapter on them is {began}; it alone is trained",
+    ]
 
 
 def _describe_new_heads(folder: LlamaFolder, config: RunConfig, new: list[int]) -> str:
@@ -160,19 +192,21 @@ def _describe_new_heads(folder: LlamaFolder, config: RunConfig, new: list[int]) 
     return f"{which} {'a copy' if one else 'copies'} of {copied}, the next-token head"
 
 
-def _open_folder(directory: Path) -> LlamaFolder:
-    """The folder, unless it is one of a run.
+def _open_folder(config: RunConfig) -> LlamaFolder:
+    """The folder of `train.init_from`, unless it is one of a run.
 
     Raises:
         ConfigError: it is, or it cannot be imported.
         CheckpointError: a file is missing or unreadable.
     """
+    directory = config.train.init_from
+    assert directory is not None
     if (directory / FOLDER).is_dir() or directory.parent.name == FOLDER:
         raise ConfigError(
             f"train.init_from={directory} is a checkpoint, or a run with checkpoints, not a model; "
             f"export it with python -m pipeline.export {directory} EXPORT and give that folder"
         )
-    return LlamaFolder(directory)
+    return LowerLayers(directory) if config.train.freeze == "early_exit" else LlamaFolder(directory)
 
 
 def _check_tokenizer(folder: LlamaFolder, shards: ShardSet) -> None:

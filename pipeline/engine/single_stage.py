@@ -1,7 +1,8 @@
 """Micro-batches through a model that this rank holds whole (or its tensor-parallel part of)."""
 
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,23 @@ from torch import Tensor
 from data_prep.loading.loader import Batch
 from model.backward import joint_loss, sequential_backward
 from model.language_model import MultiTokenModel
+from model.memory.unrolling import windows
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.evaluation import evaluate_heads
+
+
+class _Pass(NamedTuple):
+    """A forward and backward of the whole model.
+
+    Attributes:
+        forward: of the engine, which takes what follows the trunk.
+        scored: what the trunk's output is of.
+        sequence_losses: `[B]`, gets head 1's loss sum of each sequence added; or None.
+    """
+
+    forward: Callable[..., Any]
+    scored: Batch
+    sequence_losses: Tensor | None
 
 
 class SingleStage:
@@ -38,41 +54,68 @@ class SingleStage:
     ) -> Tensor:
         """Forward and backward of a step's micro-batches; see `Execution.run`."""
         sums = torch.zeros_like(scales)
-        for index, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            losses = None if sequence_losses is None else sequence_losses[index]
-            sums += self._micro_step(batch, scales, losses)
+        passes = [
+            one
+            for index, batch in enumerate(batches)
+            for one in self._passes(
+                batch, None if sequence_losses is None else sequence_losses[index]
+            )
+        ]
+        for index, one in enumerate(passes):
+            self._engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
+            sums += self._forward_backward(one, scales)
         return sums
 
-    def _micro_step(self, batch: Batch, scales: Tensor, sequence_losses: Tensor | None) -> Tensor:
-        """Forward and backward of one micro-batch; each head's local loss sum `[n]`."""
+    def _passes(self, batch: Batch, sequence_losses: Tensor | None) -> list["_Pass"]:
+        """What a micro-batch is run in: one pass, or of a model with a memory one a window.
+
+        To DeepSpeed each is a micro-batch of its own, so that every parameter has one gradient in
+        every backward, and no more than a window's activations exist at a time.
+        """
+        forward = functools.partial(self._engine, batch.tokens, documents=batch.documents)
+        sizes = self._config.model.memory
+        if sizes is None:
+            return [_Pass(forward, batch, sequence_losses)]
+        memories: list[Tensor] = []
+        return [
+            _Pass(
+                functools.partial(forward, window=window, memories=memories),
+                _columns(batch, window.scored * sizes.segment, window.stop * sizes.segment),
+                sequence_losses,
+            )
+            for window in windows(sizes, batch.tokens.shape[1])
+        ]
+
+    def _forward_backward(self, one: "_Pass", scales: Tensor) -> Tensor:
+        """Forward and backward of one pass; each head's local loss sum `[n]`."""
         begun = self._now()
+        labels, documents = one.scored.labels, one.scored.documents
         if self._config.train.head_backward == "joint":
 
             def joint(trunk_output: Tensor) -> tuple[Tensor, Tensor]:
                 return joint_loss(
                     self._model,
                     trunk_output,
-                    batch.labels,
+                    labels,
                     scales,
                     chunk_tokens=self._chunk_tokens,
-                    documents=batch.documents,
+                    documents=documents,
                 )
 
-            sums, surrogate = self._engine(batch.tokens, joint, documents=batch.documents)
+            sums, surrogate = one.forward(joint)
             # DeepSpeed divides the gradient of what a forward returned by the accumulation, unless
             # it has seen the loss before; without ZeRO it has not when the two are one tensor.
             surrogate = surrogate * 1.0
         else:
-            trunk_output = self._engine(batch.tokens, documents=batch.documents)
+            trunk_output = one.forward()
             sums, surrogate = sequential_backward(
                 self._model,
                 trunk_output,
-                batch.labels,
+                labels,
                 scales,
                 chunk_tokens=self._chunk_tokens,
-                documents=batch.documents,
-                sequence_losses=sequence_losses,
+                documents=documents,
+                sequence_losses=one.sequence_losses,
             )
         if begun is not None:  # the trunk's backward, which follows, has the reduction in it
             self._own_work.append((begun, self._now()))
@@ -125,3 +168,13 @@ class SingleStage:
     def idle_fractions(self) -> list[float]:
         """One stage has no other to wait for."""
         return []
+
+
+def _columns(batch: Batch, start: int, stop: int) -> Batch:
+    """Some positions of all sequences."""
+    documents = batch.documents
+    return Batch(
+        batch.tokens[:, start:stop],
+        batch.labels[:, :, start:stop],
+        None if documents is None else documents[:, start:stop],
+    )

@@ -34,7 +34,7 @@ from model.inference.cache import Block, Cache
 from model.inference.network import Network
 from model.operations.agreement import agreement_counts
 from pipeline.evaluating.model_folder import EvaluatedModel
-from pipeline.evaluating.texts import Stream, TextKind
+from pipeline.evaluating.texts import Marks, Stream, TextKind
 
 IGNORED = -100
 _NO_PREDICTION = -1
@@ -83,12 +83,14 @@ class _Window(NamedTuple):
 
     Attributes:
         tokens: of the window, and up to n behind it.
+        marks: of these tokens, if only some are targets.
         length: tokens that are read.
         first: the first position that counts.
         ends: whether the stream ends with it.
     """
 
     tokens: Stream
+    marks: Marks | None
     length: int
     first: int
     ends: bool
@@ -123,7 +125,7 @@ def measure(
     total, by_kind = _Sums(none, none, none, none), {}
     for kind in kinds:
         sums = _Sums(none, none, none, none)
-        for batch in _batches(_windows_of(kind.streams, windows, network.num_heads)):
+        for batch in _batches(_windows_of(kind, windows, network.num_heads)):
             sums = sums.plus(reader.read(batch))
         by_kind[kind.name] = _figures(kind.documents, sums)
         total = total.plus(sums)
@@ -144,10 +146,11 @@ def _figures(documents: int, sums: _Sums) -> HeldOut:
     )
 
 
-def _windows_of(streams: Sequence[Stream], windows: Windows, heads: int) -> Iterator[_Window]:
+def _windows_of(kind: TextKind, windows: Windows, heads: int) -> Iterator[_Window]:
     """The windows of a kind's streams."""
     left = math.inf if windows.max_positions is None else windows.max_positions
-    for stream in streams:
+    for number, stream in enumerate(kind.streams):
+        marks = None if kind.marks is None else kind.marks[number]
         targeted = len(stream) - 1  # positions that a token follows
         positions = int(min(targeted, left))
         left -= positions
@@ -156,6 +159,7 @@ def _windows_of(streams: Sequence[Stream], windows: Windows, heads: int) -> Iter
             end = min(start + windows.size, positions)
             yield _Window(
                 tokens=stream[start : end + heads],
+                marks=None if marks is None else marks.part(start, end + heads),
                 length=end - start,
                 first=done - start,
                 ends=end == targeted,
@@ -274,9 +278,12 @@ def _tensors(
         tokens[row, : window.length] = window.tokens[: window.length]
         for head in range(1, heads + 1):
             ahead = window.tokens[window.first + head : window.length + head]
-            targets[head - 1, row, window.first : window.first + len(ahead)] = ahead
+            found = targets[head - 1, row, window.first : window.first + len(ahead)]
+            found[:] = ahead
+            if window.marks is not None:
+                found[~window.marks.allow(window.first, head, len(ahead))] = IGNORED
         last = window.length if window.ends else window.length - heads + 1
         comparable[row, window.first : max(last, 0)] = True
-    found = (torch.from_numpy(array).to(device) for array in (tokens, targets, comparable))
-    inputs, labels, compared = found
+    arrays = (tokens, targets, comparable)
+    inputs, labels, compared = (torch.from_numpy(array).to(device) for array in arrays)
     return inputs, labels, compared

@@ -3,7 +3,7 @@
 A kind is a source of a shard set, a file, or what a key of JSON lines says. Its tokens are one
 stream when the model was trained across the ends of documents, each document then ended by the
 token that ends it; else each document is a stream of its own, which the model's beginning of text
-begins, if it has one.
+begins, if it has one. Of prompts and completions, only completions are targets, as in training.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +26,28 @@ _BATCH = 1024  # documents that are encoded at once
 _MOST_KINDS = 1000
 
 
+class Marks(NamedTuple):
+    """Which tokens of a stream may be targets, and of which positions.
+
+    Attributes:
+        targets: `[tokens]` bool: false for those of prompts.
+        documents: `[tokens]` numbers: a target is of the position's own document.
+    """
+
+    targets: NDArray[np.bool_]
+    documents: NDArray[np.int64]
+
+    def part(self, start: int, end: int) -> "Marks":
+        """Those of the tokens from `start` on, before `end`."""
+        return Marks(self.targets[start:end], self.documents[start:end])
+
+    def allow(self, first: int, head: int, count: int) -> NDArray[np.bool_]:
+        """Whether the positions from `first` on have a target of a head, `[count]`."""
+        ahead = slice(first + head, first + head + count)
+        same = self.documents[ahead] == self.documents[first : first + count]
+        return self.targets[ahead] & same
+
+
 class TextKind(NamedTuple):
     """Texts whose figures go together.
 
@@ -33,11 +55,13 @@ class TextKind(NamedTuple):
         name: the kind.
         documents: how many, the last one maybe in part.
         streams: tokens; all documents in one, or one for each.
+        marks: of each stream; None = every token is a target, of any position before it.
     """
 
     name: str
     documents: int
     streams: list[Stream]
+    marks: list[Marks] | None = None
 
 
 def of_shards(
@@ -72,11 +96,15 @@ def of_shards(
             count = min(count, max_tokens + model.network.num_heads)
         tokens = stream.read(0, count)
         starts = stream.document_starts(0, count)
+        marks = _marks(stream, count, starts) if stream.has_targets else None
         if joined:
-            kinds.append(TextKind(source, len(starts), [tokens]))
+            whole = None if marks is None else [marks]
+            kinds.append(TextKind(source, len(starts), [tokens], whole))
         else:
-            documents = np.split(tokens, starts[1:])
-            kinds.append(TextKind(source, len(starts), _begun(model, documents)))
+            documents = _begun(model, np.split(tokens, starts[1:]))
+            kinds.append(
+                TextKind(source, len(starts), documents, _begun_marks(model, marks, starts))
+            )
     shards.close()
     return kinds
 
@@ -136,6 +164,31 @@ def _begun(model: EvaluatedModel, documents: Sequence[Stream]) -> list[Stream]:
     if model.begin is None:
         return list(documents)
     return [np.insert(document, 0, model.begin) for document in documents]
+
+
+def _marks(stream: ShardSet, count: int, starts: NDArray[np.int64]) -> Marks:
+    """What a source of prompts and completions says of its first tokens."""
+    targets = np.empty(count, np.bool_)
+    stream.read_targets(0, targets)
+    begins = np.zeros(count, np.int64)
+    begins[starts] = 1
+    return Marks(targets, begins.cumsum())
+
+
+def _begun_marks(
+    model: EvaluatedModel, marks: Marks | None, starts: NDArray[np.int64]
+) -> list[Marks] | None:
+    """The marks of each document, as `_begun` begins it."""
+    if marks is None:
+        return None
+    ends = [*starts[1:].tolist(), len(marks.targets)]
+    parts = [marks.part(*ends_of) for ends_of in zip(starts.tolist(), ends, strict=True)]
+    if model.begin is None:
+        return parts
+    return [
+        Marks(np.insert(part.targets, 0, False), np.insert(part.documents, 0, part.documents[0]))
+        for part in parts
+    ]
 
 
 def _encode(model: EvaluatedModel, texts: Sequence[str]) -> Iterator[Stream]:

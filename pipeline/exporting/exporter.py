@@ -13,6 +13,7 @@ from data_prep.tokenization.tokenizer import Tokenizer
 from foundation.bounded_files import read_bounded
 from model.errors import CheckpointError
 from model.hugging_face.acceptance import ACCEPTANCE_NAME
+from model.hugging_face.early_exit import EARLY_EXIT_NAME, EarlyExit
 from model.hugging_face.folder import ExportDescription
 from model.hugging_face.identity import ImportedIdentity, load_identity
 from pipeline.checkpoint.file_names import IMPORTED, TOKENIZER, WEIGHTS
@@ -34,6 +35,9 @@ WHOLE_MODEL_BYTES = 2 << 30
 _TOKENIZER_BYTES = 1 << 30
 
 
+_NAMES_CHECKED = ", names and shapes are those of transformers' classes"
+
+
 class _Trained(NamedTuple):
     """What is exported."""
 
@@ -43,6 +47,7 @@ class _Trained(NamedTuple):
     tokenizer: Tokenizer
     description: ExportDescription
     identity: Identity
+    early_exit: EarlyExit | None
 
 
 def export_checkpoint(
@@ -67,7 +72,7 @@ def export_checkpoint(
         card=model_card(
             trained.config, trained.state, trained.description, records, trained.identity.card
         ),
-        add=lambda folder: agreement.extend(_add_acceptance(folder, trained)),
+        add=lambda folder: agreement.extend(_add_files(folder, trained)),
         check=lambda folder: results.extend(_checked(folder, trained)),
     )
     report(
@@ -75,7 +80,8 @@ def export_checkpoint(
         f"{trained.config.model.num_parameters():,} parameters in {trained.description.dtype}, "
         f"{trained.config.model.future_tokens} heads"
     )
-    report("every tensor is the checkpoint's, names and shapes are those of transformers' classes")
+    names = "" if trained.config.model.memory else _NAMES_CHECKED
+    report(f"every tensor is the checkpoint's{names}")
     for line in (*(parity.summary() for parity in results), *agreement):
         report(line)
     return tuple(results)
@@ -104,7 +110,8 @@ def _read(checkpoint: Path, dtype: str | None, eos_token: str | None) -> _Traine
         }
     )
     identity = _identity(config, description, tokenizer.content, imported)
-    return _Trained(checkpoint, config, state, tokenizer, description, identity)
+    early_exit = imported.early_exit if imported else None
+    return _Trained(checkpoint, config, state, tokenizer, description, identity, early_exit)
 
 
 def _identity(
@@ -123,10 +130,23 @@ def _identity(
     return own
 
 
+def _add_files(folder: Path, trained: _Trained) -> Iterator[str]:
+    """Write what only some exports have; a line about each."""
+    if trained.early_exit is not None:
+        text = trained.early_exit.model_dump_json(indent=1) + "\n"
+        (folder / EARLY_EXIT_NAME).write_text(text, "utf-8")
+        layer, layers = trained.early_exit.layer, trained.early_exit.model_layers
+        yield (
+            f"it holds an early-exit adapter on layer {layer} of the {layers} of "
+            f"{trained.early_exit.model}, for --early-exit of python -m model.generate"
+        )
+    yield from _add_acceptance(folder, trained)
+
+
 def _add_acceptance(folder: Path, trained: _Trained) -> Iterator[str]:
     """Write down how often the heads are right on held-out text, and say it, or why not."""
     heads = trained.config.model.future_tokens
-    if heads == 1:
+    if heads == 1 or trained.config.model.memory is not None:  # whose heads do not draft
         return
     try:
         if _is_large(trained.description):
@@ -163,10 +183,12 @@ def _checked(folder: Path, trained: _Trained) -> Iterator[Parity]:
 
 def _compared(folder: Path, description: ExportDescription, weights: Path) -> Iterator[Parity]:
     files = StateFiles(weights, description.model)
-    check_names(folder)
+    if description.model.memory is None:
+        check_names(folder)
     check_values(folder, description, files)
     yield compare_layers(folder, description, files)
-    if not _is_large(description):
+    # No class of transformers runs a whole model with a memory.
+    if description.model.memory is None and not _is_large(description):
         yield compare(folder, description, read_weights(weights, description.model))
 
 

@@ -187,8 +187,9 @@ class _Written:
     def __init__(self, folder: Path, description: ExportDescription) -> None:
         self._tensors = StoredTensors(folder, ALL_HEADS_INDEX_NAME)
         self._model = description.model
-        linear = description.model.head_kind == "linear"
-        self._config: Any = (HeadwayConfig if linear else LlamaConfig).from_pretrained(folder)
+        # Of a model that is no Llama.
+        own = self._model.head_kind == "linear" or self._model.memory is not None
+        self._config: Any = (HeadwayConfig if own else LlamaConfig).from_pretrained(folder)
         self._config._attn_implementation = "sdpa"  # causal where it is given no mask
         self._rotary = LlamaRotaryEmbedding(self._config)
         with torch.device("meta"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.hugging_face.folder import ExportDescription
+from model.memory.sizes import MemorySizes
 from model.structure.head_weights import phases
 from pipeline.checkpoint.train_state import TrainState
 from pipeline.config.run_config import RunConfig
@@ -139,6 +140,14 @@ def _origin(config: RunConfig) -> str:
     source = config.train.init_from
     if source is None:
         return ""
+    if config.train.freeze == "early_exit":
+        return (
+            f"\nIt is the first {config.model.trunk_layers} layers, the embedding and the LM head "
+            f"of the model in `{source.name}`, as they were, and an early-exit adapter on them: "
+            "head 1 here, which drafts for that model "
+            "([Liu et al. 2024](https://arxiv.org/abs/2404.18911)):\n\n"
+            "```\npython -m model.generate MODEL --early-exit folder --compare\n```\n"
+        )
     frozen = config.train.freeze == "trunk"
     what = "They were left as they were" if frozen else "Its training went on from there"
     return f"\nTrunk and head 1 began as the model in `{source.name}`. {what}.\n"
@@ -159,7 +168,15 @@ def _sizes(description: ExportDescription) -> list[tuple[str, str]]:
             f"{model.rope_theta:g}" + (f", {scaling.rope_type} scaling" if scaling else ""),
         ),
         ("Weights", description.dtype),
+        *([] if model.memory is None else [("Memory", _memory(model.memory))]),
     ]
+
+
+def _memory(sizes: MemorySizes) -> str:
+    return (
+        f"segments of {sizes.segment} tokens, {sizes.cache} memories, mode {sizes.mode}; "
+        "run by `python -m model.generate`, and by no class of transformers"
+    )
 
 
 def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:
@@ -181,6 +198,8 @@ def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:
     ]
     if config.train.freeze == "trunk":
         rows.append(("Trained", f"heads 2 to {config.model.future_tokens} only"))
+    if config.train.freeze == "early_exit":
+        rows.append(("Trained", "the adapter, head 1, only"))
     return rows
 
 

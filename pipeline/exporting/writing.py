@@ -71,7 +71,8 @@ def write_export(
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         for name, content in identity.files.items():
             (folder / name).write_bytes(content)
-        (folder / _CODE.name).write_bytes(_CODE.read_bytes())
+        if description.model.memory is None:
+            (folder / _CODE.name).write_bytes(_CODE.read_bytes())
         if card:
             (folder / CARD_NAME).write_text(card, "utf-8")
         if add is not None:
@@ -111,6 +112,13 @@ def hf_config(description: ExportDescription) -> dict[str, Any]:
                 "AutoModelForCausalLM": f"{_CODE.stem}.{_LINEAR_CLASS}",
             },
         }
+    if config.memory is not None:  # likewise, and no class of transformers runs it
+        written |= {
+            "architectures": ["HeadwayMemory"],
+            "model_type": LINEAR_MODEL_TYPE,
+            "memory": config.memory.model_dump(mode="json"),
+        }
+        del written["auto_map"]
     return written
 
 

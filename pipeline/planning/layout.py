@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
+from model.structure.freezing import Freeze
 from model.structure.part import ModelPart
 
 Checkpointing = Literal["none", "full", "selective"]
@@ -53,7 +54,7 @@ class Work:
         bucket: gradient elements that are reduced at once.
         fp32_reduction: whether gradients travel in fp32; None = from so many ranks on as
             `parallel.reduce_precision=auto` has it.
-        freeze_trunk: whether only heads 2 .. n are trained.
+        freeze: what is not trained, as `train.freeze`.
     """
 
     model: ModelConfig
@@ -61,7 +62,7 @@ class Work:
     chunk_tokens: int = 4096
     bucket: int = 500_000_000
     fp32_reduction: bool | None = None
-    freeze_trunk: bool = False
+    freeze: Freeze = "none"
 
 
 @dataclass(frozen=True)

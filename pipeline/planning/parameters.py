@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from model.config import ModelConfig
+from model.structure.freezing import Freeze, is_head_trained
 from model.structure.part import ModelPart
 
 
@@ -28,7 +29,7 @@ class RankParameters(NamedTuple):
 
 
 def rank_parameters(
-    part: ModelPart, model: ModelConfig, tensor_size: int, *, freeze_trunk: bool = False
+    part: ModelPart, model: ModelConfig, tensor_size: int, *, freeze: Freeze = "none"
 ) -> RankParameters:
     """Elements of a rank: matrices and the unembedding are divided, norm weights are not."""
     count, hidden = model.parameter_count(), model.hidden_size
@@ -44,9 +45,11 @@ def rank_parameters(
         lm_head = shared + further
         owned = lm_head if part.owns_lm_head else further
     held = len(part.trunk_layers) * layer + len(part.heads) * head + owned
-    held += part.has_embedding * count.embedding / tensor_size
-    trained_heads = sum(1 for number in part.heads if number > 1 or not freeze_trunk)
-    trained = trained_heads * head + further if freeze_trunk else held
+    held += part.has_embedding * (count.embedding / tensor_size + count.memory)
+    trained_heads = sum(is_head_trained(number, freeze) for number in part.heads)
+    trained = held if freeze == "none" else trained_heads * head + further
+    if freeze == "all_but_memory":
+        trained = count.memory
     return RankParameters(held, trained, lm_head, trained_heads * head, layer, lm_head - owned)
 
 

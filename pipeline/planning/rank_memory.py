@@ -119,13 +119,13 @@ class RankMemory(NamedTuple):
 def rank_memory(work: Work, layout: Layout, machine: Machine, stage: int) -> RankMemory:
     """What a rank of a stage needs."""
     part, size = layout.plan[stage], machine.element_bytes
-    count = rank_parameters(part, work.model, layout.tensor, freeze_trunk=work.freeze_trunk)
+    count = rank_parameters(part, work.model, layout.tensor, freeze=work.freeze)
     micro = micro_batch(work, layout, machine)
     kept = stage_activation_bytes(
-        layout.plan, stage, work.model, micro, trunk_trained=not work.freeze_trunk
+        layout.plan, stage, work.model, micro, trunk_trained=work.freeze == "none"
     )
     logits = loss_bytes(work.model, micro, work.chunk_tokens) if part.heads else 0.0
-    shared = 0.0 if work.freeze_trunk else count.lm_head * _FP32
+    shared = count.lm_head * _FP32 if work.freeze == "none" else 0.0
     passing = 2 * work.model.ffn_hidden_size / layout.tensor * micro.tokens * size
     running = layer_activation_bytes(
         work.model,

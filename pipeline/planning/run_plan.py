@@ -143,7 +143,7 @@ def work_of(config: RunConfig, device: Device) -> Work:
         config.train.chunk_tokens(device),
         config.parallel.reduce_bucket_size,
         None if wanted == "auto" else wanted == "fp32",
-        config.train.freeze == "trunk",
+        config.train.freeze,
     )
 
 

@@ -27,6 +27,7 @@ bandwidth, e bytes of an element.
 from dataclasses import replace
 
 from model.config import ModelConfig
+from model.structure.freezing import heads_trained_alone, is_head_trained
 from model.structure.part import ModelPart
 from pipeline.planning.layout import Layout, Machine, Prediction, Work
 from pipeline.planning.parameters import rank_parameters
@@ -76,8 +77,8 @@ def micro_batch_cost(work: Work, layout: Layout, machine: Machine, part: ModelPa
     # A linear head is a small part of a layer.
     per_head = model.layers_per_head or model.hidden_size**2 / layer_matrices(model)
     layers = heads * per_head
-    if work.freeze_trunk:  # head 1 only forward; no gradient of the unembedding
-        trained = sum(1 for head in part.heads if head > 1)
+    if work.freeze != "none":  # frozen heads only forward; no gradient of the unembedding
+        trained = sum(is_head_trained(head, work.freeze) for head in part.heads)
         trained_layers = trained * per_head
         computing = layers * forward + heads * lm_head_s
         computing += trained_layers * backward + trained * lm_head_s
@@ -128,7 +129,7 @@ def _once_a_step(work: Work, layout: Layout, machine: Machine) -> float:
     model, size = work.model, machine.element_bytes
     seconds = []
     for part in layout.plan:
-        count = rank_parameters(part, model, layout.tensor, freeze_trunk=work.freeze_trunk)
+        count = rank_parameters(part, model, layout.tensor, freeze=work.freeze)
         traffic = ring_s(once_bytes(count.trained, count.held, work, layout, size), layout, machine)
         seconds.append(count.trained / layout.data * machine.optimizer_s + traffic)
     unembedding = model.vocab_size * model.hidden_size / layout.tensor
@@ -191,7 +192,8 @@ def all_reduce_s(num_bytes: float, ranks: int, bandwidth: float, latency_s: floa
 
 def step_flops(work: Work, layout: Layout) -> float:
     """Useful floating point operations of a step."""
-    per_token = work.model.flops_per_token(work.sequence_length, frozen=work.freeze_trunk)
+    model, alone = work.model, heads_trained_alone(work.model.future_tokens, work.freeze)
+    per_token = model.flops_per_token(work.sequence_length, trained_heads=alone)
     return per_token * layout.samples * work.sequence_length
 
 

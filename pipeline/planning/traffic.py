@@ -26,9 +26,7 @@ class Traffic(NamedTuple):
 
 def rank_traffic(work: Work, layout: Layout, machine: Machine, stage: int) -> list[Traffic]:
     """What a rank of a stage receives, without what is nothing."""
-    count = rank_parameters(
-        layout.plan[stage], work.model, layout.tensor, freeze_trunk=work.freeze_trunk
-    )
+    count = rank_parameters(layout.plan[stage], work.model, layout.tensor, freeze=work.freeze)
     found = [
         *_of_zero(count, work, layout, machine),
         _of_tensor_parallel(work, layout, machine, stage),
@@ -48,7 +46,7 @@ def _of_zero(count: RankParameters, work: Work, layout: Layout, machine: Machine
         scattered = micro_batches * share * count.trained * sent
         found.append(Traffic("gradients of every micro-batch", near, scattered))
     if layout.zero == 3:
-        gathers = (1 if work.freeze_trunk else 2) * micro_batches
+        gathers = (2 if work.freeze == "none" else 1) * micro_batches
         if layout.neighbors > 1:
             share = (layout.neighbors - 1) / layout.neighbors
             near = layout.neighbors * layout.tensor <= machine.ranks_per_node

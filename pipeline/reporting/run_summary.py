@@ -3,6 +3,8 @@
 import json
 from typing import NamedTuple
 
+from model.config import ModelConfig
+from model.memory.sizes import MemorySizes
 from model.operations.documents import takes_blocks
 from model.structure.activation_memory import layer_activation_bytes
 from pipeline.config.run_config import (
@@ -87,6 +89,8 @@ def summarize_run(
         f"compute       {flops:.4g} FLOPs per token, {flops * tokens:.4g} per step, "
         f"{flops * tokens * config.last_step:.4g} for the run",
     ]
+    if model.memory is not None:
+        lines.insert(2, _remembering(model, model.memory, config.data.sequence_length))
     lines += _memory(config, world_size, device, precision)
     if config.data.document_mask:
         form = "torch's flex attention" if takes_blocks(device, model.head_dim) else "a bias"
@@ -101,6 +105,18 @@ def summarize_run(
         for line in settings_without_effect(config, data_parallel_size=data_size, device=device)
     ]
     return RunSummary(lines, json.dumps(settings, indent=2), to_yaml(config))
+
+
+def _remembering(model: ModelConfig, sizes: MemorySizes, length: int) -> str:
+    """What a memory adds, and how a sequence is run with it."""
+    count = model.parameter_count()
+    share = 100 * count.memory / (count.total - count.memory)
+    per_loss = min(sizes.bptt + 1, sizes.num_segments(length))
+    return (
+        f"memory        {count.memory:,} of the parameters ({share:.3g} % more than without), "
+        f"{sizes.num_segments(length)} segments of {sizes.segment}, {sizes.mode}, "
+        f"{per_loss} at a time for backward"
+    )
 
 
 def _memory(config: RunConfig, world_size: int, device: Device, precision: Precision) -> list[str]:

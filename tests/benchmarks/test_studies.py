@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ from benchmarks.studies.choice_points.tables import (
     relative_gap,
     terms_at,
 )
-from benchmarks.studies.grid import load_grid, point_name
+from benchmarks.studies.finetuning.words import make_question, make_text
+from benchmarks.studies.grid import load_grid, point_name, variants
 from benchmarks.studies.induction.stories import tell, two_token_names
 from benchmarks.studies.polynomials.problems import make_problem
 from benchmarks.studies.polynomials.ring import SIZE, add, compose, multiply, negate
+from benchmarks.studies.runner import plan_run
 from tests.support.tiny_export import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -139,15 +143,71 @@ def test_names_are_two_tokens_after_a_space() -> None:
     assert two_token_names(plain, 5, seed=1) == []
 
 
-@pytest.mark.parametrize("name", ["polynomials", "which_heads", "induction"])
+def test_questions_on_words_are_answered() -> None:
+    """Letter by letter, by another way; and no word that is asked is ever shown."""
+    generator = random.Random(6)
+    after = str.maketrans("abcdefgh", "bcdefgha")
+    steps: dict[str, Callable[[str], str]] = {
+        "u": lambda word: word.upper(),
+        "n": lambda word: word.translate(after),
+        "s": lambda word: re.sub("(.)(.)", r"\2\1", word),
+        "t": lambda word: "".join(word[place - 5] for place in range(6)),
+        "c": lambda word: word,
+    }
+    asked, shown, signs = set[str](), set[str](), set[str]()
+    for _ in range(500):
+        for held_out, words in ((True, asked), (False, shown)):
+            question = make_question(generator, asked=held_out)
+            both, word = question.prompt.split()
+            assert question.answer == steps[both[0]](steps[both[1]](word))
+            words.add(word)
+            signs.add(both)
+        for line in make_text(generator).splitlines():
+            sign, word, found = line.split()
+            assert found == steps[sign](word)
+            shown.add(word)
+    assert len(asked) > 400
+    assert not asked & shown
+    assert signs == {"un", "us", "ut", "sn", "tn"}
+
+
+def test_points_share_what_they_begin_with(tmp_path: Path) -> None:
+    """The run of the same seed, once; another configuration of it is another point."""
+    (tmp_path / "manifest.json").write_text('{"fingerprint": "f"}')
+    prepared = {"texts": tmp_path, "questions": tmp_path}
+    grid = load_grid(STUDIES / "finetuning" / "grid.yaml", quick=False)
+    runs = [
+        plan_run(grid, settings, tmp_path / point_name(settings), prepared)
+        for settings in grid.settings()
+    ]
+    before = [run.before for run in runs if run.before]
+    assert len(before) == len(runs) == 12
+    assert len({run.folder for run in before}) == len({run.digest for run in before}) == 6
+    for run, earlier in zip(runs, before, strict=True):
+        assert run.config["train"]["init_from"] == str(earlier.export)
+        assert run.config["run"]["seed"] == earlier.config["run"]["seed"]
+        assert run.settings["train.init_from"] == f"n={earlier.config['model']['future_tokens']}"
+    longer = {name: {**run, "train.steps": 7} for name, run in grid.pretrain.items()}
+    settings, changed = runs[0].settings, grid._replace(pretrain=longer)
+    assert plan_run(changed, settings, runs[0].folder, prepared).digest != runs[0].digest
+
+
+@pytest.mark.parametrize("name", ["polynomials", "which_heads", "induction", "finetuning"])
 def test_grids_are_whole(name: str) -> None:
-    """At least three seeds; names of points differ; a quick try is a part."""
+    """At least three seeds; names of points differ; a quick try is a part; so with variants."""
     grid = load_grid(STUDIES / name / "grid.yaml", quick=False)
     points = list(grid.settings())
     assert len({point["run.seed"] for point in points}) >= 3
     assert len({point_name(point) for point in points}) == len(points)
-    quick = list(load_grid(STUDIES / name / "grid.yaml", quick=True).settings())
+    path = STUDIES / name / "grid.yaml"
+    quick = list(load_grid(path, quick=True).settings())
     assert len(quick) < len(points)
+    readme = (STUDIES / name / "README.md").read_text()
+    for variant in variants(path):
+        found = load_grid(path, variant=variant)
+        assert len({point["run.seed"] for point in found.settings()}) >= 3
+        assert found._replace(variant="") != grid
+        assert f"<!-- {variant} begin -->" in readme
 
 
 @pytest.mark.parametrize(
@@ -156,6 +216,7 @@ def test_grids_are_whole(name: str) -> None:
         pytest.param("induction", marks=pytest.mark.stress),
         pytest.param("polynomials", marks=pytest.mark.stress),
         pytest.param("which_heads", marks=pytest.mark.stress),
+        pytest.param("finetuning", marks=pytest.mark.stress),
     ],
 )
 def test_a_quick_try_gives_a_table_and_is_not_repeated(name: str, tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ The runs are small ones on two nodes; what many of them in a row do, and how a j
 in `test_training.py`.
 """
 
-import shutil
+import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,12 +50,22 @@ class Disturbed:
         config: of the run.
         folder: of the job's output.
         options: more of sbatch.
+        settings: more of `--set`.
     """
 
-    def __init__(self, cluster: Cluster, config: Path, folder: Path, *options: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: Path,
+        folder: Path,
+        *options: str,
+        settings: Sequence[str] = (),
+    ) -> None:
         self.cluster = cluster
         self.run_dir = folder / "run"
-        self.job = submit_training(cluster, folder, config, ["--nodes=2", *options], *STEPS)
+        self.job = submit_training(
+            cluster, folder, config, ["--nodes=2", *options], *STEPS, *settings
+        )
 
     def reach(self, step: int) -> list[str]:
         """Wait for a step; the job's nodes."""
@@ -135,12 +145,15 @@ def test_a_warning_at_any_second_of_the_start(run: Disturbed, quiet: Path, secon
     run.ends_as(quiet)
 
 
-def test_preemptions_in_a_row(cluster: Cluster, config: Path, tmp_path: Path, quiet: Path) -> None:
-    """Each lets the run save first; six of them, at steps that nobody has chosen."""
-    run = Disturbed(cluster, config, tmp_path, "--partition=graced")
+def test_preemptions_in_a_row(cluster: Cluster, shards: Path, config: Path, tmp_path: Path) -> None:
+    """Each lets the run save first; twenty of them, at steps that nobody has chosen."""
+    length = "train.steps=1500"
+    quiet = _quiet_run(shards, tmp_path / "quiet", 2, length)
+    run = Disturbed(cluster, config, tmp_path, "--partition=graced", settings=[length])
     urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]
-    for number in range(1, 7):
-        run.reach(25 * number)
+    for number in range(1, 21):
+        # Slurm warns tasks, not the script that is yet to start them.
+        run.reach(last_step(run.run_dir) + 3)
         cluster.run(*urgent, "--wrap=sleep 1")
         run.job.wait_for(f"run number {number + 1}", START_S)
     run.ends_as(quiet)
@@ -160,25 +173,33 @@ def test_eight_ranks_on_four_nodes(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder of 64 MiB that all nodes see which are switched on from now on."""
+    """A folder of 256 MiB that all nodes see which are switched on from now on."""
     folder = tmp_path / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", folder], check=True)
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _fill(ballast: Path) -> None:
+    """Write to a file until its disk is full."""
+    block = bytes(1 << 20)
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(block):
+            pass
 
 
 def test_a_full_disk(small_disk: Path, shards: Path, tmp_path: Path, quiet: Path) -> None:
     """Saves fail with a warning, metrics wait for room; with room again nothing is missing."""
     config = written_config(shards, tmp_path, run_dir=small_disk / "run")
-    run_dir = small_disk / "run"
+    run_dir, ballast = small_disk / "run", small_disk / "ballast"
+    ballast.touch()  # a full disk has no room for a new file's name either
     for cluster in running(Settings()):
         job = submit_training(cluster, tmp_path, config, ["--nodes=2"], *STEPS)
         cluster.wait(lambda: last_step(run_dir) >= REACHED, "the run trains", START_S)
-        free = shutil.disk_usage(small_disk).free
-        (small_disk / "ballast").write_bytes(bytes(free))
+        _fill(ballast)
         job.wait_for("No space left on device", START_S)
-        (small_disk / "ballast").unlink()
+        ballast.unlink()
         assert job.finish(END_S) == "COMPLETED", job.log
         records = metrics_without_times(run_dir)
         assert sum(record.pop("save_failed", 0) for record in records) > 0

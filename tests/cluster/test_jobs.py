@@ -186,6 +186,44 @@ def test_a_node_that_is_needed_is_not_excluded(
 
 
 @pytest.mark.stress
+def test_exclusions_leave_a_node_to_spare(
+    cluster: Cluster, tmp_path: Path, pretrain: Pretrain
+) -> None:
+    """Of four nodes a job of two leaves out one, the latest, besides what sbatch was told."""
+    job = pretrain(steps=60)
+    job.wait_for_starts(1)
+    cluster.kill("node2", "tests.cluster.trainer")
+    job.wait_for_starts(2)
+    latest = _second_node(cluster, job.starts[1])
+    cluster.wait(lambda: len(trained_steps(tmp_path)) > 25, "steps of the second start")
+    cluster.kill(latest, "tests.cluster.trainer")
+    job.wait_for_starts(3)
+    assert "node2 is not excluded any more" in job.log
+    assert job.field("ExcNodeList") == latest
+    assert job.finish() == "COMPLETED", job.log
+    _assert_went_on(tmp_path, 60)
+
+
+@pytest.mark.stress
+def test_a_node_that_sbatch_excludes_stays_out(
+    cluster: Cluster, tmp_path: Path, pretrain: Pretrain
+) -> None:
+    """Whatever is lost later; what is left then are the two nodes that the job needs."""
+    job = pretrain("--exclude=node1", steps=60)
+    job.wait_for_starts(1)
+    assert job.starts == ["node[2-3]"]
+    cluster.kill("node3", "tests.cluster.trainer")
+    job.wait_for_starts(2)
+    assert job.starts[1] == "node[2,4]"
+    assert job.field("ExcNodeList") == "node1,node3"
+    assert job.finish() == "COMPLETED", job.log
+
+
+def _second_node(cluster: Cluster, listed: str) -> str:
+    return cluster.run("scontrol", "show", "hostnames", listed).split()[1]
+
+
+@pytest.mark.stress
 def test_a_killed_srun_is_started_again(
     cluster: Cluster, tmp_path: Path, pretrain: Pretrain
 ) -> None:

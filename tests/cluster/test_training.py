@@ -73,7 +73,7 @@ def test_a_node_with_another_file_is_refused(
 def test_a_disturbed_run_is_the_undisturbed_one(
     cluster: Cluster, config: Path, tmp_path: Path
 ) -> None:
-    """Warned, killed, frozen and without power: one job, whose metrics are those of a quiet run."""
+    """Warned, without power, killed and frozen: one job, whose metrics are those of a quiet run."""
     steps = ["train.steps=400", "checkpoint.every_steps=20", "eval.every_steps=100"]
     quiet = tmp_path / "quiet"
     outcome = run_job(
@@ -94,13 +94,14 @@ def test_a_disturbed_run_is_the_undisturbed_one(
     reach(30)
     job.signal("USR1")
     job.wait_for("run number 2", START_S)
-    nodes = reach(90)
-    cluster.kill(nodes[1], "pipeline.train")
+    broken = reach(90)[1]
+    cluster.crash(broken)
     job.wait_for("run number 3", START_S)
+    cluster.boot(broken)  # two of four nodes are excluded below, and the job needs two
     nodes = reach(150)
-    cluster.kill(nodes[1], "pipeline.train", number=signal.SIGSTOP)
+    cluster.kill(nodes[1], "pipeline.train")
     job.wait_for("run number 4", START_S)
     nodes = reach(210)
-    cluster.crash(nodes[1])
+    cluster.kill(nodes[1], "pipeline.train", number=signal.SIGSTOP)
     assert job.finish(2 * START_S) == "COMPLETED", job.log
     assert metrics_without_times(run_dir) == metrics_without_times(quiet)

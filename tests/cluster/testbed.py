@@ -274,6 +274,9 @@ class Cluster:
     def _plug_in(self, index: int, pid: int) -> None:
         card, inside = self._card(index), ["nsenter", "--net", f"--target={pid}", "ip"]
         peer = ["peer", "name", "eth0", "netns", str(pid)]
+        # The card of a node that lost its power goes a moment after the node's last process.
+        subprocess.run(["ip", "link", "del", card], capture_output=True, check=False)
+        self.wait(lambda: not Path("/sys/class/net", card).exists(), f"{card} is free")
         _call("ip", "link", "add", card, "type", "veth", *peer)
         _call("ip", "link", "set", card, "master", self._bridge, "up")
         _call(*inside, "link", "set", "lo", "up")

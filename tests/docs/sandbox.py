@@ -112,6 +112,8 @@ def small_config(config: dict[str, Any]) -> dict[str, Any]:
     model["layers"] = model["future_tokens"] + 3
     if "rope_scaling" in model:
         model["rope_scaling"] = dict(LLAMA3)
+    if "memory" in model:
+        model["memory"] |= {"segment": 4, "summary": 2, "sensory": 1}
     train = config["train"] | {"steps": STEPS, "device": "auto", "precision": "auto"}
     data = config["data"] | {"sequence_length": 16, "shards": "data/corpus"}
     if "review" in data:

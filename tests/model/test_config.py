@@ -129,7 +129,7 @@ def test_flops_of_a_frozen_model_are_mostly_forwards() -> None:
     model = ModelConfig(**{**SIZES, "future_tokens": 3})
     layer = (model.flops_per_token(128) - 6 * 3 * 96 * 64) / 6 / 8  # with its attention
     expected = 2 * (8 * layer + 3 * 96 * 64) + 2 * 4 * layer + 2 * 2 * 96 * 64
-    assert model.flops_per_token(128, frozen=True) == pytest.approx(expected, rel=1e-12)
+    assert model.flops_per_token(128, trained_heads=2) == pytest.approx(expected, rel=1e-12)
 
 
 def test_tensor_parallel_sizes_are_checked_with_nearest_values() -> None:

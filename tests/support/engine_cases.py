@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,16 @@ from pipeline.distributed.rendezvous import rank_info
 from pipeline.distributed.topology import Topology
 from tests.support.head_variants import VARIANTS
 
+# By a short name: `model.memory`, for sequences of three segments, the last one shorter.
+_SIZES = {"segment": 5, "summary": 3, "sensory": 2, "cache": 2, "width": 16, "bptt": 1}
+MEMORIES: dict[str, dict[str, Any] | None] = {
+    "": None,
+    "windows": _SIZES,
+    "whole": _SIZES | {"bptt": 9},
+    "stage 1": _SIZES | {"retrieval": False},
+    "paper": _SIZES | {"mode": "paper", "bptt": 0},
+    "strict_score": _SIZES | {"mode": "strict_score", "summary": 1},
+}
 GLOBAL_BATCH, SEQUENCE, VOCABULARY, HEADS = 8, 12, 96, 3
 DEFAULT_BUCKET, TINY_BUCKET = 500_000_000, 100
 
@@ -27,6 +38,7 @@ class Case:
         neighbors: `parallel.zero_hpz_partition_size`.
         compiled: `train.compile`.
         heads: one of `VARIANTS`.
+        memory: one of `MEMORIES`.
         eps: Adam's. With one far below the gradients an entry as small as its own rounding error
             moves by the learning rate either way, and with it what is compared of later steps.
     """
@@ -44,6 +56,7 @@ class Case:
     neighbors: int = 1
     compiled: bool = False
     heads: str = "parallel"
+    memory: str = ""
     eps: float = 1e-8
     precision: Precision = "fp32"
 
@@ -74,6 +87,7 @@ def engine_config(case: Case) -> RunConfig:
                 "vocab_size": VOCABULARY,
                 "future_tokens": HEADS,
                 "head_weights": [1.0, 0.5, 2.0],
+                **_remembering(case.memory),
                 **variant,
             },
             "data": {
@@ -110,6 +124,14 @@ def engine_config(case: Case) -> RunConfig:
     )
 
 
+def _remembering(memory: str) -> dict[str, Any]:
+    """Keys of a model with a memory, whose weights are large enough that it prefers some."""
+    sizes = MEMORIES[memory]
+    if sizes is None:
+        return {}
+    return {"memory": sizes, "init_std": 0.2, "embedding_init_std": 1.0}
+
+
 def _stages(text: str) -> int | list[dict[str, str]]:
     if text == "1":
         return 1
@@ -132,10 +154,10 @@ def global_batch(step: int) -> tuple[Tensor, Tensor]:
     return window[:, :SEQUENCE], labels
 
 
-def global_documents(step: int) -> Tensor:
+def global_documents(step: int, frequency: float = 0.3) -> Tensor:
     """Numbers `[B, S]` of a step's documents, which are of any length from one token on."""
     generator = torch.Generator().manual_seed(100 + step)
-    starts = torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator) < 0.3
+    starts = torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator) < frequency
     starts[:, 0] = False
     return starts.cumsum(1, dtype=torch.int32)
 
@@ -153,7 +175,9 @@ def within_documents(labels: Tensor, documents: Tensor) -> Tensor:
 def local_batches(step: int, case: Case, data_rank: int) -> list[Batch]:
     """One rank's micro-batches of a step, dealt as the loader deals them."""
     tokens, labels = global_batch(step)
-    documents = global_documents(step) if case.documents else None
+    # A memory wants documents that are longer than a segment.
+    frequency = 0.1 if case.memory else 0.3
+    documents = global_documents(step, frequency) if case.documents else None
     if documents is not None:
         labels = within_documents(labels, documents)
     micro = GLOBAL_BATCH // (case.data_size * case.accumulation)

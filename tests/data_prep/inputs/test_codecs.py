@@ -27,17 +27,17 @@ SKIPPABLE_FRAME = struct.pack("<II", 0x184D2A50, 5) + b"hello"
 def read_all(content: bytes, codec: str, size: int) -> tuple[bytes, str]:
     """What a stream gives before its end, and the damage it ends with."""
     stream = DecompressedStream(io.BytesIO(content), codec)
-    found = b""
+    found = bytearray()
     while True:
         try:
             block = stream.read(size)
         except DamagedInputError as error:
             with pytest.raises(DamagedInputError, match=str(error).split("(")[0]):
                 stream.read(size)
-            return found, str(error)
+            return bytes(found), str(error)
         assert len(block) <= size
         if not block:
-            return found, ""
+            return bytes(found), ""
         found += block
 
 

@@ -1,5 +1,6 @@
 """Builds under a real MPI: claims, equal bytes, and ends that nobody waits for."""
 
+import json
 import os
 import signal
 import subprocess
@@ -85,6 +86,22 @@ def test_same_bytes_for_any_number_of_ranks(
     assert done.stdout.count("350 records = 300 documents + 0 empty + 50 duplicates") == 1
     assert "3 MPI ranks" in done.stderr
     assert read_tree(tmp_path / "ranks") == read_tree(tmp_path / "alone")
+
+
+def test_ranks_and_array_tasks_mark_the_same_targets(tmp_path: Path, read_tree: ReadTree) -> None:
+    """Prompts and completions: the set of ranks, of tasks and of one process is the same."""
+    path = tmp_path / "qa.jsonl"
+    lines = [{"q": f"{n} + {n} = ", "a": f"{'so ' * (n % 7)}{2 * n}"} for n in range(400)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    options = ["--input", str(path), "--tokenizer", "train:300", "--unit-bytes", "2000"]
+    options += ["--prompt-key", "q", "--completion-key", "a"]
+    alone, ranks, tasks = (tmp_path / name for name in ("alone", "ranks", "tasks"))
+    assert main([*options, "--output", str(alone), "--workers", "1"]) == 0
+    done = mpirun(3, str(SCRIPT), *options, "--output", str(ranks), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert main([*options, "--output", str(tasks), "--workers", "1", "--array-task", "1/2"]) == 0
+    assert read_tree(ranks) == read_tree(alone)
+    assert read_tree(tasks) == read_tree(alone)
 
 
 def test_a_failing_rank_ends_all(tmp_path: Path, texts: list[str], write_jsonl: Write) -> None:

@@ -1,5 +1,6 @@
 """Held-out figures: those of training's own validation, and those of a count by hand."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from data_prep.building.build import build
+from data_prep.building.options import BuildOptions
 from data_prep.loading.loader import Batch
 from data_prep.shard import main as shard
 from data_prep.shards.shard_set import ShardSet
@@ -26,6 +29,7 @@ from pipeline.evaluating.held_out import HeldOut, Windows, measure
 from pipeline.evaluating.model_folder import EvaluatedModel, open_model
 from pipeline.evaluating.texts import TextKind, of_files, of_shards
 from pipeline.exporting.writing import write_export
+from tests.data_prep.conftest import Silence
 from tests.support.tiny_export import byte_tokenizer, describe
 from tests.support.tiny_llama import save_llama
 from tests.support.tiny_model import tiny_config, tiny_weights
@@ -107,6 +111,60 @@ def test_figures_are_those_of_training_with_documents_apart(
     assert max(len(stream) for stream in kinds[0].streams) <= 1100
     _, found = measure(apart, kinds, Windows(1100, 1100))
     assert found.losses == pytest.approx(wanted.head_losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_prompts_are_no_targets(
+    config: Path, tmp_path: Path, export: Path, model: EvaluatedModel, joined: bool
+) -> None:
+    """Completions alone are measured, each head's inside its document, as training validates."""
+    lines = [{"q": f"{n} + {n} = ", "a": f"{'so ' * (n % 7)}{2 * n}"} for n in range(300)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = BuildOptions(
+        tmp_path / "masked", str(export / "tokenizer.json"), inputs=(tmp_path / "qa.jsonl",),
+        validation_fraction=0.3, prompt_key="q", completion_key="a",
+    )  # fmt: skip
+    build(options, Silence())
+    apart = ["data.document_mask=true", "data.packing=one_per_sequence"]
+    length = 16 if joined else 64
+    settings = [] if joined else apart
+    run = load_config(
+        config,
+        [
+            *(f"data.shards={tmp_path / 'masked'}", f"data.sequence_length={length}"),
+            *("eval.samples=1000", "batch.micro_size=2", *settings),
+        ],
+    )
+    wanted, samples = _validation(run, tmp_path / "masked", export)
+    plain = model._replace(begin=None)
+    kinds = of_shards(plain, tmp_path / "masked", "validation", joined=joined, max_tokens=None)
+    limit = samples * length if joined else None
+    _, found = measure(plain, kinds, Windows(length, length, max_positions=limit))
+    assert 0 < found.tokens[2] < 0.9 * sum(len(stream) for stream in kinds[0].streams)
+    assert found.losses == pytest.approx(wanted.head_losses, rel=1e-6)
+    assert found.tokens_per_forward[-1] == pytest.approx(wanted.tokens_per_forward, rel=1e-12)
+
+
+def test_a_documents_marks_are_those_of_the_set(
+    tmp_path: Path, export: Path, model: EvaluatedModel
+) -> None:
+    """Also where the model begins each document with a token of its own."""
+    (tmp_path / "qa.jsonl").write_text('{"q": "abc", "a": "de"}\n{"q": "f", "a": "ghi"}')
+    options = BuildOptions(
+        tmp_path / "masked", str(export / "tokenizer.json"), inputs=(tmp_path / "qa.jsonl",),
+        validation_fraction=0, prompt_key="q", completion_key="a",
+    )  # fmt: skip
+    build(options, Silence())
+    begun = model._replace(begin=7)
+    (kind,) = of_shards(begun, tmp_path / "masked", "train", joined=False, max_tokens=None)
+    assert kind.marks is not None
+    ends = {len(stream) for stream in kind.streams}
+    assert ends == {7, 6}  # the beginning, the text, the end
+    for stream, marks in zip(kind.streams, kind.marks, strict=True):
+        assert stream[0] == 7
+        told = "".join("+" if target else "." for target in marks.targets)
+        assert told == {7: "....+++", 6: "..++++"}[len(stream)]
+        assert len(set(marks.documents.tolist())) == 1
 
 
 def _by_hand(

@@ -68,7 +68,7 @@ def test_a_copy_among_neighbors_costs_2_bytes_over_their_number(work: Work) -> N
 
 def test_a_frozen_trunk_needs_states_of_heads_only(work: Work) -> None:
     """Three of 32 layers are trained."""
-    frozen = _of(replace(work, freeze_trunk=True), data=8)
+    frozen = _of(replace(work, freeze="trunk"), data=8)
     heads = 3 / 4 * work.model.parameter_count().head_layers
     assert frozen.weights == pytest.approx(2 * work.model.num_parameters())
     assert frozen.optimizer == pytest.approx(12 / 8 * heads)

@@ -129,7 +129,7 @@ def test_a_copy_among_neighbors_keeps_gathers_in_the_node(work: Work) -> None:
 
 def test_a_frozen_trunk_has_no_backward(work: Work) -> None:
     """Its layers run forward; the heads beyond the first both ways: as the FLOP count has it."""
-    frozen = replace(work, freeze_trunk=True)
+    frozen = replace(work, freeze="trunk")
     layout = layout_of_stages(work.model)
     assert predict_time(frozen, layout, MACHINE).step_s == pytest.approx(
         step_flops(frozen, layout) / 1e14

@@ -1,0 +1,1 @@
+"""The hierarchical memory: a stream read segment by segment, with what came before it."""
