@@ -83,6 +83,7 @@ def sequential_backward(
     *,
     chunk_tokens: int,
     documents: Tensor | None = None,
+    sequence_losses: Tensor | None = None,
 ) -> MicroBatchResult:
     """Forward and backward of every head in turn.
 
@@ -96,6 +97,7 @@ def sequential_backward(
         scales: `[n]`, factor on each head's loss sum.
         chunk_tokens: tokens whose logits exist at once.
         documents: `[B, S]`, the ones with which the trunk ran.
+        sequence_losses: `[B]` float64, gets head 1's loss sum of each sequence added; or None.
 
     Returns:
         Loss sums, and the scalar that delivers the shared gradients.
@@ -112,6 +114,7 @@ def sequential_backward(
         gradients=gradients,
         chunk_tokens=chunk_tokens,
         documents=documents,
+        sequence_losses=sequence_losses,
     )
     pairs = [(trunk_output, result.trunk_gradient)]
     if gradients is not None:
@@ -159,6 +162,7 @@ def heads_backward(
     documents: Tensor | None = None,
     chain: ChainInputs | None = None,
     output_gradient: Tensor | None = None,
+    sequence_losses: Tensor | None = None,
 ) -> HeadsResult:
     """Forward and backward, in turn, of the heads that this part of the model holds.
 
@@ -177,10 +181,14 @@ def heads_backward(
         chain: of a chain whose forward has run, what it left.
         output_gradient: `[S, B, H]` of the losses of a chain's further heads, with respect to what
             the last head here gave; None when there are none.
+        sequence_losses: `[B]` float64, gets head 1's loss sum of each sequence added where head 1
+            is here; or None.
     """
     context = model.heads_context(trunk_output, documents)
     norm = shared.norm.detach().requires_grad_(gradients is not None)
-    turns = _Turns(model, labels, scales, norm, shared.unembedding.detach(), gradients)
+    turns = _Turns(
+        model, labels, scales, norm, shared.unembedding.detach(), gradients, sequence_losses
+    )
     if model.config.chain:
         inputs = _chain_inputs(model, trunk_output, context) if chain is None else chain.inputs
         wanted = output_gradient
@@ -228,6 +236,7 @@ class _Turns:
         norm: `[H]`, a leaf of its own.
         unembedding: `[V', H]` the shared one, without a graph.
         gradients: of the LM head; None when it is frozen.
+        sequence_losses: `[B]` for head 1's; or None.
 
     Attributes:
         sums: each head's loss sum.
@@ -241,7 +250,9 @@ class _Turns:
         norm: Tensor,
         unembedding: Tensor,
         gradients: LMHeadGradients | None,
+        sequence_losses: Tensor | None,
     ) -> None:
+        self._sequence_losses = sequence_losses
         self._model = model
         self._labels = labels
         self._scales = scales
@@ -277,6 +288,8 @@ class _Turns:
                 hidden, weight, targets, shard=self._model.shard, chunk_tokens=chunk_tokens
             )
             return
+        wanted = self._sequence_losses if head == 1 else None
+        token_losses = None if wanted is None else wanted.new_empty(targets.shape)
         result = loss_and_gradients(
             hidden,
             weight,
@@ -285,7 +298,11 @@ class _Turns:
             scale=self._scales[head - 1],
             weight_gradient=weight_gradient,
             chunk_tokens=chunk_tokens,
+            token_losses=token_losses,
         )
+        if wanted is not None and token_losses is not None:
+            # A sequence's tokens side by side: the same sum whatever sequences are beside it.
+            wanted.add_(token_losses.view(-1, len(wanted)).t().contiguous().sum(1))
         self.sums[head] = result.loss_sum
         pairs = [(normed, result.hidden_gradient.view_as(normed)), (output, output_gradient)]
         if own is not None and weight_gradient is not None:

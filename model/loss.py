@@ -67,6 +67,7 @@ def loss_and_gradients(
     scale: Tensor | float,
     weight_gradient: Tensor | None,
     chunk_tokens: int,
+    token_losses: Tensor | None = None,
 ) -> LossAndGradient:
     """Cross-entropy of `hidden @ weight.T` against labels, with both gradients.
 
@@ -79,6 +80,7 @@ def loss_and_gradients(
         weight_gradient: `[V', H]`, added to in place; float32 keeps sums over heads exact. None:
             the unembedding is frozen.
         chunk_tokens: tokens whose logits exist at once.
+        token_losses: `[T]`, filled with the loss of each token, 0 where it is ignored; or None.
 
     Returns:
         The loss sum and the hidden gradient, equal on all ranks of the group.
@@ -89,6 +91,8 @@ def loss_and_gradients(
         part = slice(start, start + chunk_tokens)
         losses, logit_gradient = _chunk(hidden[part], weight, labels[part], shard, scale)
         loss_sum += losses.sum()
+        if token_losses is not None:
+            token_losses[part] = losses
         torch.mm(logit_gradient, weight, out=hidden_gradient[part])
         if weight_gradient is None:
             continue

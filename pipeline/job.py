@@ -49,6 +49,8 @@ from pipeline.reporting.metrics_writers import open_metrics_log
 from pipeline.reporting.run_log import start_run_log
 from pipeline.reporting.run_summary import summarize_run
 from pipeline.reporting.throughput import Throughput
+from pipeline.review.review import Review
+from pipeline.review.schedule import ReviewSchedule, with_steps
 from pipeline.stages.plan import plan_text
 from pipeline.trainer import Collaborators, Trainer
 
@@ -99,6 +101,7 @@ class Job:
         self._state: TrainState | None = None
         self._changes: list[Change] = []
         self._imported: str | None = None
+        self._review: Review | None = None
 
     def run(self) -> str | None:
         """Train to the last step or to a signal; the signal's name, or None.
@@ -117,6 +120,9 @@ class Job:
     def _run(self, topology: Topology) -> str | None:
         """All that happens while this job holds the run's folder."""
         data = open_data(self.config, topology)
+        if (review := self.config.data.review) is not None:
+            schedule = ReviewSchedule(review, data.training.num_samples)
+            self.config = with_steps(self.config, schedule, data.training.global_batch_size)
         engine, state = self._restore(topology, data)
         while True:
             trainer = self._wire(topology, data, engine, state)
@@ -191,6 +197,14 @@ class Job:
             state = self._load(engine, point, fresh)
             self._changes = config_changes(point.config, config)
         self._begin_at(state, data)
+        if config.data.review is not None:
+            self._review = Review(
+                config,
+                data.training,
+                topology.device,
+                checkpoint=None if point is None else point.path,
+                next_sample=state.next_sample,
+            )
         if topology.is_main:
             self._announce(state, point, describe_samples(config, data.training, state))
         return engine, state
@@ -205,6 +219,8 @@ class Job:
     def _begin_at(self, state: TrainState, data: RunData) -> None:
         """Let the data go on from here."""
         self._state = state
+        if self.config.data.review is not None:
+            return  # which has an order of its own
         mixture = plan_mixture(data.training, weight_phases(self.config, data.training), state)
         if mixture is not None:
             data.training.mixture = mixture
@@ -270,6 +286,7 @@ class Job:
                 throughput=Throughput(config, topology, self._stragglers),
                 stop=self._stop,
                 progress=self._progress,
+                review=self._review,
             ),
         )
 
@@ -279,7 +296,7 @@ class Job:
             "%s at step %d of %d, %s tokens",
             ended,
             state.step,
-            self.config.train.steps,
+            self.config.steps,
             f"{state.tokens:,}",
         )
         if stopped_by and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -297,7 +314,7 @@ class Job:
         if self.info.rank == 0:
             self.record(
                 "stopped" if stopped_by else "done",
-                f"{ended} at step {state.step} of {self.config.train.steps}",
+                f"{ended} at step {state.step} of {self.config.steps}",
                 exit_code=EXIT_STOPPED if stopped_by else 0,
             )
 
@@ -360,7 +377,11 @@ class Job:
             device=self.kind,
             precision=self.precision,
         )
-        for line in summary.lines + samples:
+        phases = []
+        if self._review is not None:
+            batch = self.config.global_batch_size(state.layout.data)
+            phases = self._review.schedule.lines(batch, self.config.data.sequence_length)
+        for line in summary.lines + phases + samples:
             logger.info("%s", line)
         logger.debug("DeepSpeed's effective values:\n%s", summary.deepspeed)
         self._checkpoints.make()

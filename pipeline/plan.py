@@ -13,7 +13,12 @@ from pathlib import Path
 
 from foundation.command_line import exit_status
 from model.errors import ConfigError
-from pipeline.config.run_config import RunConfig, load_config, resolve_precision
+from pipeline.config.run_config import (
+    RunConfig,
+    data_parallel_size,
+    load_config,
+    resolve_precision,
+)
 from pipeline.planning.gpus import GPUS, machine_of
 from pipeline.planning.layout import Machine
 from pipeline.planning.plan_text import (
@@ -25,6 +30,7 @@ from pipeline.planning.plan_text import (
 )
 from pipeline.planning.run_plan import ELEMENT_BYTES, plan_run, run_time
 from pipeline.planning.search import Candidate, enough_nodes, remedy, search
+from pipeline.review.schedule import planned
 
 EPILOG = """\
 examples:
@@ -85,6 +91,8 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
 def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     world_size = _ranks(options)
+    batch = config.global_batch_size(data_parallel_size(config, world_size))
+    config, phases = planned(config, batch)
     machine = _machine(config, options)
     plan = plan_run(config, world_size, machine)
     time = run_time(plan)
@@ -97,7 +105,7 @@ def _plan(options: argparse.Namespace) -> int:
             record["search"] = [candidate_record(c, options.price) for c in found]
         print(json.dumps(record, indent=2))
         return 0 if plan.fits else 1
-    print("\n".join([*plan_lines(plan, time, options.price), "", verdict_line(plan)]))
+    print("\n".join([*phases, *plan_lines(plan, time, options.price), "", verdict_line(plan)]))
     if not plan.fits:
         print(_advice(config, world_size, machine, mend))
     if options.search:

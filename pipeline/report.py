@@ -21,6 +21,7 @@ from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.reporting.curves import Curve, Plot, figure
 from pipeline.reporting.final_figures import final_figures
 from pipeline.reporting.metrics import Scalars, read_metrics
+from pipeline.reporting.review_page import review_page
 from pipeline.reporting.run_events import run_events
 from pipeline.reporting.run_pages import comparison_page, index_page
 
@@ -28,11 +29,12 @@ EPILOG = """\
 examples:
   PROG runs/7b                          writes runs/7b/report.html
   PROG runs/7b runs/7b_staged           compares them in runs/comparison.html
+  PROG runs/reviewed --review           writes review.html: sequences learned and forgotten
   PROG --index runs                     lists all runs of the folder in runs/index.html
 
 exit status: 0 the page is written, 1 there are no metrics to read (in one line), 2 wrong arguments
 """
-REPORT_NAME = "report.html"
+REPORT_NAME, REVIEW_NAME = "report.html", "review.html"
 COMPARISON_NAME, INDEX_NAME = "comparison.html", "index.html"
 _MOST_CURVES = 64  # of heads or sources
 
@@ -145,6 +147,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         type=Path,
         help="folder of a run, with metrics.jsonl; several are compared",
     )
+    parser.add_argument(
+        "--review",
+        action="store_true",
+        help="of a run with data.review: review.html, with sequences learned and forgotten",
+    )
     parser.add_argument("--index", metavar="FOLDER", type=Path, help="list the runs of a folder")
     parser.add_argument(
         "--output", metavar="FILE", type=Path, help="where a comparison or an index goes"
@@ -154,6 +161,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m pipeline
         parser.error("give one run, several runs, or --index FOLDER")
     if options.output and len(options.run_dir) == 1:
         parser.error("--output is for comparisons and indexes; a report is in its run's folder")
+    if options.review and len(options.run_dir) != 1:
+        parser.error("--review is about one run: give its folder")
     return exit_status(lambda: print(_page(options)), ConfigError)
 
 
@@ -161,6 +170,9 @@ def _page(options: argparse.Namespace) -> Path:
     """Write what was asked for."""
     if options.index:
         return _write(options.output or options.index / INDEX_NAME, index_page(options.index))
+    if options.review:
+        (run_dir,) = options.run_dir
+        return _write(run_dir / REVIEW_NAME, review_page(run_dir))
     if len(options.run_dir) == 1:
         return write_report(options.run_dir[0])
     beside = options.run_dir[0].absolute().parent / COMPARISON_NAME

@@ -237,6 +237,7 @@ def _print_dry_run(config: RunConfig, world_size: int) -> None:
 
     from pipeline.engine.init_from import planned_import
     from pipeline.reporting.run_summary import summarize_run
+    from pipeline.review.schedule import planned
 
     device = resolve_device(config, torch.cuda.is_available() or config.train.device == "cuda")
     precision = resolve_precision(config, device)
@@ -244,6 +245,9 @@ def _print_dry_run(config: RunConfig, world_size: int) -> None:
     # One process cannot hold a model of many parts; the smallest world that can is assumed.
     world_size = max(world_size, config.parallel.tensor * len(config.stage_plan))
     imported = planned_import(config)
+    batch = config.global_batch_size(data_parallel_size(config, world_size))
+    config, phases = planned(config, batch)
+    print(*phases, sep="\n", end="\n" if phases else "")
     print(summarize_run(config, world_size=world_size, device=device, precision=precision))
     for line in imported:
         print(line)

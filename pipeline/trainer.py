@@ -17,6 +17,7 @@ from pipeline.data.batch_order import (
     StepBatches,
     batch_positions,
     read_steps,
+    stretch_positions,
 )
 from pipeline.data.device_copies import batches_on
 from pipeline.data.validation import ValidationSamples
@@ -28,6 +29,7 @@ from pipeline.guard.policy import GoBack, Guard
 from pipeline.guard.progress import Progress
 from pipeline.reporting.metrics import MetricsLog, Record
 from pipeline.reporting.throughput import Throughput
+from pipeline.review.review import Review
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Collaborators(NamedTuple):
         throughput: times steps and measures memory.
         stop: signals, agreed over ranks.
         progress: told what is being done.
+        review: of a run with data.review; else None.
     """
 
     engine: Engine
@@ -54,6 +57,7 @@ class Collaborators(NamedTuple):
     throughput: Throughput
     stop: StopRequest
     progress: Progress
+    review: Review | None = None
 
 
 class Trainer:
@@ -101,6 +105,8 @@ class Trainer:
 
     def _read_steps(self) -> Generator[StepBatches, None, None]:
         """The batches of this step and all that follow."""
+        if self.parts.review is not None:
+            return self._read_review(self.parts.review)
         positions = functools.partial(
             batch_positions,
             batches_behind=self.state.batches,
@@ -113,6 +119,27 @@ class Trainer:
         )
         steps = read_steps(self.parts.loader, positions, self.config.data.prefetch_steps)
         return batches_on(self.parts.engine.topology.device, steps)
+
+    def _read_review(self, review: Review) -> Generator[StepBatches, None, None]:
+        """The same of a run whose later sequences are chosen by the losses of earlier ones.
+
+        Reading ahead ends where the next sequences are not known yet.
+        """
+        while self.state.next_sample < review.order.end:
+            # Losses are gathered, and arrays read and written, which takes as long as a start.
+            self.parts.progress.enter("start")
+            review.begin(self.state.next_sample)
+            self.parts.progress.enter("step")
+            positions = functools.partial(
+                stretch_positions,
+                batches_behind=self.state.batches,
+                next_sample=self.state.next_sample,
+                end=review.order.stretch_end(self.state.next_sample),
+                batch_samples=self.parts.loader.global_batch_size,
+            )
+            steps = read_steps(self.parts.loader, positions, self.config.data.prefetch_steps)
+            with closing(batches_on(self.parts.engine.topology.device, steps)) as ahead:
+                yield from ahead
 
     def _step(self, batches: StepBatches) -> StepResult:
         """One optimizer step, and the progress it makes."""
@@ -131,10 +158,14 @@ class Trainer:
             batches.micro_batches, rate, self._flags, limit, self._weights_of_next_step()
         )
         self.parts.throughput.stop()
+        end = self.parts.loader.step_end(position.first_sample)
+        if self.parts.review is not None:
+            self.parts.review.note(position.first_sample, end, result.sequence_losses)
         self.state.advance(
             samples=self.parts.loader.global_batch_size,
             applied=result.applied,
             skipped_batches=position.skipped,
+            missing_samples=position.first_sample + self.parts.loader.global_batch_size - end,
         )
         if result.applied:
             self._guard.taken(result.loss.item)
@@ -164,13 +195,16 @@ class Trainer:
             step,
             schedule=self.config.schedule,
             peak=self.config.optimizer.learning_rate,
-            total_steps=self.config.train.steps,
+            total_steps=self.config.steps,
         )
 
     def _record(self, result: StepResult, evaluation: Record) -> None:
         """Write this step's figures when they are due, with those of an evaluation if any."""
         step, options = self.state.step, self.config
         due = step % options.log.interval == 0 or self._is_last_planned
+        review = self.parts.review
+        if review is not None and (due or review.is_full):
+            review.flush()
         if not (due or evaluation or not result.applied):
             return
         losses, weights = result.head_losses.tolist(), options.model.loss_weights(step - 1)
@@ -189,6 +223,8 @@ class Trainer:
         }
         if is_schedule(options.model.head_weights):
             record["head_weights"] = list(weights)
+        if review is not None:
+            record |= review.figures(self.state.next_sample - 1)
         if idle:
             record["stage_idle_fraction"] = idle
         if not result.applied:
@@ -203,7 +239,7 @@ class Trainer:
 
         Not stop_at_step: a run stopped and resumed writes what an uninterrupted one writes.
         """
-        return self.state.step == self.config.train.steps
+        return self.state.step == self.config.steps
 
     def _source_figures(self) -> Record:
         """Samples and epochs of each source so far; empty with one source."""
@@ -256,6 +292,7 @@ class Trainer:
             asynchronous=asynchronous,
             last=last,
             beside=self.parts.metrics.sync,  # no line of a step that is saved may be lost
+            more=self.parts.review.files() if self.parts.review is not None else None,
         )
         if not asynchronous:
             saver.finish()

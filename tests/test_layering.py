@@ -37,6 +37,7 @@ ROOMS = {
         "config",
         "checkpoint",
         "data",
+        "review",
         "guard",
         "engine",
         "planning",

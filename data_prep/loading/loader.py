@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_prep.errors import DataError
 from data_prep.loading.mixture import Mixture, MixtureSegment, block_counts
-from data_prep.loading.order import SampleOrder
+from data_prep.loading.order import Order, SampleOrder
 from data_prep.loading.sequences import SequenceFormat, cut_sequences
 from data_prep.shards.shard_set import ShardSet
 from data_prep.tokenization.tokenizer import TokenArray
@@ -153,21 +153,35 @@ class TokenLoader:
 
     @property
     def mixture(self) -> Mixture:
-        """Where samples come from."""
-        return self._order.mixture
+        """Where samples come from, unless the loader follows another order."""
+        return self._mixture
 
     @mixture.setter
     def mixture(self, mixture: Mixture) -> None:
         for segment in mixture.segments:
             empty = [name for name, count in self.sequences_by_source.items() if not count]
             assert not any(segment.share(name) for name in empty), (segment, empty)
-        self._order = SampleOrder(
+        self._mixture = mixture
+        self._order: Order = SampleOrder(
             mixture,
             [cut.count for cut in self._sequences],
             [stream.fingerprint for stream in self._streams],
             seed=self.seed,
             shuffle=self.shuffle,
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is read: that of the only source, or of the split."""
+        return self._streams[0].fingerprint if len(self._streams) == 1 else self.shards.fingerprint
+
+    def follow(self, order: Order) -> None:
+        """Take samples in this order instead of the mixture's; before the first batch is read."""
+        self._order = order
+
+    def step_end(self, next_sample: int) -> int:
+        """The sample after the last one of the step that begins with `next_sample`."""
+        return self._order.step_end(next_sample, self.global_batch_size)
 
     @property
     def sequences_by_source(self) -> dict[str, int]:
@@ -190,10 +204,12 @@ class TokenLoader:
             next_sample: Samples consumed by all ranks before this step.
 
         Returns:
-            `accumulation` micro-batches.
+            `accumulation` micro-batches; in a step that ends sooner, the places of samples past its
+            end hold the last sample without targets.
         """
+        end, size = self.step_end(next_sample), self.layout.micro_size
         return [
-            self.read(self.layout.first_sample(next_sample, micro_step), self.layout.micro_size)
+            self.read(self.layout.first_sample(next_sample, micro_step), size, end)
             for micro_step in range(self.layout.accumulation)
         ]
 
@@ -250,8 +266,14 @@ class TokenLoader:
             if stop.is_set() or isinstance(item, BaseException):
                 return
 
-    def read(self, first_sample: int, count: int) -> Batch:
-        """Samples [first_sample, first_sample + count)."""
+    def read(self, first_sample: int, count: int, end: int | None = None) -> Batch:
+        """Samples [first_sample, first_sample + count).
+
+        Args:
+            first_sample: The first.
+            count: How many.
+            end: Those from this one on are its predecessor, and have no targets.
+        """
         form = self.sequence_format
         length, stored = form.sequence_length, form.stored_tokens
         buffer = self._buffer(count)
@@ -262,13 +284,15 @@ class TokenLoader:
             # document, all of it targets.
             documents = np.zeros((count, stored), np.int32) if documents is None else documents
             targets = np.ones((count, stored), np.bool_)
-        ends = self._fill(first_sample, buffer.sequences, documents, targets)
+        sources, numbers, wanted = self._locate(first_sample, count, end)
+        ends = self._fill(sources, numbers, buffer.sequences, documents, targets)
         # Tokens and labels are written once, straight from the stored type.
         views = np.empty((1 + form.future_tokens, count, length), np.int64)
         for ahead, view in enumerate(views):
             view[:] = buffer.tokens[:, ahead : ahead + length]
         tokens, labels = torch.from_numpy(views[0]), torch.from_numpy(views[1:])
         batch = Batch(tokens, labels)
+        batch.labels[:, wanted:] = IGNORED
         if min(ends) < stored:
             _ignore_padding(batch.labels, torch.tensor(ends))
         if documents is None:
@@ -281,15 +305,27 @@ class TokenLoader:
             labels.masked_fill_(numbers_ahead[:, head : head + length] != numbers_here, IGNORED)
         return batch._replace(documents=numbers_here) if form.documents else batch
 
+    def _locate(
+        self, first_sample: int, count: int, end: int | None
+    ) -> tuple[list[int], list[int], int]:
+        """Sources and sequences of `count` places, and how many of them come before the end."""
+        wanted = count if end is None else max(0, min(count, end - first_sample))
+        sources, numbers = self._order.locate(first_sample, wanted) if wanted else ([], [])
+        if missing := count - wanted:
+            assert end is not None
+            (source,), (number,) = self._order.locate(end - 1, 1)
+            sources, numbers = sources + [source] * missing, numbers + [number] * missing
+        return sources, numbers, wanted
+
     def _fill(
         self,
-        first_sample: int,
+        sources: list[int],
+        numbers: list[int],
         tokens: list[TokenArray],
         documents: NDArray[np.int32] | None,
         targets: NDArray[np.bool_] | None,
     ) -> list[int]:
-        """Write samples from `first_sample` on; how many positions of each hold tokens."""
-        sources, numbers = self._order.locate(first_sample, len(tokens))
+        """Write sequences; how many positions of each hold tokens."""
         if len(self._sequences) == 1:
             document_rows = None if documents is None else list(documents)
             target_rows = None if targets is None else list(targets)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,18 @@ from data_prep.loading.permutation import Permutation
 
 BLOCK_SAMPLES = 1024
 KEPT_BLOCKS = 4
+
+
+class Order(Protocol):
+    """Which sequence each sample is."""
+
+    def locate(self, first_sample: int, count: int) -> tuple[list[int], list[int]]:
+        """Number of the source, and of the sequence in it, of each sample of a range."""
+        ...
+
+    def step_end(self, sample: int, batch: int) -> int:
+        """The end of the step that begins with a sample: `batch` samples on, or sooner."""
+        ...
 
 
 class SampleOrder:
@@ -53,6 +66,10 @@ class SampleOrder:
         start = first_sample - first_block * BLOCK_SAMPLES
         sources, sequences = np.concatenate(blocks, axis=1)[:, start : start + count].tolist()
         return sources, sequences
+
+    def step_end(self, sample: int, batch: int) -> int:
+        """The end of the step that begins with a sample: always `batch` samples on."""
+        return sample + batch
 
     def _block(self, number: int) -> NDArray[np.int64]:
         """A block of samples, located at once: one by one they take longer to find than to read.

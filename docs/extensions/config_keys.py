@@ -1,7 +1,8 @@
 """`{config-keys} SECTION`: keys of a configuration, from the models that check it.
 
 SECTION is a section of a run (`run`, `model`, ...), a mapping within one (`rope_scaling`,
-`memory`, `weight_schedule`), or `build` and `source` for the two levels of a data configuration.
+`memory`, `weight_schedule`, `review`, `review_phase`), or `build` and `source` for the two levels
+of a data configuration.
 """
 
 import collections.abc
@@ -26,6 +27,7 @@ from docs.extensions.markdown import MarkdownDirective, table
 from model.memory.sizes import MemorySizes
 from model.operations.rope_scaling import RopeScaling
 from pipeline.config.data_section import WeightPhase
+from pipeline.config.review_section import PUBLISHED_PHASES, ReviewPhase, ReviewSection
 from pipeline.config.run_config import RunConfig
 from pipeline.config.sections import MAX_COUNT
 
@@ -73,6 +75,12 @@ _UNITS = {
     "memory.bptt": "segments",
     "rope_scaling.original_max_position_embeddings": "tokens",
     "weight_schedule.step": "steps",
+    "review.sequences": "sequences",
+    "review.min_targets": "tokens",
+    "review.running_mean_sequences": "sequences",
+    "review_phase.epochs": "epochs",
+    "review_phase.drop_percent": "percent",
+    "review_phase.repetitions": "repetitions",
     "build.workers": "processes",
 }
 _SUFFIXES = {"_s": "seconds", "_steps": "steps", "_tokens": "tokens", "_bytes": "bytes"}
@@ -120,6 +128,8 @@ def _run_classes() -> dict[str, type[BaseModel]]:
     return {
         **classes,
         "rope_scaling": RopeScaling,
+        "review": ReviewSection,
+        "review_phase": ReviewPhase,
         "memory": MemorySizes,
         "weight_schedule": WeightPhase,
     }
@@ -222,6 +232,8 @@ def shown(value: object) -> str:
     """A default as YAML has it."""
     if value is None:
         return "`null`"
+    if value == PUBLISHED_PHASES:
+        return "`published`"
     if value == ():
         return "`[]`"
     text = TypeAdapter(object).dump_json(value).decode()

@@ -35,6 +35,7 @@ ROOMS = {
     "pipeline.diagnosis": Room(390, 1.2, "diagnosis/", "checks of a\ncluster"),
     "pipeline.exporting": Room(925, 1.0, "exporting/", "a checkpoint to\na Llama folder"),
     "pipeline.data": Room(180, 2.4, "data/", "samples of a run,\nbatch order"),
+    "pipeline.review": Room(60, 2.4, "review/", "phases, losses\nof sequences"),
     "pipeline.guard": Room(85, 1.3, "guard/", "bad steps and\nwhat follows"),
     "pipeline.engine": Room(830, 2.75, "engine/", "a step, around\nDeepSpeed"),
     "pipeline.checkpoint": Room(330, 3.6, "checkpoint/", "saved, verified,\nfound, kept"),

@@ -13,6 +13,7 @@ The tree:
           tokenizer.json           of the data
           imported.json            of a run that began with a model: what that was beside weights
           tensors/rank_00000.safetensors ...
+          review/losses_epoch_01.npy ...  of a run with data.review: losses of each sequence
         step_00001000.partial/     being written or deleted; never read
         superseded_step_00001500/  what a run that went back to step 1000 left behind; never read
 """
@@ -28,12 +29,15 @@ STATE_NAME = "state.json"
 TOKENIZER = "tokenizer.json"
 IMPORTED = "imported.json"
 WEIGHTS = "tensors"
+REVIEW = "review"
 PARTIAL = ".partial"
 
 _STEP = re.compile(r"step_([0-9]{8,18})")
 _PARTIAL = re.compile(_STEP.pattern + re.escape(PARTIAL))
 _SAVED = {MANIFEST, STATE_NAME, RESOLVED_CONFIG_NAME, TOKENIZER, IMPORTED}
 _SAVED_TENSORS = re.compile(rf"{WEIGHTS}/rank_[0-9]{{5,}}\.safetensors")
+_SAVED_LOSSES = re.compile(rf"{REVIEW}/(losses_epoch|kept_phase)_[0-9]+\.npy")
+FOLDERS = (WEIGHTS, REVIEW)
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -54,7 +58,8 @@ def is_partial(path: Path) -> bool:
 
 def is_saved(name: str) -> bool:
     """Whether saves write a file of this name below a checkpoint; no other is ever deleted."""
-    return name in _SAVED or _SAVED_TENSORS.fullmatch(name) is not None
+    forms = (_SAVED_TENSORS, _SAVED_LOSSES)
+    return name in _SAVED or any(form.fullmatch(name) for form in forms)
 
 
 def committed(directory: Path) -> list[Path]:

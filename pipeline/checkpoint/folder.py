@@ -22,6 +22,7 @@ from pipeline.checkpoint.file_names import (
     LATEST,
     PARTIAL,
     RESOLVED_CONFIG_NAME,
+    REVIEW,
     WEIGHTS,
     committed,
     step_folder,
@@ -46,7 +47,7 @@ from pipeline.distributed.agreement import from_all, from_main, rank_and_world
 logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile("[0-9]{1,18}")
-_RUN_FILES = (FOLDER, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
+_RUN_FILES = (FOLDER, REVIEW, "metrics.jsonl", "tensorboard", "wandb_id", RESOLVED_CONFIG_NAME)
 
 
 class CheckpointFolder:

@@ -68,19 +68,37 @@ def find_resume_point(
         return None
     point = ResumePoint(path, read_state(path), read_config(path))
     problems = resume_problems(point.state, fresh) + model_problems(point.config, config)
+    problems += _review_problems(point, config, fresh)
     if problems:
         raise CheckpointError(
             f"{path} does not fit this run ({'; '.join(problems)}); start with the saved values, "
             "or with --resume none to begin anew"
         )
-    if config.train.steps < point.state.step:
+    if config.steps < point.state.step:
         raise CheckpointError(
-            f"train.steps={config.train.steps} is below step {point.state.step}, which {path} has "
+            f"train.steps={config.steps} is below step {point.state.step}, which {path} has "
             f"reached; set train.steps to at least {point.state.step}, or resume from an earlier "
             "checkpoint with --resume PATH"
         )
     _report_changes(point, config, fresh)
     return point
+
+
+def _review_problems(point: ResumePoint, config: RunConfig, fresh: TrainState) -> list[str]:
+    """What would make other passes or steps of a run that goes over its data in phases."""
+    before, now = point.config.data.review, config.data.review
+    if before != now:
+        return ["data.review: saved with other phases than this run has"]
+    if now is None:
+        return []
+    was = point.config.global_batch_size(point.state.layout.data)
+    size = config.global_batch_size(fresh.layout.data)
+    if was == size:
+        return []
+    return [
+        f"a step was {was} samples and is {size}, and data.review counts in steps: set "
+        f"batch.micro_size or batch.accumulation so that it is {was} again"
+    ]
 
 
 def _report_changes(point: ResumePoint, config: RunConfig, fresh: TrainState) -> None:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from foundation.json_text import read_json
 from pipeline.checkpoint.crash_points import crash_point, thread_of_save
 from pipeline.checkpoint.file_names import (
+    FOLDERS,
     PARTIAL,
     STATE_NAME,
-    WEIGHTS,
     committed,
     is_partial,
     is_saved,
@@ -171,7 +171,7 @@ def _delete_saved(folder: Path) -> list[str]:
         return [folder.name] if os.path.lexists(folder) else []
     left = []
     for path in sorted(folder.iterdir()):
-        if path.name == WEIGHTS and path.is_dir() and not path.is_symlink():
+        if path.name in FOLDERS and path.is_dir() and not path.is_symlink():
             kept = [name for inner in sorted(path.iterdir()) for name in _delete_one(folder, inner)]
             left += kept
             if not kept:

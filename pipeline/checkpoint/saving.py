@@ -135,6 +135,7 @@ class Saver:
         asynchronous: bool,
         last: bool = False,
         beside: Callable[[], None] = lambda: None,
+        more: Callable[[Path], Entries] | None = None,
     ) -> None:
         """Begin to save; an earlier save is finished first.
 
@@ -144,6 +145,7 @@ class Saver:
             asynchronous: copy them, so that they may change before `finish`.
             last: the run ends with it, so a failure is an error whatever the policy.
             beside: what else is to be on the disk before the checkpoint counts; in the thread.
+            more: writes further files of this rank into the checkpoint's folder; in the thread.
 
         Raises:
             CheckpointError: an earlier save failed, and the run is to stop then.
@@ -151,7 +153,7 @@ class Saver:
         self.finish(f"step {state.step} is due to be saved")
         flight = _Flight(state.step, last, time.monotonic())
         with saving(flight.step):
-            self._begin(flight, state, take, asynchronous, beside)
+            self._begin(flight, state, take, asynchronous, beside, more)
         self._flight = flight
         flight.stall_s = time.monotonic() - flight.begun_s
 
@@ -162,6 +164,7 @@ class Saver:
         take: Callable[[], Snapshot],
         asynchronous: bool,
         beside: Callable[[], None],
+        more: Callable[[Path], Entries] | None,
     ) -> None:
         """Make the folder, take the tensors, and let a thread write them."""
         crash_point("before-snapshot")
@@ -176,6 +179,8 @@ class Saver:
             def write() -> None:
                 beside()
                 flight.entries = _write(partial, snapshot, texts, self._tokenizer)
+                if more is not None:
+                    flight.entries |= more(partial)
 
             flight.start(write)
         crash_point("after-snapshot")

@@ -110,12 +110,17 @@ class TrainState(BaseModel):
         """Global batches behind us in the data order: trained on or skipped."""
         return self.step + self.skipped_batches
 
-    def advance(self, *, samples: int, applied: bool, skipped_batches: int = 0) -> None:
-        """Count one step over `samples` samples, after `skipped_batches` batches of as many."""
+    def advance(
+        self, *, samples: int, applied: bool, skipped_batches: int = 0, missing_samples: int = 0
+    ) -> None:
+        """Count one step over `samples` samples, after `skipped_batches` batches of as many.
+
+        Of the step's samples `missing_samples` were not there: its data ended before them.
+        """
         self.step += 1
         self.skipped_batches += skipped_batches
-        self.next_sample += (1 + skipped_batches) * samples
-        self.tokens += samples * self.sequence_length
+        self.next_sample += (1 + skipped_batches) * samples - missing_samples
+        self.tokens += (samples - missing_samples) * self.sequence_length
         self.skipped_steps += not applied
         self.eval_loss = None
 

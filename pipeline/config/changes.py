@@ -32,6 +32,7 @@ _EFFECTS = {
     "data.document_mask": "attention and targets of every later step",
     "data.weights": "shares of the sources in every later step",
     "data.weight_schedule": "shares of the sources in every later step",
+    "data.review": "the order of the data, which a checkpoint cannot go on with",
     "data.skip_batches": "batches from here on; those behind stay as they were",
     "parallel": _SUMS,
     "parallel.reduce_bucket_size": _SUMS,

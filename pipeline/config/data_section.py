@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict, ValidationInfo, field_validator
 
 from pipeline.config.problems import shown
+from pipeline.config.review_section import ReviewSection
 from pipeline.config.sections import (
     MAX_COUNT,
     Count,
@@ -51,6 +52,8 @@ class DataSection(Section):
         weight_schedule: weights that change during the run, as phases of step and weights.
         skip_batches: global batches never to train on, as [first, last] pairs; the first batch of
             the run is 1.
+        review: go over the data in phases, some of them over hard sequences only; the number of
+            steps follows from them. null = one mixture from the first step to the last.
     """
 
     shards: FilePath
@@ -64,6 +67,7 @@ class DataSection(Section):
     weights: dict[Name, Weight] | None = None
     weight_schedule: Annotated[tuple[WeightPhase, ...], Strict(False)] = ()
     skip_batches: Annotated[tuple[BatchRange, ...], Strict(False)] = ()
+    review: ReviewSection | None = None
 
     @field_validator("weights")
     @classmethod

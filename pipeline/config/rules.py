@@ -24,7 +24,9 @@ def problems_between(sections: Mapping[str, Any]) -> list[str]:
         (_partition_problems, ("parallel",)),
         (_frozen_stages_problems, ("parallel", "train")),
         (_window_problems, ("model", "data")),
+        (_length_problems, ("train", "data")),
         (_schedule_problems, ("train", "schedule")),
+        (_review_problems, ("train", "data")),
         (_freeze_problems, ("model", "train")),
         (_best_checkpoint_problems, ("eval", "checkpoint")),
         (_memory_problems, ("model", "data", "parallel", "train")),
@@ -55,6 +57,8 @@ def _window_problems(model: ModelConfig, data: DataSection) -> list[str]:
 
 
 def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[str]:
+    if train.steps is None:  # not known yet; they are filled in, and looked at again
+        return []
     if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > train.steps:
         return [
             f"schedule.decay_steps={schedule.decay_steps} and schedule.warmup_steps="
@@ -62,6 +66,61 @@ def _schedule_problems(train: TrainSection, schedule: ScheduleSection) -> list[s
             f"to at most {train.steps - schedule.warmup_steps} or raise train.steps"
         ]
     return []
+
+
+def _length_problems(train: TrainSection, data: DataSection) -> list[str]:
+    if train.steps is not None or data.review is not None:
+        return []
+    if "steps" in train.model_fields_set:
+        return [
+            "train.steps=null is empty, must be a whole number; give it a value, which only "
+            "data.review does by itself"
+        ]
+    return [
+        "train.steps is missing and has no default; add it to the YAML or pass --set "
+        "train.steps=VALUE"
+    ]
+
+
+def _review_problems(train: TrainSection, data: DataSection) -> list[str]:
+    """What does not go together with phases in which each sequence comes exactly once."""
+    if data.review is None:
+        return []
+    alike = "all sources are gone over alike; leave it out"
+    conflicts = (
+        (data.weights is not None, "data.weights", alike),
+        (bool(data.weight_schedule), "data.weight_schedule", alike),
+        (
+            bool(data.skip_batches),
+            "data.skip_batches",
+            "each epoch has all sequences; leave it out",
+        ),
+        (
+            train.on_spike == "rollback",
+            "train.on_spike=rollback",
+            "it leaves sequences out; use skip, stop or ignore",
+        ),
+        (
+            train.on_nonfinite == "rollback",
+            "train.on_nonfinite=rollback",
+            "it leaves sequences out; use skip or stop",
+        ),
+        (
+            train.head_backward == "joint",
+            "train.head_backward=joint",
+            "it gives no loss for each sequence; use sequential",
+        ),
+        (
+            train.freeze == "trunk",
+            "train.freeze=trunk",
+            "head 1, by whose losses sequences are chosen, learns nothing; use none",
+        ),
+    )
+    return [
+        f"{setting} cannot be used with data.review: {reason}"
+        for is_set, setting, reason in conflicts
+        if is_set
+    ]
 
 
 def _freeze_problems(model: ModelConfig, train: TrainSection) -> list[str]:

@@ -39,7 +39,7 @@ from pipeline.config.versions import (
 from pipeline.stages.plan import num_stages, stage_plan
 
 # Keys whose value is itself a mapping; overrides set it whole, or one key within it.
-_MAPPINGS = ("data.weights", "model.rope_scaling", "model.memory")
+_MAPPINGS = ("data.review", "data.weights", "model.rope_scaling", "model.memory")
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -67,9 +67,15 @@ class RunConfig(Section):
         return self
 
     @property
+    def steps(self) -> int:
+        """Steps of the whole run; those that follow from data.review have been filled in."""
+        assert self.train.steps is not None, "pipeline.review.schedule.with_steps comes first"
+        return self.train.steps
+
+    @property
     def last_step(self) -> int:
-        """The step after which this run stops: train.stop_at_step, else train.steps."""
-        return self.train.stop_at_step or self.train.steps
+        """The step after which this run stops: train.stop_at_step, else the last one."""
+        return self.train.stop_at_step or self.steps
 
     @property
     def flops_per_token(self) -> float:
@@ -293,7 +299,7 @@ def settings_without_effect(
             lines.append(f"{key}={every}: the run stops at step {last_step}")
     if config.eval.every_steps == 0 and "samples" in config.eval.model_fields_set:
         lines.append(f"eval.samples={config.eval.samples}: eval.every_steps=0, no validation")
-    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    warmup, steps = config.schedule.warmup_steps, config.steps
     if warmup >= steps:
         lines.append(
             f"optimizer.learning_rate={config.optimizer.learning_rate}: warm-up over "

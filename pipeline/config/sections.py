@@ -152,7 +152,8 @@ class TrainSection(Section):
     """Length, arithmetic and limits of the training loop.
 
     Attributes:
-        steps: optimizer steps of the whole run; the schedule's length.
+        steps: optimizer steps of the whole run; the schedule's length. May be left out with
+            data.review, which says how many there are.
         stop_at_step: end this part of the run earlier, at the same schedule.
         precision: auto = bf16 on a GPU, fp32 on a CPU.
         device: auto = a GPU where there is one.
@@ -191,7 +192,7 @@ class TrainSection(Section):
             all_but_memory = train what model.memory adds alone.
     """
 
-    steps: PositiveInt
+    steps: PositiveInt | None = None
     stop_at_step: PositiveInt | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -51,6 +51,24 @@ def batch_positions(
         batches_behind, next_sample = batch, next_sample + batch_samples
 
 
+def stretch_positions(
+    *, batches_behind: int, next_sample: int, end: int, batch_samples: int
+) -> Iterator[BatchPosition]:
+    """The batches from a position to an end, of which the last has what is left.
+
+    Example with 3 batches behind, next sample 24, end 42 and batches of 8 samples: batches 4, 5 and
+    6 with first samples 24, 32 and 40.
+
+    Args:
+        batches_behind: Batches that were trained on before.
+        next_sample: The sample after those.
+        end: The sample before which to stop.
+        batch_samples: Samples of a batch.
+    """
+    for batch, first in enumerate(range(next_sample, end, batch_samples), batches_behind + 1):
+        yield BatchPosition(batch, first, 0)
+
+
 class StepBatches(NamedTuple):
     """What a rank trains on in one step.
 

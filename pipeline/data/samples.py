@@ -148,7 +148,7 @@ def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) 
     if len(sequences) == 1 and data.weight_phases:
         (name,) = sequences
         lines.append(f"no effect     data weights: {name} is the only source of these shards")
-    if len(sequences) > 1:
+    if len(sequences) > 1 and data.review is None:
         for segment in loader.mixture.segments:
             shares = ", ".join(f"{name} {segment.share(name):.2%}" for name in sequences)
             lines.append(f"mixture from sample {segment.first_sample:,}: {shares}")
@@ -172,7 +172,7 @@ def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) 
         + ("lie behind, no effect" if last <= state.batches else "are not trained on")
         for first, last in data.skip_batches
     ]
-    if state.next_sample:
+    if state.next_sample and data.review is None:
         counts = loader.mixture.counts(state.next_sample)
         epochs = ", ".join(
             f"{name} {counts[name] / max(sequences[name], 1):.3f}" for name in sequences

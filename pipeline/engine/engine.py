@@ -39,6 +39,8 @@ class StepResult(NamedTuple):
         applied: False when gradients were not finite or the loss above its limit, and the weights
             were left alone.
         agreed: what all ranks agreed on before the weights moved.
+        sequence_losses: `[micro-batches, B]` float32, mean loss of head 1 over each sequence of
+            this rank, on the device; 0 where another rank tells it. None without data.review.
     """
 
     head_losses: Tensor
@@ -46,17 +48,22 @@ class StepResult(NamedTuple):
     grad_norm: float
     applied: bool
     agreed: Agreed
+    sequence_losses: Tensor | None = None
 
 
 class Execution(Protocol):
     """How micro-batches run through this rank's part of the model."""
 
-    def run(self, batches: list[Batch], scales: Tensor) -> Tensor:
+    def run(
+        self, batches: list[Batch], scales: Tensor, sequence_losses: Tensor | None = None
+    ) -> Tensor:
         """Forward and backward of a step's micro-batches; each head's loss sum over them `[n]`.
 
         Args:
             batches: on the device.
             scales: `[n]`, factor on each head's loss sum.
+            sequence_losses: `[micro-batches, B]` float64 of zeros, to which head 1's loss sum of
+                each sequence is added where head 1 is on this rank; or None.
         """
         ...
 
@@ -142,7 +149,9 @@ class Engine:
         counts = self._global_sum(sum((b.labels != IGNORED).sum((1, 2)) for b in batches))
         # DeepSpeed averages over data-parallel ranks; the loss is a mean over global targets.
         scales = weights * self.topology.data_size / counts.clamp(min=1)
-        sums = self.execution.run(batches, scales)
+        told = self._room_for_sequences(batches)
+        sums = self.execution.run(batches, scales, told)
+        means = None if told is None else self._sequence_means(told, batches)
         head_losses = self._global_sum(sums) / counts.clamp(min=1)
         loss = (weights * head_losses).sum()
         finite = head_losses.isfinite().all() & (loss <= loss_limit)
@@ -151,9 +160,25 @@ class Engine:
         norm = self._apply(learning_rate) if agreed.finite else None
         if norm is None:
             self._share.discard_gradients()
-            return StepResult(head_losses, loss, float("nan"), False, agreed)
+            return StepResult(head_losses, loss, float("nan"), False, agreed, means)
         self.execution.weights_changed()
-        return StepResult(head_losses, loss, norm, True, agreed)
+        return StepResult(head_losses, loss, norm, True, agreed, means)
+
+    def _room_for_sequences(self, batches: Sequence[Batch]) -> Tensor | None:
+        """`[micro-batches, B]` for the losses of sequences, if the run wants them."""
+        if self.config.data.review is None:
+            return None
+        shape = (len(batches), len(batches[0].tokens))
+        return torch.zeros(shape, dtype=torch.float64, device=self.topology.device)
+
+    def _sequence_means(self, sums: Tensor, batches: Sequence[Batch]) -> Tensor:
+        """Mean loss of head 1 over each sequence, 0 with too few targets or on another rank."""
+        review = self.config.data.review
+        assert review is not None
+        counts = torch.stack([(batch.labels[0] != IGNORED).sum(1) for batch in batches])
+        speaks = self.topology.tensor_rank == 0 and 1 in self.model.heads.numbers
+        counted = counts >= review.min_targets if speaks else torch.zeros_like(counts)
+        return (sums / counts.clamp(min=1)).where(counted.bool(), 0.0).float()
 
     def _scored(self, batch: Batch) -> Batch:
         """The batch, without the targets that the mode of a memory leaves out."""

@@ -76,10 +76,12 @@ class PipelineStage:
         share.trace_whole_steps(topology.get_data_parallel_group())
         self.weights_changed()
 
-    def run(self, batches: list[Batch], scales: Tensor) -> Tensor:
-        """Forward and backward of a step's micro-batches; each head's loss sum over them `[n]`."""
+    def run(
+        self, batches: list[Batch], scales: Tensor, sequence_losses: Tensor | None = None
+    ) -> Tensor:
+        """Forward and backward of a step's micro-batches; see `Execution.run`."""
         self._share.begin_trace()
-        return self.runner.run(batches, scales)
+        return self.runner.run(batches, scales, sequence_losses)
 
     def _forward(
         self, inputs: Tensor, documents: Tensor | None

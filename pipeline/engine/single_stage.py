@@ -21,10 +21,12 @@ class _Pass(NamedTuple):
     Attributes:
         forward: of the engine, which takes what follows the trunk.
         scored: what the trunk's output is of.
+        sequence_losses: `[B]`, gets head 1's loss sum of each sequence added; or None.
     """
 
     forward: Callable[..., Any]
     scored: Batch
+    sequence_losses: Tensor | None
 
 
 class SingleStage:
@@ -47,16 +49,24 @@ class SingleStage:
         # On a GPU: before and after what no other rank takes part in.
         self._own_work: list[tuple[Any, Any]] = []
 
-    def run(self, batches: list[Batch], scales: Tensor) -> Tensor:
-        """Forward and backward of a step's micro-batches; each head's loss sum over them `[n]`."""
+    def run(
+        self, batches: list[Batch], scales: Tensor, sequence_losses: Tensor | None = None
+    ) -> Tensor:
+        """Forward and backward of a step's micro-batches; see `Execution.run`."""
         sums = torch.zeros_like(scales)
-        passes = [one for batch in batches for one in self._passes(batch)]
+        passes = [
+            one
+            for index, batch in enumerate(batches)
+            for one in self._passes(
+                batch, None if sequence_losses is None else sequence_losses[index]
+            )
+        ]
         for index, one in enumerate(passes):
             self._engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
             sums += self._forward_backward(one, scales)
         return sums
 
-    def _passes(self, batch: Batch) -> list["_Pass"]:
+    def _passes(self, batch: Batch, sequence_losses: Tensor | None) -> list["_Pass"]:
         """What a micro-batch is run in: one pass, or of a model with a memory one a window.
 
         To DeepSpeed each is a micro-batch of its own, so that every parameter has one gradient in
@@ -65,12 +75,13 @@ class SingleStage:
         forward = functools.partial(self._engine, batch.tokens, documents=batch.documents)
         sizes = self._config.model.memory
         if sizes is None:
-            return [_Pass(forward, batch)]
+            return [_Pass(forward, batch, sequence_losses)]
         memories: list[Tensor] = []
         return [
             _Pass(
                 functools.partial(forward, window=window, memories=memories),
                 _columns(batch, window.scored * sizes.segment, window.stop * sizes.segment),
+                sequence_losses,
             )
             for window in windows(sizes, batch.tokens.shape[1])
         ]
@@ -104,6 +115,7 @@ class SingleStage:
                 scales,
                 chunk_tokens=self._chunk_tokens,
                 documents=documents,
+                sequence_losses=one.sequence_losses,
             )
         if begun is not None:  # the trunk's backward, which follows, has the reduction in it
             self._own_work.append((begun, self._now()))

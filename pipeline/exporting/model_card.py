@@ -183,7 +183,7 @@ def _training(config: RunConfig, state: TrainState) -> list[tuple[str, str]]:
     options, schedule = config.optimizer, config.schedule
     samples = config.global_batch_size(state.layout.data)
     rows = [
-        ("Steps", f"{state.step:,} of {config.train.steps:,}"),
+        ("Steps", f"{state.step:,} of {config.steps:,}"),
         ("Tokens", f"{state.tokens:,}"),
         ("Batch", f"{samples:,} samples of {state.sequence_length:,} tokens"),
         (

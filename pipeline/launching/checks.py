@@ -11,6 +11,7 @@ from pipeline.checkpoint.folder import read_config
 from pipeline.checkpoint.resume_point import model_problems
 from pipeline.config.run_config import RunConfig, data_parallel_size
 from pipeline.data.samples import open_shards, training_samples
+from pipeline.review.schedule import ReviewSchedule, with_steps
 
 
 def check_run(config: RunConfig, world_size: int | None, resume: str) -> None:
@@ -29,7 +30,10 @@ def check_run(config: RunConfig, world_size: int | None, resume: str) -> None:
     shards = open_shards(config)
     if world_size is not None:
         data_size = data_parallel_size(config, world_size)
-        training_samples(config, shards, data_rank=0, data_size=data_size)
+        loader = training_samples(config, shards, data_rank=0, data_size=data_size)
+        if config.data.review is not None:
+            schedule = ReviewSchedule(config.data.review, loader.num_samples)
+            with_steps(config, schedule, loader.global_batch_size)
     _check_folder(config.run.dir)
     if resume == "auto":
         _check_newest(config)

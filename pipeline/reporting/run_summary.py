@@ -82,7 +82,7 @@ def summarize_run(
         f"step          {tokens:,} tokens = {config.global_batch_size(data_size)} samples of "
         f"{config.data.sequence_length} (micro-batch {config.batch.micro_size}, accumulation "
         f"{config.batch.accumulation})",
-        f"length        {config.last_step:,} of {config.train.steps:,} steps, "
+        f"length        {config.last_step:,} of {config.steps:,} steps, "
         f"{tokens * config.last_step:,} tokens",
         f"checkpoint    {_STATE_BYTES * count.total / 2**30:.3g} GiB over all ranks"
         f"{', copied to their host memory first' if config.checkpoint.asynchronous else ''}",

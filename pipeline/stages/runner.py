@@ -107,24 +107,33 @@ class StageRunner:
         self._sparse_first_gradient = sparse_first_gradient
         self.own_s = 0.0
 
-    def run(self, batches: Sequence[Batch], scales: Tensor) -> Tensor:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        scales: Tensor,
+        sequence_losses: Tensor | None = None,
+    ) -> Tensor:
         """Forward and backward of all micro-batches of a step.
 
         Args:
             batches: the micro-batches; every stage of a chain has the same ones.
             scales: `[n]`, factor on each head's loss sum.
+            sequence_losses: `[micro-batches, B]` float64, filled with head 1's loss sum of each
+                sequence in the stage of head 1; or None.
 
         Returns:
             `[n]` float32, sum of each head's token losses over the chain's micro-batches.
         """
         with self._links.clock.step():
-            sums = self._run(batches, scales)
+            sums = self._run(batches, scales, sequence_losses)
             self._links.finish_sends()
             work = dist.all_reduce(sums, group=self._topology.activation_group, async_op=True)
             self._links.clock.wait(work, "the other stages at the end of a step")
         return sums
 
-    def _run(self, batches: Sequence[Batch], scales: Tensor) -> Tensor:
+    def _run(
+        self, batches: Sequence[Batch], scales: Tensor, sequence_losses: Tensor | None
+    ) -> Tensor:
         """This stage's part of `run`: the losses of its own heads."""
         self._expect(batches)
         sums = torch.zeros_like(scales)
@@ -134,8 +143,9 @@ class StageRunner:
             if is_forward:
                 in_flight[micro] = self._forward(batches[micro])
                 continue
+            losses = None if sequence_losses is None else sequence_losses[micro]
             gradients = self._backward(
-                in_flight.pop(micro), batches, micro, scales, sums, gradients
+                in_flight.pop(micro), batches, micro, scales, sums, gradients, losses
             )
         return sums
 
@@ -183,6 +193,7 @@ class StageRunner:
         scales: Tensor,
         sums: Tensor,
         gradients: LMHeadGradients | None,
+        sequence_losses: Tensor | None,
     ) -> LMHeadGradients | None:
         """Heads, then what comes from below, then this stage's trunk layers.
 
@@ -209,6 +220,7 @@ class StageRunner:
                 documents=batches[micro].documents,
                 chain=flight.chain,
                 output_gradient=wanted,
+                sequence_losses=sequence_losses,
             )
             wanted = result.trunk_gradient
             for head, loss_sum in zip(self._model.heads.numbers, result.loss_sums, strict=True):

@@ -115,6 +115,10 @@ def small_config(config: dict[str, Any]) -> dict[str, Any]:
     if model.get("memory"):
         model["memory"] |= {"segment": 4, "summary": 2, "sensory": 1}
     train = config["train"] | {"steps": STEPS, "device": "auto", "precision": "auto"}
+    data = config["data"] | {"sequence_length": 16, "shards": "data/corpus"}
+    if "review" in data:
+        del train["steps"]
+        data["review"] = data["review"] | {"sequences": 8}
     if "init_from" in train:
         train["init_from"] = "llama"
     schedule = config["schedule"] | {"warmup_steps": 1}
@@ -122,7 +126,7 @@ def small_config(config: dict[str, Any]) -> dict[str, Any]:
         schedule["decay_steps"] = 1
     return config | {
         "model": model,
-        "data": config["data"] | {"sequence_length": 16, "shards": "data/corpus"},
+        "data": data,
         "batch": {"micro_size": 2, "accumulation": config["batch"].get("accumulation", 1) and 1},
         "parallel": _parallel(config.get("parallel", {})),
         "train": train,

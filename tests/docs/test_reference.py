@@ -70,7 +70,7 @@ def test_types_are_put_into_words() -> None:
         for name in ("train", "optimizer", "data", "run")
         for key in keys_of(name)
     }
-    assert kinds["train.steps"].kind == "whole number > 0"
+    assert kinds["train.steps"].kind == "whole number > 0, or null"
     assert kinds["train.stop_at_step"].kind == "whole number > 0, or null"
     freezes = "`none` or `trunk` or `early_exit` or `all_but_memory`"
     assert kinds["train.freeze"].kind == freezes

@@ -76,8 +76,10 @@ def _weights_after(case: Case, steps: list[tuple[int, bool]]) -> tuple[list[bool
     engine = build_engine(engine_config(case), topology, "fp32")
     run, poisoned = engine.execution.run, False
 
-    def run_poisoned(batches: list[Batch], scales: Tensor) -> Tensor:
-        return run(batches, scales * float("nan") if poisoned else scales)
+    def run_poisoned(
+        batches: list[Batch], scales: Tensor, sequence_losses: Tensor | None = None
+    ) -> Tensor:
+        return run(batches, scales * float("nan") if poisoned else scales, sequence_losses)
 
     engine.execution.run = run_poisoned  # type: ignore[method-assign]
     applied = []

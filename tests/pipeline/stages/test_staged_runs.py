@@ -200,8 +200,10 @@ def _poisoned(case: Case, steps: list[tuple[int, bool]]) -> tuple[list[bool], li
     run = runner.run
     poisoned = False
 
-    def run_poisoned(batches: Sequence[Batch], scales: Tensor) -> Tensor:
-        return run(batches, scales * float("nan") if poisoned else scales)
+    def run_poisoned(
+        batches: Sequence[Batch], scales: Tensor, sequence_losses: Tensor | None = None
+    ) -> Tensor:
+        return run(batches, scales * float("nan") if poisoned else scales, sequence_losses)
 
     runner.run = run_poisoned  # type: ignore[method-assign]
     applied = []

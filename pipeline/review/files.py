@@ -1,0 +1,86 @@
+"""Files of a run's review: an array each, in the run's folder and linked into its checkpoints.
+
+    runs/NAME/review/
+      losses_epoch_01.npy   float32 [sequences]: mean loss of head 1 when the sequence was trained
+                            on; -1 = not in this epoch (yet), nan = the loss was not finite
+      kept_phase_2.npy      uint8 [ceil(sequences / 8)]: np.unpackbits(...)[i] = sequence i is in it
+      index.json            phases and epochs, with the size and checksum of each file
+
+The same arrays lie in `review/` of each checkpoint, with that of the epoch that is going on. What
+is complete is never written again, so a checkpoint links it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foundation.durable_files import FileEntry, read_entry, sync_file, whole_file, write_whole
+from pipeline.checkpoint.file_names import REVIEW
+
+INDEX = "index.json"
+
+
+def losses_name(number: int) -> str:
+    """The file of a pass, which people count from 1."""
+    return f"losses_epoch_{number + 1:02d}.npy"
+
+
+def kept_name(phase: int) -> str:
+    """The file of a phase's sequences, which people count from 1."""
+    return f"kept_phase_{phase + 1}.npy"
+
+
+def write_array(path: Path, array: NDArray[Any]) -> FileEntry:
+    """Write an array through to the disk, and see that the disk has it.
+
+    Raises:
+        OSError: it cannot be written, or reads back as something else.
+    """
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    entry = read_entry(path)
+    if not np.array_equal(read_array(path).view(np.uint8), array.view(np.uint8)):
+        raise OSError(f"{path.name} reads back from the disk as something else than was written")
+    return entry
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """An array as it lies on the disk, read where it is looked at.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise OSError(f"{path} is no array ({error})") from None
+    return array
+
+
+def put_beside(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no links.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync_file(target)
+
+
+def write_index(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write down what there is."""
+    write_whole(folder / INDEX, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def review_folder(run_dir: Path) -> Path:
+    """Where a run's review lies."""
+    return run_dir / REVIEW

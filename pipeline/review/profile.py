@@ -1,0 +1,127 @@
+"""Which sequences a run learned, unlearned and forgot: from the losses of its epochs.
+
+Learning, forgetting and descents as in Prakriya et al. 2024: a sequence's loss falls when it is
+learned, and one that was learned and whose loss rises again is forgotten.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foundation.json_text import read_json
+from model.errors import ConfigError
+from pipeline.review.files import INDEX, losses_name, read_array, review_folder
+
+_CHUNK = 1 << 22
+# Of the paper's eight epochs of GPT-2 on OpenWebText.
+PUBLISHED_FORGOTTEN, PUBLISHED_SEVERAL = 0.25, 0.82
+
+
+class Profile(NamedTuple):
+    """How many sequences did what; each count over those seen at least twice.
+
+    Attributes:
+        sequences: seen at least twice.
+        learned: whose last loss is below their first.
+        unlearned: whose last loss is not below their first.
+        forgotten: whose loss rose after it had fallen, at least once.
+        forgotten_again: more than once.
+        descents: `[times + 1]` sequences by how often their loss began to fall.
+    """
+
+    sequences: int
+    learned: int
+    unlearned: int
+    forgotten: int
+    forgotten_again: int
+    descents: list[int]
+
+    @property
+    def forgotten_share(self) -> float:
+        """Of all sequences."""
+        return self.forgotten / max(self.sequences, 1)
+
+    @property
+    def forgotten_again_share(self) -> float:
+        """Of those that were forgotten."""
+        return self.forgotten_again / max(self.forgotten, 1)
+
+
+def epochs_of(run_dir: Path) -> list[NDArray[np.float32]]:
+    """The losses of every epoch of a run that is over, mapped.
+
+    Raises:
+        ConfigError: the run has none.
+    """
+    folder = review_folder(run_dir)
+    try:
+        planned = len(read_json(folder / INDEX)["epochs"])
+        paths = [folder / losses_name(number) for number in range(planned)]
+        found = [read_array(path) for path in paths if path.is_file()]
+    except (OSError, ValueError, LookupError, TypeError):
+        found = []
+    if len(found) < 2:
+        raise ConfigError(
+            f"{review_folder(run_dir)} has losses of fewer than two epochs; give the folder of a "
+            "run with data.review that has done two"
+        )
+    return found
+
+
+def profile_of(epochs: Sequence[NDArray[np.float32]]) -> Profile:
+    """Count over all sequences, a part of them at a time.
+
+    Args:
+        epochs: `[sequences]` losses each; below 0 = not in that epoch, nan = higher than any.
+    """
+    counts = np.zeros(5, np.int64)
+    descents = np.zeros(len(epochs) + 1, np.int64)
+    for start in range(0, len(epochs[0]), _CHUNK):
+        part = _Part(epochs[0][start : start + _CHUNK])
+        for losses in epochs[1:]:
+            part.see(losses[start : start + _CHUNK])
+        twice = part.seen > 1
+        lower = part.last < part.first
+        counts += [
+            int(np.count_nonzero(twice & what))
+            for what in (twice, lower, ~lower, part.forgotten > 0, part.forgotten > 1)
+        ]
+        descents += np.bincount(part.descents[twice], minlength=len(descents))
+    last = int(np.flatnonzero(descents).max(initial=0))
+    seen, learned, unlearned, forgotten, again = counts.tolist()
+    shown = descents[: last + 1].tolist()
+    return Profile(seen, learned, unlearned, forgotten, again, shown)
+
+
+class _Part:
+    """What has been seen of some sequences so far.
+
+    Args:
+        losses: of the first epoch.
+    """
+
+    def __init__(self, losses: NDArray[np.float32]) -> None:
+        self.first = np.full(len(losses), np.inf, np.float32)
+        self.last = self.first.copy()
+        self.seen, self.forgotten, self.descents = (np.zeros(len(losses), np.int16) for _ in "abc")
+        self._has_fallen = np.zeros(len(losses), np.bool_)
+        self._falls = self._has_fallen.copy()
+        self.see(losses)
+
+    def see(self, losses: NDArray[np.float32]) -> None:
+        """Go on with an epoch; sequences that are not in it stay as they are."""
+        here = ~(losses < 0)
+        now = np.where(np.isnan(losses), np.float32(np.inf), losses)
+        known = here & (self.seen > 0)
+        falls, rises = known & (now < self.last), known & (now > self.last)
+        self.descents += falls & ~self._falls
+        # Once for each time that it had fallen: what goes on rising is not forgotten twice.
+        self.forgotten += rises & self._has_fallen
+        self._has_fallen = (self._has_fallen | falls) & ~rises
+        self._falls = (self._falls | falls) & ~rises
+        self.first = np.where(here & (self.seen == 0), now, self.first)
+        self.last = np.where(here, now, self.last)
+        self.seen += here

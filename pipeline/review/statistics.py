@@ -1,0 +1,201 @@
+"""Losses of each sequence in each epoch, and the sequences they choose; on rank 0.
+
+One epoch's losses are in memory, 4 bytes a sequence. Those of epochs that are over lie on the disk.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.loading.review_order import Pass, ReviewOrder
+from data_prep.loading.selection import KeptSequences
+from foundation.durable_files import FileEntry, read_entry, sync_folder
+from model.errors import CheckpointError
+from pipeline.checkpoint.file_names import REVIEW
+from pipeline.checkpoint.files import Entries
+from pipeline.config.review_section import ReviewSection
+from pipeline.review.files import (
+    kept_name,
+    losses_name,
+    put_beside,
+    read_array,
+    review_folder,
+    write_array,
+    write_index,
+)
+from pipeline.review.schedule import ReviewSchedule
+from pipeline.review.staleness import without_running_mean
+
+# Losses are never below 0.
+UNVISITED = np.float32(-1.0)
+_CHUNK = 1 << 24
+
+Losses = NDArray[np.float32]
+
+
+class Statistics:
+    """What is known of each sequence.
+
+    Args:
+        run_dir: the run's folder.
+        options: of its review.
+        schedule: its passes.
+        order: of its samples; told which sequences a phase has.
+    """
+
+    def __init__(
+        self, run_dir: Path, options: ReviewSection, schedule: ReviewSchedule, order: ReviewOrder
+    ) -> None:
+        self.folder = review_folder(run_dir)
+        self._options = options
+        self._schedule = schedule
+        self._order = order
+        self._going_on: dict[int, Losses] = {}
+        self._entries: dict[str, FileEntry] = {}
+
+    def record(self, first_sample: int, losses: Losses) -> None:
+        """Keep the losses of samples that were trained on, each once.
+
+        Args:
+            first_sample: the first of them.
+            losses: `[samples]`.
+
+        Raises:
+            OSError: an epoch is over, and cannot be written.
+        """
+        done = 0
+        while done < len(losses):
+            sample = first_sample + done
+            now = self._order.pass_at(sample)
+            count = min(now.end - sample, len(losses) - done)
+            numbers = self._order.numbers(sample, count)
+            array = self._of(now)
+            assert bool((array[numbers] == UNVISITED).all()), f"epoch {now.number + 1}: twice"
+            array[numbers] = losses[done : done + count]
+            done += count
+            if sample + count == now.end:
+                self._finish(now)
+
+    def _of(self, now: Pass) -> Losses:
+        """The losses of an epoch that is going on."""
+        if now.number not in self._going_on:
+            self._going_on[now.number] = np.full(self._order.total, UNVISITED, np.float32)
+        return self._going_on[now.number]
+
+    def _finish(self, now: Pass) -> None:
+        """An epoch is over: its losses go to the disk and stay there."""
+        array = self._going_on.pop(now.number)
+        visited = len(array) - int(np.count_nonzero(array == UNVISITED))
+        assert visited == now.size, f"epoch {now.number + 1}: {visited} of {now.size} recorded"
+        self._keep_file(losses_name(now.number), array)
+
+    def _keep_file(self, name: str, array: NDArray[Any]) -> None:
+        self._entries[name] = write_array(self.folder / name, array)
+        self._write_index()
+
+    def select(self, phase: int) -> KeptSequences:
+        """The sequences that a phase has, which its file remembers.
+
+        Raises:
+            OSError: the file cannot be written or read.
+        """
+        name = kept_name(phase)
+        if name in self._entries:
+            return KeptSequences(np.array(read_array(self.folder / name)), self._order.total)
+        kept = KeptSequences.by_loss(self._judgement(phase), self._schedule.dropped(phase))
+        self._keep_file(name, kept.bits)
+        return kept
+
+    def not_finite(self, phase: int) -> int:
+        """Sequences whose losses, by which a phase's were chosen, are not all finite."""
+        found = np.zeros(self._order.total, np.bool_)
+        for one in self._schedule.judges(phase):
+            found |= ~np.isfinite(read_array(self.folder / losses_name(one.number)))
+        return int(np.count_nonzero(found))
+
+    def _judgement(self, phase: int) -> Losses:
+        """What a phase's sequences are ordered by: the mean over the epochs that judge."""
+        judges = self._schedule.judges(phase)
+        total = np.zeros(self._order.total, np.float32)
+        for one in judges:
+            losses = read_array(self.folder / losses_name(one.number))
+            if self._options.staleness == "subtract_running_mean":
+                losses = without_running_mean(
+                    losses, one, self._order, self._options.running_mean_sequences
+                )
+            for start in range(0, len(total), _CHUNK):
+                total[start : start + _CHUNK] += losses[start : start + _CHUNK]
+        return total / np.float32(len(judges)) if len(judges) > 1 else total
+
+    def files(self) -> Callable[[Path], Entries]:
+        """What a checkpoint has of it, as it is now; to be called in any thread."""
+        complete = dict(self._entries)
+        going_on = {losses_name(n): array.copy() for n, array in self._going_on.items()}
+
+        def write(checkpoint: Path) -> Entries:
+            folder = checkpoint / REVIEW
+            folder.mkdir()
+            for name in complete:
+                put_beside(self.folder / name, folder / name)
+            entries = complete | {n: write_array(folder / n, a) for n, a in going_on.items()}
+            sync_folder(folder)
+            return {f"{REVIEW}/{name}": entry for name, entry in entries.items()}
+
+        return write
+
+    def restore(self, checkpoint: Path | None, next_sample: int) -> None:
+        """Begin with what a checkpoint has; or with nothing.
+
+        Raises:
+            CheckpointError: the checkpoint lacks what its position needs.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (*self.folder.glob("losses_epoch_*"), *self.folder.glob("kept_phase_*")):
+            path.unlink()
+        for one in self._schedule.passes:
+            if one.first_sample >= next_sample or checkpoint is None:
+                break
+            source = checkpoint / REVIEW / losses_name(one.number)
+            names = [losses_name(one.number)] + [kept_name(one.phase)] * one.chosen
+            if missing := [n for n in names if not (checkpoint / REVIEW / n).is_file()]:
+                raise CheckpointError(
+                    f"{checkpoint} has no {REVIEW}/{missing[0]}, without which data.review cannot "
+                    "go on; use another checkpoint"
+                )
+            if one.end > next_sample:
+                self._going_on[one.number] = np.array(read_array(source))
+                names = names[1:]
+            for name in set(names) - set(self._entries):
+                put_beside(checkpoint / REVIEW / name, self.folder / name)
+                self._entries[name] = read_entry(self.folder / name)
+        self._write_index()
+
+    def _write_index(self) -> None:
+        """What there is, for people and for reports."""
+        schedule = self._schedule
+        files = {n: {"bytes": e.size, "xxh3": e.xxh3} for n, e in sorted(self._entries.items())}
+        write_index(
+            self.folder,
+            {
+                "version": 1,
+                "sequences": schedule.sequences,
+                "phases": [
+                    {"name": phase.name, "kept": schedule.sequences - schedule.dropped(number)}
+                    for number, phase in enumerate(schedule.phases)
+                ],
+                "epochs": [
+                    {
+                        "phase": one.phase + 1,
+                        "repetition": one.repetition + 1,
+                        "epoch": one.epoch + 1,
+                        "sequences": one.size,
+                        "first_sample": one.first_sample,
+                    }
+                    for one in schedule.passes
+                ],
+                "files": files,
+            },
+        )
