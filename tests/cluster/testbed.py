@@ -277,7 +277,7 @@ class Cluster:
         # The card of a node that lost its power goes a moment after the node's last process.
         subprocess.run(["ip", "link", "del", card], capture_output=True, check=False)
         self.wait(lambda: not Path("/sys/class/net", card).exists(), f"{card} is free")
-        # The same address at each boot, as a real card has: the other nodes remember it for a while.
+        # The same address at each boot, as a real card has: other nodes remember it for a while.
         address = ["address", f"02:00:00:00:00:{index + 1:02x}"]
         _call("ip", "link", "add", card, "type", "veth", *peer, *address)
         _call("ip", "link", "set", card, "master", self._bridge, "up")
