@@ -86,6 +86,10 @@ class ReviewOrder:
         """The pass that a sample is in; of one past the end the last pass."""
         return self.passes[bisect_right(self._firsts, sample) - 1]
 
+    def first_sample_of(self, phase: int) -> int:
+        """Where a phase begins."""
+        return next(one.first_sample for one in self.passes if one.phase == phase)
+
     def step_end(self, sample: int, batch: int) -> int:
         """The end of the step that begins with a sample: `batch` samples on, or sooner.
 
