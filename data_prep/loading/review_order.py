@@ -53,6 +53,11 @@ class ReviewOrder:
         counts: sequences of each source, together at least as many.
         fingerprint: of the data; part of the key of each permutation.
         seed: the run's seed.
+
+    Attributes:
+        passes: as given.
+        total: as given.
+        fingerprint: as given.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class ReviewOrder:
     ) -> None:
         self.passes = tuple(passes)
         self.total = total
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._seed = seed
         self._firsts = [one.first_sample for one in self.passes]
         self._source_starts = np.cumsum([0, *counts])
@@ -114,7 +119,7 @@ class ReviewOrder:
             now = self.pass_at(first_sample)
             stop = min(end, now.end)
             ranks = np.arange(first_sample - now.first_sample, stop - now.first_sample)
-            permutation = Permutation(now.size, self._fingerprint, self._seed, now.number)
+            permutation = Permutation(now.size, self.fingerprint, self._seed, now.number)
             ranks = permutation(ranks)
             parts.append(self._kept[now.phase](ranks) if now.chosen else ranks)
             first_sample = stop

@@ -214,6 +214,7 @@ class Statistics:
             self.folder,
             {
                 "version": 1,
+                "fingerprint": self._order.fingerprint,
                 "sequences": schedule.sequences,
                 "phases": [
                     {"name": phase.name, "kept": schedule.sequences - schedule.dropped(number)}

@@ -1,7 +1,9 @@
 """Runs with data.review through the real command: what is recorded, chosen, and resumed."""
 
+import html
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,9 @@ from data_prep.loading.sequences import SequenceFormat
 from data_prep.shards.shard_set import ShardSet
 from pipeline.checkpoint.folder import read_config
 from pipeline.config.run_config import load_config
+from pipeline.reporting.review_page import review_page
+from pipeline.review.examples import examples_of
+from pipeline.review.profile import hardest_and_most_forgotten
 from tests.pipeline.conftest import written_config
 from tests.support.review_runs import (
     LAYOUTS,
@@ -140,6 +145,32 @@ def test_a_choice_is_the_same_on_any_ranks(straight: Path, config: Path, tmp_pat
     np.testing.assert_array_equal(kept, expected)
 
 
+def test_the_page_shows_the_text_of_sequences(straight: Path, shards: Path, tmp_path: Path) -> None:
+    """As it stands in the corpus, the hardest first; without its shards it says so."""
+    review = straight / "review"
+    epochs = [np.load(path) for path in sorted(review.glob("losses_epoch_*"))]
+    hardest, _ = hardest_and_most_forgotten(epochs, 3)
+    opened = ShardSet.open(shards, "train")
+    stream = bytes(opened.read(0, opened.num_tokens).clip(max=255).astype(np.uint8)).decode("latin")
+    for one, number in zip(examples_of(straight, epochs, hardest), hardest, strict=True):
+        assert (one.number, one.source) == (number, "corpus")
+        assert [loss is None for loss in one.losses] == [bool(e[number] < 0) for e in epochs]
+        # A document's end is a byte of no meaning in `stream`, and a name in the text.
+        longest = max(one.text.split(opened.manifest.tokenizer.eos_token), key=len)
+        assert len(longest) > 20
+        assert longest in stream
+        assert html.escape(longest[:20]) in review_page(straight)
+    moved = tmp_path / "moved"
+    shutil.copytree(review, moved / "review")
+    text = (straight / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(text.replace(str(shards), str(tmp_path / "gone")))
+    assert "The texts cannot be shown" in review_page(moved)
+    (moved / "config.yaml").write_text(text)
+    index = moved / "review" / "index.json"
+    index.write_text(index.read_text().replace(opened.fingerprint, "0" * 16))
+    assert "are other shards than those that" in review_page(moved)
+
+
 def test_nothing_left_out_is_plain_training(config: Path, tmp_path: Path) -> None:
     """L2: the metrics of a run over as many epochs, to the bit."""
     phases = "data.review={phases: [{name: all, epochs: 2}, {name: again}]}"
@@ -188,7 +219,7 @@ def test_trivial_text_is_left_out(config: Path, tmp_path: Path) -> None:
     kept = np.unpackbits(arrays["kept_phase_2.npy"])[:total].astype(bool)
     assert np.count_nonzero(kept & ~hard) <= 1
     late, losses = arrays["rescored_phase_2.npy"] < 0, arrays["losses_epoch_01.npy"]
-    chosen = KeptSequences.by_loss(losses[late], np.count_nonzero(~hard[late]))
+    chosen = KeptSequences.by_loss(losses[late], int(np.count_nonzero(~hard[late])))
     np.testing.assert_array_equal(chosen(np.arange(chosen.count)), np.flatnonzero(hard[late]))
 
 
