@@ -26,6 +26,7 @@ from foundation.durable_files import FileEntry, read_entry, sync_file, whole_fil
 from pipeline.checkpoint.file_names import REVIEW
 
 INDEX = "index.json"
+_CHUNK = 1 << 26  # bytes
 
 
 def losses_name(number: int) -> str:
@@ -52,7 +53,11 @@ def write_array(path: Path, array: NDArray[Any]) -> FileEntry:
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
     entry = read_entry(path)
-    if not np.array_equal(read_array(path).view(np.uint8), array.view(np.uint8)):
+    found = read_array(path).view(np.uint8)
+    wanted = array.view(np.uint8)
+    # A part at a time: what compares all at once makes another array of that size.
+    parts = [slice(start, start + _CHUNK) for start in range(0, max(len(wanted), 1), _CHUNK)]
+    if not all(np.array_equal(found[part], wanted[part]) for part in parts):
         raise OSError(f"{path.name} reads back from the disk as something else than was written")
     return entry
 
