@@ -157,7 +157,7 @@ def plan_run(
     grid: Grid, settings: dict[str, Any], folder: Path, prepared: Mapping[str, Path]
 ) -> Run:
     """The run of a point, and the one before it, if it begins with that one's export."""
-    config = configured(grid.run, settings)
+    config = configured(grid.run, grid.expanded(settings))
     config["run"] |= {"name": folder.name, "dir": str(folder / "run")}
     shards = prepared[settings.get("data.shards", next(iter(prepared)))]
     config["data"]["shards"] = str(shards)

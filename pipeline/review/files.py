@@ -3,6 +3,8 @@
     runs/NAME/review/
       losses_epoch_01.npy   float32 [sequences]: mean loss of head 1 when the sequence was trained
                             on; -1 = not in this epoch (yet), nan = the loss was not finite
+      rescored_phase_2.npy   float32 [sequences]: with staleness: rescore, the same before the
+                            choice; -1 = not read again
       kept_phase_2.npy      uint8 [ceil(sequences / 8)]: np.unpackbits(...)[i] = sequence i is in it
       index.json            phases and epochs, with the size and checksum of each file
 
@@ -34,6 +36,11 @@ def losses_name(number: int) -> str:
 def kept_name(phase: int) -> str:
     """The file of a phase's sequences, which people count from 1."""
     return f"kept_phase_{phase + 1}.npy"
+
+
+def rescored_name(phase: int) -> str:
+    """The file of losses that sequences had when a phase's were chosen."""
+    return f"rescored_phase_{phase + 1}.npy"
 
 
 def write_array(path: Path, array: NDArray[Any]) -> FileEntry:
