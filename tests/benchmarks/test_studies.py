@@ -192,7 +192,7 @@ def test_points_share_what_they_begin_with(tmp_path: Path) -> None:
     assert plan_run(changed, settings, runs[0].folder, prepared).digest != runs[0].digest
 
 
-@pytest.mark.parametrize("name", ["polynomials", "which_heads", "induction", "finetuning"])
+@pytest.mark.parametrize("name", ["polynomials", "which_heads", "induction", "finetuning", "hmt"])
 def test_grids_are_whole(name: str) -> None:
     """At least three seeds; names of points differ; a quick try is a part; so with variants."""
     grid = load_grid(STUDIES / name / "grid.yaml", quick=False)
@@ -217,6 +217,7 @@ def test_grids_are_whole(name: str) -> None:
         pytest.param("polynomials", marks=pytest.mark.stress),
         pytest.param("which_heads", marks=pytest.mark.stress),
         pytest.param("finetuning", marks=pytest.mark.stress),
+        pytest.param("hmt", marks=pytest.mark.stress),
     ],
 )
 def test_a_quick_try_gives_a_table_and_is_not_repeated(name: str, tmp_path: Path) -> None:
