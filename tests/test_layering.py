@@ -29,6 +29,7 @@ ROOMS = {
         "decoding",
         "early_exit",
         "streaming",
+        "writing",
         "serving",
     ),
     "pipeline": (

@@ -52,9 +52,10 @@ ROOMS = {
     "data_prep.tokenization": Room(250, 13.0, "tokenization/", "text to\ntokens"),
     "model.generate": Room(620, 8, "generate", "text from an export"),
     "model.serve": Room(880, 8, "serve", "texts over HTTP"),
-    "model.streaming": Room(750, 9.1, "streaming/", "with a\nmemory"),
-    "model.serving": Room(880, 9.1, "serving/", "queue, batch thread,\nOpenAI's API"),
-    "model.early_exit": Room(620, 9.1, "early_exit/", "drafts of the\nfirst layers"),
+    "model.writing": Room(701, 9.1, "writing/", "prompts,\ntimed runs"),
+    "model.streaming": Room(819, 9.1, "streaming/", "with a\nmemory"),
+    "model.serving": Room(937, 9.1, "serving/", "queue, thread,\nOpenAI's API"),
+    "model.early_exit": Room(583, 9.1, "early_exit/", "drafts of the\nfirst layers"),
     "model.decoding": Room(620, 10.05, "decoding/", "drafts, acceptance,\nsampling"),
     "model.inference": Room(620, 11.0, "inference/", "plain torch,\nKV cache"),
     "model.hugging_face": Room(900, 10.9, "hugging_face/", "names, sizes and tensors\nof a Llama"),
@@ -136,6 +137,10 @@ def _width(name: str) -> float:
         "foundation": 980,
         "model.generate": 140,
         "model.serve": 140,
+        "model.early_exit": 112,
+        "model.writing": 112,
+        "model.streaming": 112,
+        "model.serving": 112,
     }
     return wide.get(name, 170 if name.startswith("model") else 114)
 

@@ -138,18 +138,24 @@ def planned(config: RunConfig, batch: int) -> tuple[RunConfig, list[str]]:
     Raises:
         ConfigError: the steps follow from shards that are not there, or are others.
     """
+    lines = []
     try:
         schedule = schedule_of(config)
     except DataError as error:
-        if config.train.steps is not None:
+        review = config.data.review
+        if review is not None and review.sequences is not None:
+            lines = [f"review        taken to have data.review.sequences, without shards: {error}"]
+            schedule = ReviewSchedule(review, review.sequences)
+        elif config.train.steps is not None:
             return config, [f"review        phases are not known without the shards: {error}"]
-        raise ConfigError(
-            f"data.review says how many steps there are only with the shards ({error}); make "
-            "them, or set train.steps"
-        ) from error
+        else:
+            raise ConfigError(
+                f"data.review says how many steps there are only with the shards ({error}); make "
+                "them, or set data.review.sequences or train.steps"
+            ) from error
     if schedule is None:
         return config, []
-    lines = schedule.lines(batch, config.data.sequence_length)
+    lines += schedule.lines(batch, config.data.sequence_length)
     return with_steps(config, schedule, batch), lines
 
 

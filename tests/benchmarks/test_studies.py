@@ -213,7 +213,9 @@ def test_arms_are_settings_under_a_name(tmp_path: Path) -> None:
     assert {one.steps(16) for one in schedules} == {400}
 
 
-@pytest.mark.parametrize("name", ["polynomials", "which_heads", "induction", "finetuning", "lfr"])
+@pytest.mark.parametrize(
+    "name", ["polynomials", "which_heads", "induction", "finetuning", "hmt", "lfr"]
+)
 def test_grids_are_whole(name: str) -> None:
     """At least three seeds; names of points differ; a quick try is a part; so with variants."""
     grid = load_grid(STUDIES / name / "grid.yaml", quick=False)
@@ -238,6 +240,7 @@ def test_grids_are_whole(name: str) -> None:
         pytest.param("polynomials", marks=pytest.mark.stress),
         pytest.param("which_heads", marks=pytest.mark.stress),
         pytest.param("finetuning", marks=pytest.mark.stress),
+        pytest.param("hmt", marks=pytest.mark.stress),
         pytest.param("lfr", marks=pytest.mark.stress),
     ],
 )
