@@ -1,1 +1,1 @@
-"""Several tokens are chosen at once, by their joint probability: exactly, or from drafts (lossy)."""
+"""Several tokens at once, by their joint probability: exactly, or from drafts, which is lossy."""

@@ -31,7 +31,7 @@ from model.joint_decoding.forest import Forest, move_path
 
 
 class JointRule(NamedTuple):
-    """How is drafted, and what is kept; the published values.
+    """How is drafted, and what is kept; unless given as published.
 
     Attributes:
         width: w.
@@ -42,6 +42,9 @@ class JointRule(NamedTuple):
     width: int = 4
     candidates: int = 1
     threshold: float = 0.5
+
+
+PUBLISHED = JointRule()
 
 
 class JointDecoder(ChainDecoder):
@@ -70,7 +73,7 @@ class JointDecoder(ChainDecoder):
         network: Network,
         *,
         heads: int,
-        rule: JointRule = JointRule(),
+        rule: JointRule = PUBLISHED,
         eos_id: int | Collection[int] | None = None,
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,

@@ -15,7 +15,7 @@ from model.inference.cache import Block, Cache, wide_enough
 from model.inference.network import Network
 from model.inference.prefill import prefill
 from model.joint_decoding.beams import Beams
-from model.joint_decoding.decoder import JointDecoder, JointRule
+from model.joint_decoding.decoder import PUBLISHED, JointDecoder, JointRule
 from model.joint_decoding.forest import move_path
 
 
@@ -41,7 +41,7 @@ class JointModelDecoder(JointDecoder):
         *,
         drafter: Network,
         drafts: int,
-        rule: JointRule = JointRule(),
+        rule: JointRule = PUBLISHED,
         eos_id: int | Collection[int] | None = None,
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,

@@ -1,4 +1,4 @@
-"""Which drafts are kept by their joint probability: enumerated exactly, beside rules that are wrong.
+"""Which drafts are kept by their joint probability: enumerated, beside rules that are wrong.
 
 The published rule and what must follow from it (J1 to J8 below), on an order-2 Markov target and a
 drafter over three tokens whose probabilities are fractions. Decisions come from the function that
