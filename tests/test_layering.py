@@ -28,6 +28,7 @@ ROOMS = {
         "inference",
         "decoding",
         "early_exit",
+        "beams",
         "streaming",
         "serving",
     ),

@@ -55,6 +55,7 @@ ROOMS = {
     "model.streaming": Room(750, 9.1, "streaming/", "with a\nmemory"),
     "model.serving": Room(880, 9.1, "serving/", "queue, batch thread,\nOpenAI's API"),
     "model.early_exit": Room(620, 9.1, "early_exit/", "drafts of the\nfirst layers"),
+    "model.beams": Room(545, 9.1, "beams/", "several texts\nat once"),
     "model.decoding": Room(620, 10.05, "decoding/", "drafts, acceptance,\nsampling"),
     "model.inference": Room(620, 11.0, "inference/", "plain torch,\nKV cache"),
     "model.hugging_face": Room(900, 10.9, "hugging_face/", "names, sizes and tensors\nof a Llama"),
