@@ -27,6 +27,7 @@ from model.generate_options import (
 )
 from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
+from model.joint_decoding.options import JOINT_DECODERS
 
 if TYPE_CHECKING:
     from model.decoding.batch import Piece
@@ -54,6 +55,7 @@ class Run(NamedTuple):
         most_drafts: tokens that were drafted for each forward, at most.
         seconds: that it took.
         first_s: seconds until the first token of each prompt was there.
+        notes: lines that the decoder adds to the statistics.
     """
 
     generation: "Generation"
@@ -62,6 +64,7 @@ class Run(NamedTuple):
     most_drafts: int
     seconds: float
     first_s: float
+    notes: list[str]
 
     @property
     def tokens_per_s(self) -> float:
@@ -85,6 +88,7 @@ class Run(NamedTuple):
         if result.logprobs is not None:
             mean = sum(map(sum, result.logprobs)) / result.num_tokens
             lines.append(f"mean logarithmic probability of a token, by head 1: {mean:.4f}")
+        lines += self.notes
         sizes = [len(block) for blocks in result.blocks for block in blocks[1:]]
         for draft in range(1, self.most_drafts + 1):
             tried = sum(size >= draft for size in sizes)
@@ -221,6 +225,10 @@ class _Way(NamedTuple):
 
     def told(self, options: argparse.Namespace) -> str:
         """Its name in what is printed."""
+        from model.joint_decoding.command import joint_name
+
+        if options.decoder in JOINT_DECODERS:
+            return joint_name(options, self.drafter, self.heads)
         if self.drafter is not None:
             return f"draft model, {options.drafts} drafts"
         if self.early_exit is not None:
@@ -302,9 +310,20 @@ def _decoder(
     from model.decoding.lossy import LossyDecoder, LossyRule
     from model.decoding.tree import TreeDecoder
     from model.early_exit.decoder import EarlyExitDecoder
+    from model.joint_decoding.command import joint_decoder
 
     network, heads = loaded.network, way.heads
     logprobs, sampling = options.stats, _sampling(options)
+    if options.decoder in JOINT_DECODERS:
+        return joint_decoder(
+            options,
+            network,
+            way.drafter,
+            heads,
+            sampling=sampling,
+            eos_ids=loaded.eos_ids,
+            seeds=seeds,
+        )
     if way.drafter is not None:
         return DraftModelDecoder(
             network,
@@ -345,6 +364,8 @@ def _run(
 ) -> Run:
     from model.decoding.generation import collect, stream
     from model.early_exit.decoder import EarlyExitDecoder
+    from model.joint_decoding.command import joint_statistics
+    from model.joint_decoding.decoder import JointDecoder
 
     seeds = _seeds(options, len(prompts))
     start = time.perf_counter()
@@ -368,8 +389,13 @@ def _run(
             pieces = _shown(pieces, options, loaded, prompts[0])
         result = collect(pieces, len(prompts))
     seconds = time.perf_counter() - start
-    tried = decoder.tried if isinstance(decoder, EarlyExitDecoder) else None
-    return Run(result, way.told(options), tried, way.most_drafts(options), seconds, first_s)
+    tried, notes = None, []
+    if isinstance(decoder, (EarlyExitDecoder, JointDecoder)):
+        tried = decoder.tried
+    if isinstance(decoder, JointDecoder):
+        notes = joint_statistics(decoder, result.forwards)
+    name, most_drafts = way.told(options), way.most_drafts(options)
+    return Run(result, name, tried, most_drafts, seconds, first_s, notes)
 
 
 def _remembering(

@@ -15,7 +15,7 @@ Legend: B rows, k heads in use, g = k - 1 drafts, w beams, N nodes, V vocabulary
 """
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,23 +28,7 @@ from model.inference.network import Network
 from model.joint_decoding.acceptance import accept_joint
 from model.joint_decoding.beams import Beams, choose_cells, ending_tokens
 from model.joint_decoding.forest import Forest, move_path
-
-
-class JointRule(NamedTuple):
-    """How is drafted, and what is kept; unless given as published.
-
-    Attributes:
-        width: w.
-        candidates: how many beams are verified, at most w; several are MMTAD.
-        threshold: tau; 1 is plain decoding.
-    """
-
-    width: int = 4
-    candidates: int = 1
-    threshold: float = 0.5
-
-
-PUBLISHED = JointRule()
+from model.joint_decoding.rule import PUBLISHED, JointRule
 
 
 class JointDecoder(ChainDecoder):
@@ -65,7 +49,7 @@ class JointDecoder(ChainDecoder):
 
     Attributes:
         draft_forwards: of a second model.
-        tried: how often drafts of each depth were verified.
+        tried: how often drafts of each depth were verified, in all rows.
     """
 
     def __init__(

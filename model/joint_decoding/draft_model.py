@@ -15,8 +15,9 @@ from model.inference.cache import Block, Cache, wide_enough
 from model.inference.network import Network
 from model.inference.prefill import prefill
 from model.joint_decoding.beams import Beams
-from model.joint_decoding.decoder import PUBLISHED, JointDecoder, JointRule
+from model.joint_decoding.decoder import JointDecoder
 from model.joint_decoding.forest import move_path
+from model.joint_decoding.rule import PUBLISHED, JointRule
 
 
 class JointModelDecoder(JointDecoder):

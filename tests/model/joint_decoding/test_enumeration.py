@@ -10,9 +10,9 @@ from torch import Tensor
 from model.decoding.generation import collect, generate, stream
 from model.decoding.sampling import GREEDY, Sampling
 from model.inference.prefill import prefill
-from model.joint_decoding.decoder import JointRule
 from model.joint_decoding.draft_model import JointModelDecoder
 from model.joint_decoding.enumeration import MOST_BEGINNINGS, ExactJointDecoder
+from model.joint_decoding.rule import JointRule
 from tests.model.decoding.test_chain import chi_square
 from tests.support.tiny_model import tiny_config, tiny_network, tiny_prompts
 
@@ -103,10 +103,10 @@ def test_probabilities_of_tokens_are_those_along_the_block() -> None:
 
 
 def test_drawn_blocks_have_the_law_of_plain_sampling() -> None:
-    """Counts of 4,000 texts fit the product of the model's distributions, warped as asked."""
+    """Counts of 1,500 texts fit the product of the model's distributions, warped as asked."""
     sampling = Sampling(temperature=1.4, top_k=4)
     way = ExactJointDecoder(NETWORK(), block=2, sampling=sampling)
-    found = collect(stream(way, [[1, 2]] * 4000, max_new_tokens=3), 4000)
+    found = collect(stream(way, [[1, 2]] * 1500, max_new_tokens=3), 1500)
 
     def warped(text: tuple[int, ...]) -> Tensor:
         scaled = said(text) / 1.4

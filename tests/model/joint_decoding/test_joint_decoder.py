@@ -15,18 +15,19 @@ from model.decoding.sampling import GREEDY, Sampling
 from model.inference.cache import Cache
 from model.inference.network import Network
 from model.inference.prefill import prefill
-from model.joint_decoding.decoder import JointDecoder, JointRule
+from model.joint_decoding.decoder import JointDecoder
 from model.joint_decoding.draft_model import JointModelDecoder
+from model.joint_decoding.rule import JointRule
 from tests.model.decoding.test_chain import chi_square
 from tests.support.head_variants import VARIANTS
 from tests.support.tiny_model import tiny_config, tiny_network, tiny_prompts, tiny_weights
 
-EOS, LIMIT, DRAFTS = 6, 24, 3
+EOS, LIMIT, DRAFTS = 6, 14, 3
 RULES = {
     "one beam": JointRule(1, 1, 0.3),
     "the best of four": JointRule(4, 1, 0.3),
     "four candidates": JointRule(4, 4, 0.3),
-    "three of thirty": JointRule(30, 3, 0.1),
+    "two of twelve": JointRule(12, 2, 0.1),
     "all is kept": JointRule(2, 1, 0),
 }
 
@@ -39,13 +40,11 @@ def network(vocab_size: int = 20) -> Network:
 
 @functools.cache
 def drafter(vocab_size: int = 20) -> Network:
-    """A smaller model that is like the target: the same embedding and LM head, fewer layers."""
+    """A smaller model that agrees with the target now and then: it has its embedding, LM head."""
     config = tiny_config(vocab_size=vocab_size, layers=3, future_tokens=1)
     weights = tiny_weights(config, seed=3)
     shared = tiny_weights(tiny_config(vocab_size=vocab_size))
-    for name in weights.keys() & shared.keys():
-        if weights[name].shape == shared[name].shape:
-            weights[name] = shared[name]
+    weights |= {name: shared[name] for name in weights if weights[name].shape[0] == vocab_size}
     return tiny_network(config, weights)
 
 
@@ -131,7 +130,7 @@ def test_texts_are_those_of_the_slow_loop(kind: str, rule: str) -> None:
     found = decode(decoder(kind, RULES[rule]))
     assert found.blocks == [cut(slow_text(kind, RULES[rule], p)) for p in tiny_prompts()]
     sizes = {len(block) for blocks in found.blocks for block in blocks}
-    assert sizes > {1, 2} or rule == "all is kept"
+    assert sizes >= {1, 2} or rule == "all is kept"
     assert any(text[-1] == EOS for text in found.tokens)
     assert any(len(text) == LIMIT for text in found.tokens)
 
@@ -239,14 +238,19 @@ def test_rows_join_leave_and_get_what_they_get_alone(kind: str) -> None:
     assert together == {k: v for number in requests for k, v in run([number], 1).items()}
 
 
+@functools.cache
+def said_of_four(model: Callable[[int], Network], text: tuple[int, ...]) -> Tensor:
+    """What a model of four tokens says after a text."""
+    return said(model(4), text)[0]
+
+
 def law(rule: JointRule, temperature: float) -> Tensor:
     """Of three tokens after a prompt, `[V ** 3]`, with one beam of two drafts: all branches."""
     vocabulary = range(4)
     total = torch.zeros(4, 4, 4, dtype=torch.float64)
 
-    @functools.cache
     def after(model: Callable[[int], Network], text: tuple[int, ...]) -> list[float]:
-        return torch.softmax(said(model(4), text)[0] / temperature, dim=-1).tolist()
+        return torch.softmax(said_of_four(model, text) / temperature, dim=-1).tolist()
 
     for first, a, b in itertools.product(vocabulary, repeat=3):
         begin = (1, 2, first)
@@ -275,7 +279,7 @@ def law(rule: JointRule, temperature: float) -> Tensor:
 
 def test_sampled_texts_have_the_law_of_the_published_steps() -> None:
     """Counts fit all branches added up; they do not fit plain sampling, as it is lossy."""
-    rule, rows = JointRule(1, 1, 0.2), 4000
+    rule, rows = JointRule(1, 1, 0.2), 2500
     way = JointModelDecoder(
         network(4), drafter=drafter(4), drafts=2, rule=rule, sampling=Sampling(temperature=1.2)
     )
