@@ -29,6 +29,7 @@ ROOMS = {
         "decoding",
         "early_exit",
         "beams",
+        "joint_decoding",
         "streaming",
         "serving",
     ),

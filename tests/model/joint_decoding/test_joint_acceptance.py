@@ -62,7 +62,9 @@ def accepted(target: Sequence[Fraction], draft: Sequence[Fraction], tau: Fractio
 def by_definition(target: Sequence[Fraction], draft: Sequence[Fraction], tau: Fraction) -> int:
     """The published rule, in exact arithmetic."""
     passing = [
-        i for i, (p, q) in enumerate(zip(target, draft, strict=True), 1) if min(1, p / q) > tau
+        i
+        for i, (p, q) in enumerate(zip(target, draft, strict=True), 1)
+        if min(Fraction(1), p / q) > tau
     ]
     return max(passing, default=0)
 
@@ -241,7 +243,7 @@ def test_candidates_are_held_against_the_likeliest_of_their_depth() -> None:
         passing = [(0, Fraction(1), 0)]
         for node in range(1, 7):
             rivals = [q[n] for n in range(7) if depths[n] == depths[node] and there[n]]
-            if there[node] and min(1, p[node] / max(rivals)) > tau:
+            if there[node] and min(Fraction(1), p[node] / max(rivals)) > tau:
                 passing.append((depths[node], p[node], -node))
         scores = [math.log(s) if here else -math.inf for s, here in zip(q, there, strict=True)]
         inputs = torch.tensor([list(map(math.log, p)), scores], dtype=torch.float64)

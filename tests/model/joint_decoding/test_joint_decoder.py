@@ -95,7 +95,7 @@ def slow_text(kind: str, rule: JointRule, prompt: list[int]) -> list[list[int]]:
             scores |= {path: score for score, path in beams}
         best = [path for _, path in beams[: rule.candidates]]
         nodes = {path[: d + 1] for path in best for d in range(len(path))}
-        likely = {(): 0.0}
+        likely: dict[tuple[int, ...], float] = {(): 0.0}
         for path in sorted(nodes, key=len):
             after = said(network(), [*text, *path[:-1]])[0]
             likely[path] = likely[path[:-1]] + float(after[path[-1]])
