@@ -39,10 +39,7 @@ class MergedFiles(StateFiles):
         """A parameter's whole weight with its adapter's product, or a moment of its own."""
         whole = super().whole(kind, name)
         adapters = adapters_of(name)
-        if kind != "weight" or adapters is None or not self._has(adapters[0]):
+        if kind != "weight" or adapters is None or adapters[0] not in self._shapes:
             return whole
         first, second = (StateFiles.whole(self, kind, adapter) for adapter in adapters)
         return whole + self._scale * second @ first
-
-    def _has(self, name: str) -> bool:
-        return name in self._shapes
