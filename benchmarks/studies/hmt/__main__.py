@@ -87,6 +87,8 @@ def _perplexities(model: MultiTokenModel, kind: str, found: Streams, window: int
         figures[f"{kind}_cleared"] = math.exp(cleared[counted].mean())
     else:
         losses = losses_in_windows(model, found.tokens, window, _STRIDES[window])
+        blocks = losses_in_windows(model, found.tokens, window, window)
+        figures[f"{kind}_blocks"] = math.exp(blocks[counted].mean())
     figures[kind] = math.exp(losses[counted].mean())
     for first, stop in itertools.pairwise(_PLACES):
         part = slice(first * _SEGMENT, stop * _SEGMENT)
@@ -136,8 +138,10 @@ STUDY = Study(
     columns={
         "concatenated": "perplexity, concatenated",
         "concatenated_cleared": "with no memories",
+        "concatenated_blocks": "in windows without overlap",
         "interleaved": "interleaved",
         "interleaved_cleared": "with no memories",
+        "interleaved_blocks": "in windows without overlap",
         "diluted": "diluted",
         "recall_concatenated_share": "share of the memory that is recalled",
         "recall_interleaved_even": "interleaved: recalls at even distances",
