@@ -4,6 +4,7 @@ The heads draft, head 1 verifies: at temperature 0 the text is the one head 1 gi
 """
 
 import argparse
+import contextlib
 import itertools
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from foundation.command_line import exit_status
+from model.beams.options import BEAM_DECODERS
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import (
     AUTO,
@@ -24,6 +26,7 @@ from model.generate_options import (
 )
 from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
+from model.joint_decoding.options import JOINT_DECODERS
 from model.writing.prompts import encode_prompts
 from model.writing.timed_run import Run, print_comparison
 
@@ -67,6 +70,8 @@ def _generate(options: argparse.Namespace) -> int:
     model = loaded.record.description.model
     begin = first_token(options.directory, model.vocab_size)
     prompts = encode_prompts(options.prompt, options.max_new_tokens, loaded, begin)
+    if options.decoder in BEAM_DECODERS:
+        return _generate_beams(options, loaded, prompts)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
     limit_threads(loaded.network)
     drafting = Drafting(1 if has_memory else heads, options.tree)
@@ -81,12 +86,53 @@ def _generate(options: argparse.Namespace) -> int:
         for _ in range(_COMPARE_ROUNDS if options.compare else 1)
     ]
     runs = [min(times, key=lambda run: run.seconds) for times in zip(*rounds, strict=True)]
-    _print_texts(options, loaded, prompts, runs[-1])
+    _print_texts(options, loaded, prompts, runs[-1].generation.tokens)
     for run in runs:
         print(run.summary())
         if options.stats:
             print(*(f"  {line}" for line in run.statistics()), sep="\n")
     return print_comparison(*runs) if options.compare else 0
+
+
+def _generate_beams(
+    options: argparse.Namespace, loaded: "LoadedNetwork", prompts: list[list[int]]
+) -> int:
+    from model.beams.command import run_beams
+    from model.inference.loading import limit_threads
+
+    limit_threads(loaded.network)
+    with _memory_shortage_told(options):
+        run = run_beams(
+            options,
+            loaded.network,
+            prompts,
+            sampling=_sampling(options),
+            eos_ids=loaded.eos_ids,
+            stop=_stop(options, loaded),
+            seeds=_seeds(options, len(prompts)),
+        )
+    _print_texts(options, loaded, prompts, run.generation.tokens)
+    print(run.summary())
+    if options.stats:
+        print(*(f"  {line}" for line in run.statistics()), sep="\n")
+    return 0
+
+
+def _seeds(options: argparse.Namespace, rows: int) -> list[int]:
+    return [(options.seed + row) % (1 << 63) for row in range(rows)]
+
+
+@contextlib.contextmanager
+def _memory_shortage_told(options: argparse.Namespace) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"--max-new-tokens {options.max_new_tokens}: no memory for the keys and values of so "
+            "many tokens; give a smaller number, or fewer prompts"
+        ) from error
 
 
 def _automatic(options: argparse.Namespace, network: "Network", rows: int) -> "Drafting":
@@ -122,6 +168,10 @@ class _Way(NamedTuple):
 
     def told(self, options: argparse.Namespace) -> str:
         """Its name in what is printed."""
+        from model.joint_decoding.command import joint_name
+
+        if options.decoder in JOINT_DECODERS:
+            return joint_name(options, self.drafter, self.heads)
         if self.drafter is not None:
             return f"draft model, {options.drafts} drafts"
         if self.early_exit is not None:
@@ -165,9 +215,20 @@ def _decoder(
     from model.decoding.lossy import LossyDecoder, LossyRule
     from model.decoding.tree import TreeDecoder
     from model.early_exit.decoder import EarlyExitDecoder
+    from model.joint_decoding.command import joint_decoder
 
     network, heads = loaded.network, way.heads
     logprobs, sampling = options.stats, _sampling(options)
+    if options.decoder in JOINT_DECODERS:
+        return joint_decoder(
+            options,
+            network,
+            way.drafter,
+            heads,
+            sampling=sampling,
+            eos_ids=loaded.eos_ids,
+            seeds=seeds,
+        )
     if way.drafter is not None:
         return DraftModelDecoder(
             network,
@@ -208,10 +269,12 @@ def _run(
 ) -> Run:
     from model.decoding.generation import collect, stream
     from model.early_exit.decoder import EarlyExitDecoder
+    from model.joint_decoding.command import joint_statistics
+    from model.joint_decoding.decoder import JointDecoder
 
-    seeds = [(options.seed + row) % (1 << 63) for row in range(len(prompts))]
+    seeds = _seeds(options, len(prompts))
     start = time.perf_counter()
-    try:
+    with _memory_shortage_told(options):
         decoder = None
         if loaded.network.config.memory is not None:
             pieces = _remembering(loaded, prompts, options, seeds)
@@ -230,16 +293,14 @@ def _run(
         if options.stream:
             pieces = _shown(pieces, options, loaded, prompts[0])
         result = collect(pieces, len(prompts))
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
-            raise
-        raise ConfigError(
-            f"--max-new-tokens {options.max_new_tokens}: no memory for the keys and values of so "
-            "many tokens; give a smaller number, or fewer prompts"
-        ) from error
     seconds = time.perf_counter() - start
-    tried = decoder.tried if isinstance(decoder, EarlyExitDecoder) else None
-    return Run(result, way.told(options), tried, way.most_drafts(options), seconds, first_s)
+    tried, notes = None, []
+    if isinstance(decoder, (EarlyExitDecoder, JointDecoder)):
+        tried = decoder.tried
+    if isinstance(decoder, JointDecoder):
+        notes = joint_statistics(decoder, result.forwards)
+    name, most_drafts = way.told(options), way.most_drafts(options)
+    return Run(result, name, tried, most_drafts, seconds, first_s, notes)
 
 
 def _remembering(
@@ -284,10 +345,13 @@ def _shown(
 
 
 def _print_texts(
-    options: argparse.Namespace, loaded: "LoadedNetwork", prompts: list[list[int]], run: Run
+    options: argparse.Namespace,
+    loaded: "LoadedNetwork",
+    prompts: list[list[int]],
+    tokens: list[list[int]],
 ) -> None:
     stop = _stop(options, loaded)
-    for text, prompt, new in zip(options.prompt, prompts, run.generation.tokens, strict=True):
+    for text, prompt, new in zip(options.prompt, prompts, tokens, strict=True):
         # Decoded together, so that pieces of one character meet; the prompt stays as it was given.
         begin = loaded.tokenizer.decode(prompt, skip_special_tokens=True)
         kept = [token for token in new if token not in loaded.eos_ids]

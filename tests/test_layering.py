@@ -28,6 +28,8 @@ ROOMS = {
         "inference",
         "decoding",
         "early_exit",
+        "beams",
+        "joint_decoding",
         "streaming",
         "writing",
         "serving",

@@ -64,6 +64,14 @@ class Step(NamedTuple):
     likeliest: list[list[list[tuple[int, float]]]] | None = None
 
 
+def unsound() -> CheckpointError:
+    """What to raise of a model whose distributions are none."""
+    return CheckpointError(
+        "the model's logits are not finite, so nothing can be drawn from them; its weights "
+        "are damaged or the temperature is too low: check the export, or use temperature 0"
+    )
+
+
 class ChainDecoder:
     """A batch that is decoded by chains of drafts; with one head plain autoregressive decoding.
 
@@ -295,10 +303,7 @@ class ChainDecoder:
         counts = torch.where(self._chooser.sound, new, -1).unsqueeze(1)
         blocks = torch.cat([counts, tokens], dim=1).tolist()
         if min(block[0] for block in blocks) < 0:
-            raise CheckpointError(
-                "the model's logits are not finite, so nothing can be drawn from them; its weights "
-                "are damaged or the temperature is too low: check the export, or use temperature 0"
-            )
+            raise unsound()
         new_tokens = [block[1 : 1 + block[0]] for block in blocks]
         wanted = [row.likeliest for row in self._rows if row.likeliest is not None]
         if not wanted:

@@ -158,6 +158,20 @@ class Cache:
         for flat in self._flat:
             flat.index_copy_(0, targets.flatten(), flat.index_select(0, sources.flatten()))
 
+    def gather(self, rows: Sequence[int], used: int) -> None:
+        """Let row i become what row `rows[i]` is; a row may be taken more than once.
+
+        Args:
+            rows: numbers of rows in use, at most as many as there is room for.
+            used: places that are in use in the longest row.
+        """
+        assert len(rows) <= len(self._first_slots), (len(rows), len(self._first_slots))
+        order = list(rows)
+        for buffer in self.buffers:
+            buffer[: len(order), :used] = buffer[order, :used]
+        self.lengths = self.lengths[order]
+        self._views.clear()
+
     def keep(self, order: Sequence[int], used: int) -> None:
         """Let only some rows stay; row `order[i]` becomes row i.
 

@@ -19,6 +19,7 @@ class Run(NamedTuple):
         most_drafts: tokens that were drafted for each forward, at most.
         seconds: that it took.
         first_s: seconds until the first token of each prompt was there.
+        notes: lines that the decoder adds to the statistics.
     """
 
     generation: "Generation"
@@ -27,6 +28,7 @@ class Run(NamedTuple):
     most_drafts: int
     seconds: float
     first_s: float
+    notes: list[str]
 
     @property
     def tokens_per_s(self) -> float:
@@ -50,6 +52,7 @@ class Run(NamedTuple):
         if result.logprobs is not None:
             mean = sum(map(sum, result.logprobs)) / result.num_tokens
             lines.append(f"mean logarithmic probability of a token, by head 1: {mean:.4f}")
+        lines += self.notes
         sizes = [len(block) for blocks in result.blocks for block in blocks[1:]]
         for draft in range(1, self.most_drafts + 1):
             tried = sum(size >= draft for size in sizes)

@@ -1,0 +1,96 @@
+"""Options of the command that generates text by beams; light to import.
+
+`BEAM_DECODERS` are the names that `--decoder` takes for them.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from foundation.shown_text import printable
+from model.errors import ConfigError
+
+BEAM_DECODERS = ("beam",)
+
+_WIDTH = 4
+_MOST_WIDTH = 64
+_LENGTH_PENALTY = 1.0
+_MOST_LENGTH_PENALTY = 10.0
+
+
+def add_beam_options(add: Callable[..., Any]) -> None:
+    """Add them to a parser."""
+    add("--beam-width", type=int, metavar="W", help=f"beams of a text, at most ({_WIDTH})")
+    add(
+        "--length-penalty",
+        type=float,
+        metavar="A",
+        help=f"the best beam has the greatest score / length^A ({_LENGTH_PENALTY:g})",
+    )
+    add(
+        "--distinct-beams",
+        action="store_true",
+        help="beams of a temperature above 0 are drawn without replacement",
+    )
+
+
+def check_beams(options: argparse.Namespace) -> None:
+    """See that the options are those of beams, or of no beams; and set those that were not given.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    given = {
+        "--beam-width": options.beam_width is not None,
+        "--length-penalty": options.length_penalty is not None,
+        "--distinct-beams": options.distinct_beams,
+    }
+    if options.decoder not in BEAM_DECODERS:
+        if named := [name for name, is_set in given.items() if is_set]:
+            raise ConfigError(
+                f"{named[0]} is of beams, and --decoder asks for none; add --decoder beam, or "
+                f"leave {named[0]} out"
+            )
+        return
+    _set_defaults(options)
+    if not 1 <= options.beam_width <= _MOST_WIDTH:
+        raise ConfigError(
+            f"--beam-width {printable(str(options.beam_width))} must be from 1 to {_MOST_WIDTH}; "
+            f"the default is {_WIDTH}, 1 keeps one beam"
+        )
+    if not abs(options.length_penalty) <= _MOST_LENGTH_PENALTY:
+        raise ConfigError(
+            f"--length-penalty {options.length_penalty:g} must be from -{_MOST_LENGTH_PENALTY:g} "
+            f"to {_MOST_LENGTH_PENALTY:g}; 0 compares sums, 1 means, more favours long texts"
+        )
+    if options.distinct_beams and options.temperature == 0:
+        raise ConfigError(
+            "--distinct-beams is of beams that are drawn, and at temperature 0 the likeliest are "
+            "kept, which are distinct; add --temperature 1, or leave it out"
+        )
+    _refuse_others(options)
+
+
+def _set_defaults(options: argparse.Namespace) -> None:
+    if options.beam_width is None:
+        options.beam_width = _WIDTH
+    if options.length_penalty is None:
+        options.length_penalty = _LENGTH_PENALTY
+
+
+def _refuse_others(options: argparse.Namespace) -> None:
+    others = {
+        "--heads": options.heads,
+        "--tree": options.tree,
+        "--lossy": options.lossy,
+        "--early-exit": options.early_exit,
+        "--draft-model": options.draft_model,
+        "--repetition-penalty": options.repetition_penalty != 1,
+        "--compare": options.compare,
+        "--stream": options.stream,
+    }
+    if named := [name for name, is_set in others.items() if is_set]:
+        raise ConfigError(
+            f"{named[0]} does not go with --decoder {options.decoder}, whose beams are compared as "
+            f"whole texts; leave {named[0]} out"
+        )

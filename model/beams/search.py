@@ -1,0 +1,123 @@
+"""Beam search, and beam sampling: the references, one forward for each token of the beams."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.beams.hypotheses import Beam, BeamSettings, BeamText, Cell, Layer, next_layer
+from model.beams.reader import BeamReader
+from model.decoding.sampling import RowSampling, RowUniforms, draw
+from model.inference.network import Network
+
+
+class BeamGeneration(NamedTuple):
+    """What was generated and what it took.
+
+    Attributes:
+        ranked: for each prompt its beams, the best one first.
+        forwards: of the model, those that read prompts among them.
+        widths: of each text and layer, how many beams were chosen.
+    """
+
+    ranked: list[list[Beam]]
+    forwards: int
+    widths: list[list[int]]
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The new tokens of each prompt's best beam."""
+        return [list(beams[0].tokens) for beams in self.ranked]
+
+
+def draw_cells(law: Tensor, count: int, uniforms: RowUniforms, *, distinct: bool) -> list[int]:
+    """Numbers of cells that are drawn from a distribution over them.
+
+    Args:
+        law: `[cells]`.
+        count: how many, at least 1.
+        uniforms: of one row.
+        distinct: without replacement; fewer are given where no more cells have mass.
+    """
+    numbers = uniforms.next(count)[0]
+    if not distinct:
+        return draw(law.expand(count, -1), numbers).tolist()
+    left, drawn = law.clone(), []
+    for number in numbers:
+        if not bool(left.sum() > 0):
+            break
+        drawn.append(int(draw(left, number)))
+        left[drawn[-1]] = 0
+    return drawn
+
+
+class _Search:
+    """Beams of one text, with its random numbers."""
+
+    def __init__(self, settings: BeamSettings, seed: int, device: torch.device) -> None:
+        self.text = BeamText(settings)
+        self.widths: list[int] = []
+        self._sampling = RowSampling([settings.sampling], device)
+        self._uniforms = RowUniforms([seed], device)
+
+    def grow(self, logits: Tensor) -> list[int]:
+        """The next layer, from logits `[live, V]`; the parent of each beam that goes on."""
+        text = self.text
+        layer = next_layer([beam.score for beam in text.live], logits, self._sampling)
+        if self._sampling.greedy:
+            self.widths.append(min(text.settings.width, layer.scores.numel()))
+            return text.grow_best(layer)
+        cells = self._drawn(layer)
+        self.widths.append(len(cells))
+        return [cells[number].parent for number in text.grow(cells)]
+
+    def _drawn(self, layer: Layer) -> list[Cell]:
+        text = self.text
+        numbers = draw_cells(
+            layer.law(), text.room, self._uniforms, distinct=text.settings.distinct
+        )
+        return layer.cells(numbers)
+
+
+def beam_search(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    settings: BeamSettings,
+    seeds: Sequence[int] | None = None,
+) -> BeamGeneration:
+    """Continue each prompt by its beams.
+
+    Greedy sampling: the W likeliest beams of each layer, which is beam search; for one beam it is
+    greedy-exact. Else beam sampling: each layer is drawn from p_beam, the distribution over all
+    continuations of the layer's beams by one token, in proportion to the probability of the whole
+    (Qin et al. 2024, section 2). Texts of a batch do not influence one another.
+
+    Args:
+        network: the model; its head 1 alone is used.
+        prompts: token ids, at least one in each prompt; lengths may differ.
+        settings: of every text.
+        seeds: one for each prompt; 0, 1, .. unless given.
+    """
+    assert settings.sampling.repetition_penalty == 1, "beams have no repetition penalty"
+    numbers = range(len(prompts)) if seeds is None else seeds
+    searches = [_Search(settings, seed, network.device) for seed in numbers]
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    reader = BeamReader(network, len(prompts) * settings.width, longest)
+    logits = reader.read(prompts)
+    while True:
+        rows, first = [], 0
+        for search in searches:
+            live = len(search.text.live)
+            if live:
+                rows += [first + parent for parent in search.grow(logits[first : first + live])]
+            first += live
+        if not rows:
+            break
+        reader.take(rows)
+        logits = reader.next([b.tokens[-1] for search in searches for b in search.text.live])
+    return BeamGeneration(
+        [search.text.ranked() for search in searches],
+        reader.forwards,
+        [search.widths for search in searches],
+    )
