@@ -67,6 +67,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     add(
         "--draft-model",
+        "--draft",
         type=Path,
         metavar="DIR",
         help="a smaller model of the same tokenizer drafts, instead of the heads",
