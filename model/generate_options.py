@@ -10,6 +10,7 @@ from foundation.bounded_files import read_bounded
 from foundation.shown_text import printable
 from model.beams.options import BEAM_DECODERS, add_beam_options, check_beams
 from model.errors import ConfigError
+from model.joint_decoding.options import JOINT_DECODERS, add_joint_options, check_joint
 
 EXIT_DIFFERENT = 3
 
@@ -30,6 +31,8 @@ examples:
   PROG export --prompt "Once" --heads 3 --max-new-tokens 200 --temperature 0.8 --seed 1
   PROG export --prompt "import os" --compare
   PROG export --prompt "import os" --decoder beam --beam-width 4
+  PROG export --prompt "import os" --decoder dsbd --draft smaller --temperature 1 --stats
+  PROG export --prompt "import os" --decoder mtad --draft smaller --tau 0.5 --stats
 
 exit status: 0 the text is printed, 1 the model or a prompt cannot be used (in one line), 2 wrong
 arguments, 3 --compare found different outputs
@@ -49,9 +52,12 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given many times")
     add("--prompt-file", type=Path, metavar="FILE", help="one more prompt from a file, - = stdin")
     add(
-        "--decoder", choices=BEAM_DECODERS, help="beam: the best of several texts (drafts of heads)"
+        "--decoder",
+        choices=(*BEAM_DECODERS, *JOINT_DECODERS),
+        help="beam: the best of several texts; dsbd: so, drafted; mtad: lossy, joint probability",
     )
     add_beam_options(add)
+    add_joint_options(add)
     add("--heads", type=heads_option, metavar="K", help=HEADS_HELP)
     add(
         "--tree",
@@ -155,7 +161,9 @@ def check(options: argparse.Namespace) -> None:
     _check_draft_model(options)
     _check_early_exit(options)
     _check_sampling(options)
-    check_beams(options)
+    check_joint(options)
+    if options.decoder not in JOINT_DECODERS:
+        check_beams(options)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

@@ -29,7 +29,9 @@ ROOMS = {
         "decoding",
         "early_exit",
         "beams",
+        "joint_decoding",
         "streaming",
+        "writing",
         "serving",
     ),
     "pipeline": (

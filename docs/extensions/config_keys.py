@@ -78,6 +78,7 @@ _UNITS = {
     "review.sequences": "sequences",
     "review.min_targets": "tokens",
     "review.running_mean_sequences": "sequences",
+    "review.rescore_percent": "percent",
     "review_phase.epochs": "epochs",
     "review_phase.drop_percent": "percent",
     "review_phase.repetitions": "repetitions",

@@ -211,7 +211,7 @@ class Chooser:
         Args:
             logits: `[B, S, V]` of head 1.
             drafts: `[B, g]`.
-            sees: `[S, g]` bool, which drafts a position counts; None = a chain's.
+            sees: `[S, g]` or `[B, S, g]` bool, which drafts a position counts; None = a chain's.
         """
         if self._seen is None:
             return logits

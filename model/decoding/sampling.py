@@ -99,24 +99,40 @@ class RowSampling:
 
         Logits that are not finite give one that is not finite, either.
         """
-        kind = torch.promote_types(logits.dtype, torch.float32)
-        scaled = logits.to(kind) / self._column("temperature", kind)
-        if self._most_k:
-            scaled = self._of_likeliest(scaled)
-        found = torch.softmax(scaled, dim=-1)
+        found = torch.softmax(self._scaled(logits), dim=-1)
         if not (self._some_top_p or self._some_min_p):
             return found
+        kept = self._cut(found)
+        kept = kept / kept.sum(-1, keepdim=True)
+        return torch.where(self._column("cut", torch.bool), kept, found)
+
+    def log_distributions(self, logits: Tensor) -> Tensor:
+        """Their logarithms, also where a probability is too small for a number; -inf of none."""
+        found = torch.log_softmax(self._scaled(logits), dim=-1)
+        if not (self._some_top_p or self._some_min_p):
+            return found
+        kept = found.masked_fill(self._cut(found.exp()) == 0, -torch.inf)
+        kept = kept - kept.logsumexp(-1, keepdim=True)
+        return torch.where(self._column("cut", torch.bool), kept, found)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """Logits after temperature and top-k, in fp32 or more."""
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        scaled = logits.to(kind) / self._column("temperature", kind)
+        return self._of_likeliest(scaled) if self._most_k else scaled
+
+    def _cut(self, found: Tensor) -> Tensor:
+        """Probabilities with 0 for what top-p and min-p leave out; not normalized."""
         kept = found
         if self._some_top_p:
             ordered, order = kept.sort(dim=-1, descending=True)
             # A token stays while those before it have not reached the sum; so the first one does.
-            late = ordered.cumsum(-1) - ordered >= self._column("top_p", kind)
+            late = ordered.cumsum(-1) - ordered >= self._column("top_p", found.dtype)
             kept = kept.masked_fill(late.scatter(-1, order, late), 0)
         if self._some_min_p:
-            least = self._column("min_p", kind) * kept.amax(-1, keepdim=True)
+            least = self._column("min_p", found.dtype) * kept.amax(-1, keepdim=True)
             kept = kept.masked_fill(kept < least, 0)
-        kept = kept / kept.sum(-1, keepdim=True)
-        return torch.where(self._column("cut", torch.bool), kept, found)
+        return kept
 
     def _of_likeliest(self, scaled: Tensor) -> Tensor:
         """Logits of all but a row's k likeliest tokens made infinitely small."""

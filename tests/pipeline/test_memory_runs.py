@@ -113,7 +113,7 @@ def _writes(run: Path, folder: Path, state: Path, capfd: pytest.CaptureFixture[s
     rest = new_ids("--prompt", "sat", "--max-new-tokens", "30", "--load-memory", str(state))
     assert rest == whole
     assert generate([str(folder), "--prompt", "a", "--heads", "2"]) == 1
-    with pytest.raises(ConfigError, match="alone runs"):
+    with pytest.raises(ConfigError, match="alone run"):
         load_network(folder)
 
 

@@ -1,0 +1,81 @@
+"""What the command that generates text does by joint decoding."""
+
+import argparse
+from collections.abc import Sequence
+
+from model.decoding.sampling import Sampling
+from model.errors import ConfigError
+from model.inference.network import Network
+from model.joint_decoding.decoder import JointDecoder
+from model.joint_decoding.draft_model import JointModelDecoder
+from model.joint_decoding.rule import JointRule
+
+
+def joint_decoder(
+    options: argparse.Namespace,
+    network: Network,
+    drafter: Network | None,
+    heads: int,
+    *,
+    sampling: Sampling,
+    eos_ids: frozenset[int],
+    seeds: Sequence[int],
+) -> JointDecoder:
+    """The decoder that the command's options ask for.
+
+    Args:
+        options: of the command, checked.
+        network: the model.
+        drafter: a second one; None = the heads draft.
+        heads: how many of the model's.
+        sampling: how tokens are chosen.
+        eos_ids: tokens that end a text.
+        seeds: one for each prompt.
+
+    Raises:
+        ConfigError: the model has one head, and there is no second model.
+    """
+    rule = JointRule(options.beam_width, options.candidates, options.tau)
+    if drafter is not None:
+        return JointModelDecoder(
+            network,
+            drafter=drafter,
+            drafts=options.drafts,
+            rule=rule,
+            eos_id=eos_ids,
+            sampling=sampling,
+            seeds=seeds,
+            logprobs=options.stats,
+        )
+    if heads == 1:
+        raise ConfigError(
+            f"--decoder {options.decoder}, but this export has one head, which drafts nothing; "
+            "give a second model by --draft"
+        )
+    return JointDecoder(
+        network,
+        heads=heads,
+        rule=rule,
+        eos_id=eos_ids,
+        sampling=sampling,
+        seeds=seeds,
+        logprobs=options.stats,
+    )
+
+
+def joint_name(options: argparse.Namespace, drafter: Network | None, heads: int) -> str:
+    """What is done, as it is printed."""
+    beams = "1 beam" if options.beam_width == 1 else f"{options.beam_width} beams"
+    drafts = f"{heads} heads" if drafter is None else f"a draft model, {options.drafts} drafts"
+    return f"joint decoding (lossy), {beams} of {drafts}"
+
+
+def joint_statistics(decoder: JointDecoder, forwards: int) -> list[str]:
+    """Lines about what was kept, after so many forwards of the model."""
+    rule = decoder.rule
+    return [
+        f"lossy: drafts are kept where P / Q > {rule.threshold:g}, of {rule.candidates} "
+        f"{'candidate' if rule.candidates == 1 else 'candidates'}; up to "
+        f"{len(decoder.tried) + 1} tokens per forward",
+        f"forwards: {forwards} of the model, {decoder.draft_forwards} of the draft model",
+    ]
