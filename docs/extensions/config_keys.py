@@ -73,6 +73,8 @@ _UNITS = {
     "memory.cache": "memories",
     "memory.width": "elements",
     "memory.bptt": "segments",
+    "memory.adapter_rank": "columns",
+    "memory.adapter_alpha": "columns",
     "rope_scaling.original_max_position_embeddings": "tokens",
     "weight_schedule.step": "steps",
     "review.sequences": "sequences",

@@ -50,7 +50,6 @@ class Review:
         assert config.data.review is not None
         self._device = device
         self._loader = loader
-        self._layout = loader.layout
         self.schedule = ReviewSchedule(config.data.review, loader.num_samples)
         self.order = self.schedule.order(
             list(loader.sequences_by_source.values()), loader.fingerprint, loader.seed
@@ -73,7 +72,7 @@ class Review:
         if again is None or sample != self.order.first_sample_of(phase):
             return
         logger.info("review: %s sequences are read again, forward only", f"{again.size:,}")
-        layout, size = self._layout, self._loader.global_batch_size
+        layout, size = self._loader.layout, self._loader.global_batch_size
         for first in range(again.first_sample, again.end, size):
             batches = [
                 self._loader.read(layout.first_sample(first, micro), layout.micro_size, again.end)
@@ -154,7 +153,7 @@ class Review:
 
         Each place is told by one rank and 0 on all others, so the sum is what that rank told.
         """
-        layout, waiting = self._layout, self._waiting
+        layout, waiting = self._loader.layout, self._waiting
         if not waiting:
             return []
         shape = (len(waiting), layout.accumulation, layout.data_size, layout.micro_size)

@@ -11,6 +11,7 @@ from benchmarks.studies.hmt.documents import FILLER, streams, taking_turns
 from benchmarks.studies.hmt.reading import (
     losses_in_windows,
     losses_with_memory,
+    losses_without_memories,
     most_bytes,
     recalls,
 )
@@ -95,6 +96,16 @@ def test_losses_and_recalls_with_a_memory() -> None:
             weights = torch.linalg.lstsq(torch.stack(memories).T, prompt[:, None]).solution[:, 0]
             assert number == kept[int(weights.argmax())]
             torch.testing.assert_close(shares[place, row], weights.max(), atol=1e-9, rtol=0)
+
+
+def test_losses_without_memories() -> None:
+    """Every segment is read as the first of a stream, sensory tokens before it."""
+    model, tokens = training_model(memory=MEMORY | {"sensory": 0}), _tokens(2, 31)
+    found = losses_without_memories(model, tokens)
+    for row in range(2):
+        alone = [_losses(model, tokens[row, start : start + 7]) for start in range(0, 30, 6)]
+        torch.testing.assert_close(found[row], torch.cat(alone))
+    assert not torch.allclose(found, losses_with_memory(model, tokens))
 
 
 def test_a_memory_keeps_no_more_of_a_longer_text() -> None:

@@ -19,6 +19,7 @@ from benchmarks.studies.hmt.documents import Streams, long_texts, streams, takin
 from benchmarks.studies.hmt.reading import (
     losses_in_windows,
     losses_with_memory,
+    losses_without_memories,
     most_bytes,
     recalls,
 )
@@ -79,12 +80,16 @@ def measure(trained: Trained, quick: bool) -> Figures:
 
 
 def _perplexities(model: MultiTokenModel, kind: str, found: Streams, window: int) -> Figures:
+    counted, figures = found.counted[:, 1:], {}
     if model.config.memory is not None:
         losses = losses_with_memory(model, found.tokens)
+        cleared = losses_without_memories(model, found.tokens)
+        figures[f"{kind}_cleared"] = math.exp(cleared[counted].mean())
     else:
         losses = losses_in_windows(model, found.tokens, window, _STRIDES[window])
-    counted = found.counted[:, 1:]
-    figures = {kind: math.exp(losses[counted].mean())}
+        blocks = losses_in_windows(model, found.tokens, window, window)
+        figures[f"{kind}_blocks"] = math.exp(blocks[counted].mean())
+    figures[kind] = math.exp(losses[counted].mean())
     for first, stop in itertools.pairwise(_PLACES):
         part = slice(first * _SEGMENT, stop * _SEGMENT)
         figures[f"{kind}_{stop}"] = math.exp(losses[:, part][counted[:, part]].mean())
@@ -132,7 +137,11 @@ STUDY = Study(
     measure=measure,
     columns={
         "concatenated": "perplexity, concatenated",
+        "concatenated_cleared": "with no memories",
+        "concatenated_blocks": "in windows without overlap",
         "interleaved": "interleaved",
+        "interleaved_cleared": "with no memories",
+        "interleaved_blocks": "in windows without overlap",
         "diluted": "diluted",
         "recall_concatenated_share": "share of the memory that is recalled",
         "recall_interleaved_even": "interleaved: recalls at even distances",

@@ -13,6 +13,7 @@ from model.inference.network import Network
 from model.inference.prefill import prefill
 from model.language_model import MultiTokenModel
 from model.memory.prompts import recall
+from model.memory.unrolling import Window
 
 _ROWS = 64  # windows that are read at once
 
@@ -24,6 +25,18 @@ def losses_with_memory(model: MultiTokenModel, tokens: Tensor) -> Tensor:
     segments = model(tokens[:, :-1]).split(model.config.memory.segment)
     logits = torch.cat([_logits(model, trunk_output) for trunk_output in segments])
     return _losses(logits, tokens)
+
+
+@torch.no_grad()
+def losses_without_memories(model: MultiTokenModel, tokens: Tensor) -> Tensor:
+    """The same where each segment has the prompt of a stream that begins, and sensory tokens."""
+    assert model.config.memory is not None
+    segments = range(model.config.memory.num_segments(tokens.shape[1] - 1))
+    logits = [
+        _logits(model, model(tokens[:, :-1], window=Window(number, number, number + 1)))
+        for number in segments
+    ]
+    return _losses(torch.cat(logits), tokens)
 
 
 @torch.no_grad()

@@ -73,6 +73,25 @@ def test_a_row_has_its_own_distribution_in_any_company() -> None:
             assert sorted(set(together[row].tolist())) == [0, 1]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), *CASES])
+def test_logarithms_are_those_of_the_distributions(sampling: Sampling) -> None:
+    """Of what is kept, and minus infinity of the rest; of greedy rows as the model says."""
+    logits = 2 * torch.randn(40, 1, 30, generator=torch.Generator().manual_seed(0))
+    rows = RowSampling([sampling] * 40, logits.device)
+    expected = rows.distributions(logits)
+    found = rows.log_distributions(logits)
+    assert torch.equal(found > -torch.inf, expected > 0)
+    torch.testing.assert_close(found.exp(), expected)
+
+
+def test_logarithms_reach_below_the_smallest_number() -> None:
+    """At a low temperature a probability is 0 in fp32; its logarithm is a number."""
+    logits = torch.tensor([[[0.0, -3.0]]])
+    rows = RowSampling([Sampling(temperature=0.01)], logits.device)
+    assert rows.distributions(logits)[0, 0, 1] == 0
+    assert rows.log_distributions(logits)[0, 0].tolist() == pytest.approx([0, -300])
+
+
 def test_draws_divide_the_line_by_probability() -> None:
     """Each token has as much of [0, 1) as its probability, and one without any has none."""
     probabilities = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
