@@ -119,12 +119,14 @@ def ways(*, drafter: bool) -> list[Way]:
         *(_searched(width) for width in (2, 4)),
         *(_drawn(width, distinct) for distinct in (False, True) for width in (2, 4)),
         *(_drafted(width, t, "heads") for width in (2, 4) for t in (0.5, 0.9)),
+        *(_drafted(width, 1, "heads", least=width) for width in (2, 4)),
         *(_joint(tau, "heads") for tau in (0.1, 0.5, 0.9)),
     ]
     if drafter:
         found += [
             Way("speculative sampling, draft model", "exact", _draft_model),
             *(_drafted(width, t, "draft model") for width in (2, 4) for t in (0.5, 0.9)),
+            *(_drafted(width, 1, "draft model", least=width) for width in (2, 4)),
             _drafted(4, 0.9, "draft model", one_beam=True),
             *(_joint(tau, "draft model") for tau in (0.1, 0.5, 0.9)),
         ]
@@ -154,17 +156,20 @@ def _of_beams(task: Task, width: int, sampling: Sampling, *, distinct: bool) -> 
     return Texts(found.tokens, _logprobs(found.ranked), found.forwards, 0)
 
 
-def _drafted(width: int, threshold: float, by: str, *, one_beam: bool = False) -> Way:
+def _drafted(
+    width: int, threshold: float, by: str, *, least: int = 1, one_beam: bool = False
+) -> Way:
     def run(task: Task) -> Texts:
         drafter = task.drafter if by == "draft model" else None
         drafts = task.heads - 1 if drafter is None else DRAFTS
-        speculation = Speculation(drafts, threshold, 1, one_beam)
+        speculation = Speculation(drafts, threshold, least, one_beam)
         found = speculative_beams(
             task.network, task.prompts, task.beams(width, SAMPLED), speculation, drafter=drafter
         )
         return Texts(found.tokens, _logprobs(found.ranked), found.forwards, found.draft_forwards)
 
-    name = f"DSBD, W {width}, t {threshold:g}, {by}" + (", one beam" if one_beam else "")
+    wide = f"t {threshold:g}" if least < width else "all layers"
+    name = f"DSBD, W {width}, {wide}, {by}" + (", one beam" if one_beam else "")
     return Way(name, "lossy" if one_beam else "p_beam", run)
 
 
