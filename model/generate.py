@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from foundation.command_line import exit_status
-from model.beams.options import BEAM_DECODERS
+from model.beams.options import BEAM_DECODERS, check_drafting
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import (
     AUTO,
@@ -59,6 +59,7 @@ def _generate(options: argparse.Namespace) -> int:
     heads = choose_number(options.heads, record.future_tokens)
     has_memory = record.description.model.memory is not None
     check_memory(options, has_memory=has_memory)
+    check_drafting(options, record.future_tokens)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.decoding.head_choice import Drafting
     from model.hugging_face.loading import DTYPES
@@ -70,9 +71,9 @@ def _generate(options: argparse.Namespace) -> int:
     model = loaded.record.description.model
     begin = first_token(options.directory, model.vocab_size)
     prompts = encode_prompts(options.prompt, options.max_new_tokens, loaded, begin)
-    if options.decoder in BEAM_DECODERS:
-        return _generate_beams(options, loaded, prompts)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
+    if options.decoder in BEAM_DECODERS:
+        return _generate_beams(options, loaded, prompts, drafter)
     limit_threads(loaded.network)
     drafting = Drafting(1 if has_memory else heads, options.tree)
     if options.heads == AUTO and not has_memory:
@@ -95,7 +96,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _generate_beams(
-    options: argparse.Namespace, loaded: "LoadedNetwork", prompts: list[list[int]]
+    options: argparse.Namespace,
+    loaded: "LoadedNetwork",
+    prompts: list[list[int]],
+    drafter: "Network | None",
 ) -> int:
     from model.beams.command import run_beams
     from model.inference.loading import limit_threads
@@ -110,6 +114,7 @@ def _generate_beams(
             eos_ids=loaded.eos_ids,
             stop=_stop(options, loaded),
             seeds=_seeds(options, len(prompts)),
+            drafter=drafter,
         )
     _print_texts(options, loaded, prompts, run.generation.tokens)
     print(run.summary())
