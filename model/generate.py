@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from foundation.command_line import exit_status
-from model.beams.options import BEAM_DECODERS
+from model.beams.options import BEAM_DECODERS, check_drafting
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import (
     AUTO,
@@ -116,6 +116,7 @@ def _generate(options: argparse.Namespace) -> int:
     heads = choose_number(options.heads, record.future_tokens)
     has_memory = record.description.model.memory is not None
     check_memory(options, has_memory=has_memory)
+    check_drafting(options, record.future_tokens)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.decoding.head_choice import Drafting
     from model.hugging_face.loading import DTYPES
@@ -127,9 +128,9 @@ def _generate(options: argparse.Namespace) -> int:
     model = loaded.record.description.model
     begin = first_token(options.directory, model.vocab_size)
     prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
-    if options.decoder in BEAM_DECODERS:
-        return _generate_beams(options, loaded, prompts)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
+    if options.decoder in BEAM_DECODERS:
+        return _generate_beams(options, loaded, prompts, drafter)
     limit_threads(loaded.network)
     drafting = Drafting(1 if has_memory else heads, options.tree)
     if options.heads == AUTO and not has_memory:
@@ -152,7 +153,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _generate_beams(
-    options: argparse.Namespace, loaded: "LoadedNetwork", prompts: list[list[int]]
+    options: argparse.Namespace,
+    loaded: "LoadedNetwork",
+    prompts: list[list[int]],
+    drafter: "Network | None",
 ) -> int:
     from model.beams.command import run_beams
     from model.inference.loading import limit_threads
@@ -167,6 +171,7 @@ def _generate_beams(
             eos_ids=loaded.eos_ids,
             stop=_stop(options, loaded),
             seeds=_seeds(options, len(prompts)),
+            drafter=drafter,
         )
     _print_texts(options, loaded, prompts, run.generation.tokens)
     print(run.summary())

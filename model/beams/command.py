@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from model.beams.hypotheses import BeamSettings
 from model.beams.search import BeamGeneration, beam_search
+from model.beams.speculative import SpeculativeGeneration, speculative_beams
+from model.beams.speculative_text import Speculation
 from model.decoding.sampling import Sampling
 from model.decoding.stopping import StopStrings
 from model.inference.network import Network
@@ -22,7 +24,7 @@ class BeamRun(NamedTuple):
     """
 
     name: str
-    generation: BeamGeneration
+    generation: BeamGeneration | SpeculativeGeneration
     seconds: float
 
     def summary(self) -> str:
@@ -39,13 +41,19 @@ class BeamRun(NamedTuple):
         layers, widths = sum(map(len, found.widths)), sum(map(sum, found.widths))
         best = [beams[0] for beams in found.ranked]
         logprobs = [logprob for beam in best for logprob in beam.logprobs]
-        return [
+        lines = [
             f"mean logarithmic probability of a token, by head 1: "
             f"{sum(logprobs) / len(logprobs):.4f}",
-            f"{layers} layers of {widths / layers:.2f} beams, "
-            f"{max(map(len, found.widths)) / found.forwards:.2f} layers per forward",
+            f"{layers} layers of {widths / layers:.2f} beams, widths up to "
+            f"{max(map(max, found.widths))}; {found.layers_per_forward:.2f} layers per forward",
             "beams at the end: " + " ".join(str(len(beams)) for beams in found.ranked),
         ]
+        if isinstance(found, SpeculativeGeneration):
+            lines.append(f"forwards of the draft model: {found.draft_forwards}")
+            for depth, (tried, kept) in enumerate(zip(found.tried, found.kept, strict=True), 1):
+                share = f"{kept / tried:.0%}" if tried else "-"
+                lines.append(f"drafts of layer {depth}: kept {kept} of {tried} ({share})")
+        return lines
 
 
 def run_beams(
@@ -57,6 +65,7 @@ def run_beams(
     eos_ids: frozenset[int],
     stop: StopStrings | None,
     seeds: Sequence[int],
+    drafter: Network | None = None,
 ) -> BeamRun:
     """Continue prompts as the command's options say.
 
@@ -68,6 +77,7 @@ def run_beams(
         eos_ids: tokens that end a beam.
         stop: ends a beam where one of its strings appears.
         seeds: one for each prompt.
+        drafter: a second model that drafts; None = the model's own heads do, if anybody.
     """
     settings = BeamSettings(
         options.beam_width,
@@ -78,8 +88,17 @@ def run_beams(
         eos_ids,
         stop,
     )
+    beams = "1 beam" if options.beam_width == 1 else f"{options.beam_width} beams"
     start = time.perf_counter()
+    if options.decoder == "dsbd":
+        speculation = Speculation(
+            options.drafts, options.width_threshold, options.min_width, options.one_beam
+        )
+        drafted = speculative_beams(
+            network, prompts, settings, speculation, drafter=drafter, seeds=seeds
+        )
+        by = "heads" if drafter is None else "a draft model"
+        return BeamRun(f"{beams}, drafted by {by}", drafted, time.perf_counter() - start)
     found = beam_search(network, prompts, settings, seeds)
     seconds = time.perf_counter() - start
-    beams = "1 beam" if options.beam_width == 1 else f"{options.beam_width} beams"
     return BeamRun(beams if sampling.greedy else f"{beams}, drawn", found, seconds)

@@ -10,12 +10,14 @@ from typing import Any
 from foundation.shown_text import printable
 from model.errors import ConfigError
 
-BEAM_DECODERS = ("beam",)
+BEAM_DECODERS = ("beam", "dsbd")
 
 _WIDTH = 4
 _MOST_WIDTH = 64
 _LENGTH_PENALTY = 1.0
 _MOST_LENGTH_PENALTY = 10.0
+_THRESHOLD = 0.9
+_MIN_WIDTH = 1
 
 
 def add_beam_options(add: Callable[..., Any]) -> None:
@@ -32,6 +34,18 @@ def add_beam_options(add: Callable[..., Any]) -> None:
         action="store_true",
         help="beams of a temperature above 0 are drawn without replacement",
     )
+    add(
+        "--width-threshold",
+        type=float,
+        metavar="T",
+        help=f"dsbd: as many beams as drafts give with probability T ({_THRESHOLD:g})",
+    )
+    add("--min-width", type=int, metavar="N", help=f"dsbd: but at least N ({_MIN_WIDTH})")
+    add(
+        "--one-beam",
+        action="store_true",
+        help="dsbd: only the likeliest beam is kept after each forward; less memory, another law",
+    )
 
 
 def check_beams(options: argparse.Namespace) -> None:
@@ -40,17 +54,8 @@ def check_beams(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the first that is not.
     """
-    given = {
-        "--beam-width": options.beam_width is not None,
-        "--length-penalty": options.length_penalty is not None,
-        "--distinct-beams": options.distinct_beams,
-    }
+    _refuse_without_decoder(options)
     if options.decoder not in BEAM_DECODERS:
-        if named := [name for name, is_set in given.items() if is_set]:
-            raise ConfigError(
-                f"{named[0]} is of beams, and --decoder asks for none; add --decoder beam, or "
-                f"leave {named[0]} out"
-            )
         return
     _set_defaults(options)
     if not 1 <= options.beam_width <= _MOST_WIDTH:
@@ -69,6 +74,45 @@ def check_beams(options: argparse.Namespace) -> None:
             "kept, which are distinct; add --temperature 1, or leave it out"
         )
     _refuse_others(options)
+    if options.decoder == "dsbd":
+        _check_speculation(options)
+
+
+def check_drafting(options: argparse.Namespace, heads: int) -> None:
+    """See that somebody drafts; `heads` are the model's.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    if options.decoder == "dsbd" and options.draft_model is None and heads < 2:
+        raise ConfigError(
+            "--decoder dsbd needs a drafter, and this export has only head 1, which verifies; add "
+            "--draft with a smaller model of the same tokenizer, or use --decoder beam"
+        )
+
+
+def _refuse_without_decoder(options: argparse.Namespace) -> None:
+    of_beams = {
+        "--beam-width": options.beam_width is not None,
+        "--length-penalty": options.length_penalty is not None,
+        "--distinct-beams": options.distinct_beams,
+    }
+    of_drafts = {
+        "--width-threshold": options.width_threshold is not None,
+        "--min-width": options.min_width is not None,
+        "--one-beam": options.one_beam,
+    }
+    named = [name for name, is_set in of_beams.items() if is_set]
+    if named and options.decoder not in BEAM_DECODERS:
+        raise ConfigError(
+            f"{named[0]} is of beams, and --decoder asks for none; add --decoder beam, or "
+            f"leave {named[0]} out"
+        )
+    named = [name for name, is_set in of_drafts.items() if is_set]
+    if named and options.decoder != "dsbd":
+        raise ConfigError(
+            f"{named[0]} is of beams that are drafted; add --decoder dsbd, or leave {named[0]} out"
+        )
 
 
 def _set_defaults(options: argparse.Namespace) -> None:
@@ -76,6 +120,28 @@ def _set_defaults(options: argparse.Namespace) -> None:
         options.beam_width = _WIDTH
     if options.length_penalty is None:
         options.length_penalty = _LENGTH_PENALTY
+    if options.width_threshold is None:
+        options.width_threshold = _THRESHOLD
+    if options.min_width is None:
+        options.min_width = _MIN_WIDTH
+
+
+def _check_speculation(options: argparse.Namespace) -> None:
+    if options.temperature == 0:
+        raise ConfigError(
+            "--decoder dsbd draws beams, and at temperature 0 there is nothing to draw; add "
+            "--temperature 1, or use --decoder beam"
+        )
+    if not 0 <= options.width_threshold <= 1:
+        raise ConfigError(
+            f"--width-threshold {options.width_threshold:g} must be from 0 to 1; less makes wider "
+            f"layers that fail more often, the default is {_THRESHOLD:g}"
+        )
+    if not 1 <= options.min_width <= options.beam_width:
+        raise ConfigError(
+            f"--min-width {printable(str(options.min_width))} must be from 1 to --beam-width "
+            f"{options.beam_width}; {options.beam_width} makes every layer as wide"
+        )
 
 
 def _refuse_others(options: argparse.Namespace) -> None:
@@ -84,7 +150,7 @@ def _refuse_others(options: argparse.Namespace) -> None:
         "--tree": options.tree,
         "--lossy": options.lossy,
         "--early-exit": options.early_exit,
-        "--draft-model": options.draft_model,
+        "--draft-model": options.decoder != "dsbd" and options.draft_model,
         "--repetition-penalty": options.repetition_penalty != 1,
         "--compare": options.compare,
         "--stream": options.stream,

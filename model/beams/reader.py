@@ -1,6 +1,6 @@
 """Head 1 of a network over rows that are beams: they are copied, and leave, with their caches.
 
-Legend: B prompts, R rows, S new positions, V vocabulary.
+Legend: B prompts, R rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -34,15 +34,16 @@ class BeamReader:
         self._used = 0
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Begin a row for each prompt; `[B, V]` logits after each."""
+    def read(self, prompts: Sequence[Sequence[int]], heads: int = 1) -> Tensor:
+        """Begin a row for each prompt; `[heads, B, V]` logits after each."""
         device = self.network.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._used = max(map(len, prompts))
         padded = [[*prompt, *[0] * (self._used - len(prompt))] for prompt in prompts]
         self.cache.lengths = torch.zeros_like(lengths)
         self.forwards += 1
-        return prefill(self.network, self.cache, torch.tensor(padded, device=device), lengths, 1)[0]
+        tokens = torch.tensor(padded, device=device)
+        return prefill(self.network, self.cache, tokens, lengths, heads)
 
     @torch.inference_mode()
     def take(self, rows: Sequence[int]) -> None:

@@ -30,6 +30,11 @@ class BeamGeneration(NamedTuple):
         """The new tokens of each prompt's best beam."""
         return [list(beams[0].tokens) for beams in self.ranked]
 
+    @property
+    def layers_per_forward(self) -> float:
+        """One: a forward gives the next layer of every text."""
+        return 1.0
+
 
 def draw_cells(law: Tensor, count: int, uniforms: RowUniforms, *, distinct: bool) -> list[int]:
     """Numbers of cells that are drawn from a distribution over them.
@@ -104,7 +109,7 @@ def beam_search(
     searches = [_Search(settings, seed, network.device) for seed in numbers]
     longest = max(map(len, prompts)) + settings.max_new_tokens
     reader = BeamReader(network, len(prompts) * settings.width, longest)
-    logits = reader.read(prompts)
+    logits = reader.read(prompts)[0]
     while True:
         rows, first = [], 0
         for search in searches:

@@ -172,6 +172,22 @@ class Cache:
         self.lengths = self.lengths[order]
         self._views.clear()
 
+    def gather_places(self, rows: Tensor, places: Tensor, lengths: Tensor) -> None:
+        """Let each row become some places of a row, one after the other, in one copy.
+
+        Args:
+            rows: `[B']` numbers of rows in use; one may be taken more than once.
+            places: `[B', U]` within these, past a row's length any.
+            lengths: `[B']` of the new rows.
+        """
+        assert len(rows) <= len(self._first_slots), (len(rows), len(self._first_slots))
+        count, used = places.shape
+        sources = places + self._first_slots[rows].unsqueeze(1)
+        for buffer, flat in zip(self.buffers, self._flat, strict=True):
+            buffer[:count, :used] = flat[sources]
+        self.lengths = lengths
+        self._views.clear()
+
     def keep(self, order: Sequence[int], used: int) -> None:
         """Let only some rows stay; row `order[i]` becomes row i.
 

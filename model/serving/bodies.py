@@ -37,6 +37,10 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "reasoning_effort": (None, "none"),
     "web_search_options": (None,),
+    "use_beam_search": (None, False),
+    "num_beams": (None, 1),
+    "beam_width": (None, 1),
+    "length_penalty": (None, 1),
 }
 # Fields that change no text.
 _WITHOUT_EFFECT = (

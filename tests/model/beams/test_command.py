@@ -42,7 +42,9 @@ def test_it_prints_the_best_beams(export: Path, capsys: pytest.CaptureFixture[st
     assert printed_ids(out) == beam_search(loaded.network, prompts, settings).tokens
     assert out.startswith("ab")
     assert re.search(r"^3 beams: 18 tokens, 9 forwards, [\d.]+ tokens/s$", out, re.M)
-    assert re.search(r"by head 1: -\d+\.\d{4}\n  18 layers of 3\.00 beams, 1\.00 layers per", out)
+    assert re.search(
+        r"by head 1: -\d+\.\d{4}\n  18 layers of 3\.00 beams, widths up to 3; 1\.00 layers", out
+    )
 
 
 def test_drawn_beams_repeat_with_their_seed(
@@ -63,7 +65,38 @@ def test_drawn_beams_repeat_with_their_seed(
         assert one == again != other
 
 
+def test_drafted_beams_by_heads_and_by_a_model(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both draft; what the model drafts for itself is all kept, in as few forwards as can be."""
+    arguments = [str(export), "--prompt", "ab", "--prompt", "é", "--max-new-tokens", "9", "--ids"]
+    arguments += [*DSBD, "--beam-width", "3", "--stats", "--min-width", "3"]
+    by_heads = output(capsys, *arguments)
+    assert re.search(r"^3 beams, drafted by heads: \d+ tokens, \d+ forwards", by_heads, re.M)
+    assert "forwards of the draft model: 0" in by_heads
+    own = output(capsys, *arguments, "--draft", str(export), "--drafts", "3")
+    # The prompt's layer, two forwards of four layers each.
+    assert re.search(r"^3 beams, drafted by a draft model: 18 tokens, 3 forwards", own, re.M)
+    assert "18 layers of 3.00 beams, widths up to 3; 4.00 layers per forward" in own
+    assert "forwards of the draft model: 7" in own
+    assert (
+        re.findall(r"drafts of layer \d: kept (\d+) of (\d+) \(100%\)", own) == [("12", "12")] * 3
+    )
+    one = output(capsys, *arguments[:-2], "--draft", str(export), "--one-beam")
+    assert re.search(r"drafted by a draft model: \d+ tokens, \d+ forwards", one)
+
+
+def test_somebody_has_to_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model with head 1 alone needs a second one."""
+    directory = tmp_path / "export"
+    export_tiny(directory, future_tokens=1)
+    assert main([str(directory), "--prompt", "ab", *DSBD]) == EXIT_USER_ERROR
+    assert "--decoder dsbd needs a drafter" in capsys.readouterr().err
+    output(capsys, str(directory), "--prompt", "ab", *DSBD, "--draft-model", str(directory))
+
+
 BEAM = ["--decoder", "beam"]
+DSBD = ["--decoder", "dsbd", "--temperature", "1"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +111,13 @@ BEAM = ["--decoder", "beam"]
         ([*BEAM, "--compare"], "--compare does not go with --decoder beam"),
         ([*BEAM, "--stream"], "--stream does not go with --decoder beam"),
         ([*BEAM, "--draft-model", "x"], "--draft-model does not go with --decoder beam"),
+        ([*BEAM, "--drafts", "2"], "--drafts 2 is of a --draft-model"),
+        ([*BEAM, "--min-width", "2"], "--min-width is of beams that are drafted"),
+        (["--width-threshold", "0.5"], "--width-threshold is of beams that are drafted"),
+        (DSBD[:2], "--decoder dsbd draws beams, and at temperature 0 there is nothing to draw"),
+        ([*DSBD, "--width-threshold", "2"], "--width-threshold 2 must be from 0 to 1"),
+        ([*DSBD, "--min-width", "5"], "--min-width 5 must be from 1 to --beam-width 4"),
+        ([*DSBD, "--tree", "1"], "--tree does not go with --decoder dsbd"),
         ([*BEAM, "--repetition-penalty", "2"], "--repetition-penalty does not go with --decoder"),
     ],
 )

@@ -16,8 +16,11 @@ from transformers import (
     TextStreamer,
 )
 
+from model.beams.hypotheses import BeamSettings
+from model.beams.search import beam_search
 from model.hugging_face import modeling_headway
 from model.hugging_face.modeling_headway import HeadwayForCausalLM
+from model.inference.loading import load_network
 from tests.support.tiny_export import VOCABULARY, export_tiny
 
 PERIOD = 11
@@ -237,6 +240,21 @@ def test_numbers_and_arguments_that_are_refused(untrained: HeadwayForCausalLM) -
     embedded = untrained.model.embed_tokens(PROMPTS)
     with pytest.raises(ValueError, match="leave out inputs_embeds"):
         untrained.generate(inputs_embeds=embedded, num_heads=2, **GREEDY)
+
+
+def test_beams_are_those_of_head_1(tmp_path: Path) -> None:
+    """`num_beams` is transformers' own search, which finds what ours does; drafts go without it."""
+    export_tiny(tmp_path)
+    model = HeadwayForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = load_network(tmp_path)
+    settings = BeamSettings(3, 8, eos_ids=frozenset({256}))
+    found = beam_search(loaded.network, PROMPTS.tolist(), settings)
+    for heads in ({}, {"num_heads": 1}):
+        texts = model.generate(
+            PROMPTS, num_beams=3, max_new_tokens=8, eos_token_id=256, pad_token_id=257, **heads
+        )
+        for tokens, text in zip(found.tokens, texts.tolist(), strict=True):
+            assert tokens == [token for token in text[PROMPTS.shape[1] :] if token != 257]
 
 
 def _misfit(counts: Tensor, probabilities: Tensor) -> float:
