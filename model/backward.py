@@ -24,7 +24,12 @@ from torch import Tensor
 from model.language_model import MultiTokenModel
 from model.layers import LayerContext
 from model.lm_head import LMHeadWeights
-from model.loss import linear_cross_entropy, loss_and_gradients, loss_and_predictions
+from model.loss import (
+    add_sequence_losses,
+    linear_cross_entropy,
+    loss_and_gradients,
+    loss_and_predictions,
+)
 
 
 class MicroBatchResult(NamedTuple):
@@ -301,8 +306,7 @@ class _Turns:
             token_losses=token_losses,
         )
         if wanted is not None and token_losses is not None:
-            # A sequence's tokens side by side: the same sum whatever sequences are beside it.
-            wanted.add_(token_losses.view(-1, len(wanted)).t().contiguous().sum(1))
+            add_sequence_losses(wanted, token_losses)
         self.sums[head] = result.loss_sum
         pairs = [(normed, result.hidden_gradient.view_as(normed)), (output, output_gradient)]
         if own is not None and weight_gradient is not None:

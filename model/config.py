@@ -230,13 +230,14 @@ class ModelConfig(BaseModel):
             head_layers=self.future_tokens * (self.layers_per_head * layer or self.hidden_size**2),
             final_norm=self.hidden_size,
             unembedding=unembeddings * self.vocab_size * self.hidden_size,
-            memory=0 if self.memory is None else self.memory.num_parameters(self.hidden_size),
+            memory=self._memory_parameters(),
         )
 
     def num_parameters(self) -> int:
         """All parameters: 2VH + L * (layer) + H, whatever the number of heads.
 
-        Linear heads add nH^2, a replicated LM head (n - 1)VH, and a memory 2 H d_h + 2H.
+        Linear heads add nH^2, a replicated LM head (n - 1)VH, and a memory 2 H d_h + 2H
+        and its adapters.
         """
         return self.parameter_count().total
 
@@ -330,6 +331,16 @@ class ModelConfig(BaseModel):
         """The tensor-parallel sizes that this model can be split over, smallest first."""
         sizes = (self.attention_heads, self.kv_heads, self.ffn_hidden_size, self.vocab_size)
         return _divisors(gcd(*sizes))
+
+    def _memory_parameters(self) -> int:
+        """Those of a memory, and of low-rank adapters: r (in + out) for each product's weight."""
+        if self.memory is None:
+            return 0
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        qkv = hidden + hidden + 2 * self.kv_heads * self.head_dim
+        widths = qkv + 2 * hidden + (hidden + 2 * ffn) + (ffn + hidden)
+        adapters = self.trunk_layers * self.memory.adapter_rank * widths
+        return self.memory.num_parameters(hidden) + adapters
 
     def _matrix_parameters_per_layer(self) -> int:
         hidden, ffn = self.hidden_size, self.ffn_hidden_size

@@ -16,7 +16,6 @@ from model.beams.options import BEAM_DECODERS, check_drafting
 from model.errors import CheckpointError, ConfigError
 from model.generate_options import (
     AUTO,
-    EXIT_DIFFERENT,
     check,
     check_memory,
     check_stream,
@@ -28,11 +27,12 @@ from model.generate_options import (
 from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
 from model.joint_decoding.options import JOINT_DECODERS, check_drafts
+from model.writing.prompts import encode_prompts
+from model.writing.timed_run import Run, print_comparison
 
 if TYPE_CHECKING:
     from model.decoding.batch import Piece
     from model.decoding.chain import ChainDecoder
-    from model.decoding.generation import Generation
     from model.decoding.head_choice import Drafting
     from model.decoding.sampling import Sampling
     from model.decoding.stopping import StopStrings
@@ -42,63 +42,6 @@ if TYPE_CHECKING:
 
 
 _COMPARE_ROUNDS = 2
-
-
-class Run(NamedTuple):
-    """One timed generation.
-
-    Attributes:
-        generation: what came out.
-        drafts: what drafted: so many heads, head 1 among them, a second model, or an adapter.
-        tried: how often each draft of a forward was verified after all before it had been kept;
-            None = whenever they had.
-        most_drafts: tokens that were drafted for each forward, at most.
-        seconds: that it took.
-        first_s: seconds until the first token of each prompt was there.
-        notes: lines that the decoder adds to the statistics.
-    """
-
-    generation: "Generation"
-    drafts: str
-    tried: list[int] | None
-    most_drafts: int
-    seconds: float
-    first_s: float
-    notes: list[str]
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens of all prompts per second, reading the prompts included."""
-        return self.generation.num_tokens / self.seconds
-
-    def summary(self) -> str:
-        """One line of counts."""
-        result = self.generation
-        return (
-            f"{self.drafts}: {result.num_tokens} tokens, {result.forwards} forwards, "
-            f"{result.tokens_per_forward:.2f} tokens per forward, {self.tokens_per_s:.1f} tokens/s"
-        )
-
-    def statistics(self) -> list[str]:
-        """Lines about time and drafts."""
-        result = self.generation
-        later_s = self.seconds - self.first_s
-        each = 1000 * later_s / (result.forwards - 1) if result.forwards > 1 else 0.0
-        lines = [f"first token after {1000 * self.first_s:.1f} ms, then {each:.2f} ms per forward"]
-        if result.logprobs is not None:
-            mean = sum(map(sum, result.logprobs)) / result.num_tokens
-            lines.append(f"mean logarithmic probability of a token, by head 1: {mean:.4f}")
-        lines += self.notes
-        sizes = [len(block) for blocks in result.blocks for block in blocks[1:]]
-        for draft in range(1, self.most_drafts + 1):
-            tried = sum(size >= draft for size in sizes)
-            if self.tried is not None:
-                tried = self.tried[draft - 1]
-            kept = sum(size > draft for size in sizes)
-            share = f"{kept / tried:.0%}" if tried else "-"
-            name = f"draft of head {draft + 1}" if "head" in self.drafts else f"draft {draft}"
-            lines.append(f"{name}: kept {kept} of {tried} times ({share})")
-        return lines
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m model.generate") -> int:
@@ -128,7 +71,7 @@ def _generate(options: argparse.Namespace) -> int:
     loaded = load_network(options.directory, dtype, device, memory=True)
     model = loaded.record.description.model
     begin = first_token(options.directory, model.vocab_size)
-    prompts = _encode(options.prompt, options.max_new_tokens, loaded, begin)
+    prompts = encode_prompts(options.prompt, options.max_new_tokens, loaded, begin)
     drafter = load_drafter(options.draft_model, loaded) if options.draft_model else None
     if options.decoder in BEAM_DECODERS:
         return _generate_beams(options, loaded, prompts, drafter)
@@ -150,7 +93,7 @@ def _generate(options: argparse.Namespace) -> int:
         print(run.summary())
         if options.stats:
             print(*(f"  {line}" for line in run.statistics()), sep="\n")
-    return _print_comparison(*runs) if options.compare else 0
+    return print_comparison(*runs) if options.compare else 0
 
 
 def _generate_beams(
@@ -250,44 +193,6 @@ class _Way(NamedTuple):
 
 def _note(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _encode(
-    texts: Sequence[str], max_new_tokens: int, loaded: "LoadedNetwork", begin: int | None
-) -> list[list[int]]:
-    """Ids of each prompt; an empty one becomes the token that begins a text, if there is one."""
-    prompts = []
-    for number, text in enumerate(texts, 1):
-        if not _is_unicode(text):
-            raise ConfigError(
-                f"prompt {number} is not UTF-8 text; convert it to UTF-8, or give another --prompt"
-            )
-        ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids
-        if not ids:
-            if begin is None:
-                raise ConfigError(
-                    f"prompt {number} is empty, and this model was not trained to begin a text: "
-                    "bos_token_id in its config.json is null; give the beginning of one"
-                )
-            ids = [begin]
-        prompts.append(ids)
-    longest, limit = max(map(len, prompts)), loaded.record.description.sequence_length
-    if longest + max_new_tokens > limit and loaded.network.config.memory is None:
-        print(
-            f"note: a prompt of {longest} tokens and {max_new_tokens} new ones may pass position "
-            f"{limit}, the last one the model was trained on; the text may get worse from there",
-            file=sys.stderr,
-        )
-    return prompts
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it is text; bytes of a command line that are none come as halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
@@ -465,34 +370,6 @@ def _print_texts(
         if options.ids:
             print("ids:", " ".join(map(str, new)))
         print("---")
-
-
-def _print_comparison(plain: Run, speculative: Run) -> int:
-    """Say whether both runs gave the same tokens; give the exit status."""
-    differences = [
-        (prompt, position)
-        for prompt, (a, b) in enumerate(
-            zip(plain.generation.tokens, speculative.generation.tokens, strict=True), 1
-        )
-        if (position := _first_difference(a, b)) is not None
-    ]
-    speed_up = speculative.tokens_per_s / plain.tokens_per_s
-    if not differences:
-        print(f"outputs are equal, speed-up {speed_up:.2f}")
-        return 0
-    prompt, position = differences[0]
-    print(
-        f"outputs DIFFER, first at new token {position + 1} of prompt {prompt}; in bf16 two tokens "
-        "may be equally likely up to rounding, so try --dtype fp32"
-    )
-    return EXIT_DIFFERENT
-
-
-def _first_difference(a: list[int], b: list[int]) -> int | None:
-    if a == b:
-        return None
-    matching = [x == y for x, y in zip(a, b, strict=False)]
-    return matching.index(False) if False in matching else len(matching)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ examples:
   PROG export --prompt "Once" --heads 3 --max-new-tokens 200 --temperature 0.8 --seed 1
   PROG export --prompt "import os" --compare
   PROG export --prompt "import os" --decoder beam --beam-width 4
+  PROG export --prompt "import os" --decoder dsbd --draft smaller --temperature 1 --stats
   PROG export --prompt "import os" --decoder mtad --draft smaller --tau 0.5 --stats
 
 exit status: 0 the text is printed, 1 the model or a prompt cannot be used (in one line), 2 wrong
@@ -53,7 +54,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add(
         "--decoder",
         choices=(*BEAM_DECODERS, *JOINT_DECODERS),
-        help="beam: the best of several texts; mtad: lossy, by joint probability (drafts of heads)",
+        help="beam: the best of several texts; dsbd: so, drafted; mtad: lossy, joint probability",
     )
     add_beam_options(add)
     add_joint_options(add)

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.heads import Heads
 from model.layers import Checkpointing, LayerContext, transformer_config
 from model.loss import VocabularyShard
+from model.memory.adapted_layer import add_adapters
 from model.memory.prompts import MemoryParameters
 from model.memory.segments import split_at_segments
 from model.memory.unrolling import Window, unroll
@@ -33,8 +34,9 @@ from model.operations.documents import (
 )
 from model.operations.rotary import RotaryTable
 from model.structure.initialization import initial_weight
+from model.structure.parameter_shapes import layer_shapes
 from model.structure.part import ModelPart
-from model.structure.sharding import mark_split_parameters
+from model.structure.sharding import local_shapes, mark_split_parameters
 from model.trunk import Trunk
 
 
@@ -81,6 +83,12 @@ class MultiTokenModel(nn.Module):
         )
         if config.memory is not None:
             self.memory = MemoryParameters(config.memory, config.hidden_size, dtype)
+            if config.memory.adapter_rank:
+                shapes = local_shapes(
+                    layer_shapes(config), parallel_state.get_tensor_model_parallel_world_size()
+                )
+                for layer in self.trunk.layers.values():
+                    add_adapters(layer.get_submodule("block"), config.memory, shapes, dtype)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling)
         self._attentions = [m for m in self.modules() if isinstance(m, CoreAttention)]
         self.to(dtype)  # megatron makes the norms of its local layers in float32

@@ -103,9 +103,17 @@ def loss_and_gradients(
 
 @torch.no_grad()
 def loss_and_predictions(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, shard: VocabularyShard, chunk_tokens: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    shard: VocabularyShard,
+    chunk_tokens: int,
+    token_losses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss sum and greedy predictions, for validation.
+
+    Arguments are those of `loss_and_gradients`.
 
     Returns:
         (scalar loss sum over valid tokens, `[T]` ids of the largest logit).
@@ -117,8 +125,22 @@ def loss_and_predictions(
         logits = hidden[part] @ weight.t()
         largest, best = logits.max(dim=-1)
         predictions.append(_global_argmax(largest, best, shard))
-        losses.append(_softmax(logits, largest, labels[part], shard).losses.sum())
+        found = _softmax(logits, largest, labels[part], shard).losses
+        if token_losses is not None:
+            token_losses[part] = found
+        losses.append(found.sum())
     return torch.stack(losses).sum(), torch.cat(predictions)
+
+
+def add_sequence_losses(sums: Tensor, token_losses: Tensor) -> None:
+    """Add each sequence's token losses to its sum.
+
+    Args:
+        sums: `[B]`, changed in place.
+        token_losses: `[S * B]`, sequence first.
+    """
+    # A sequence's tokens side by side: the same sum whatever sequences are beside it.
+    sums.add_(token_losses.view(-1, len(sums)).t().contiguous().sum(1))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -97,7 +97,8 @@ def _held_out(
     kinds = _kinds(model, options, joined)
     by_kind, total = measure(model, kinds, Windows(window, stride, options.max_tokens))
     decoded: dict[str, Decoded] = {}
-    if options.prompts and model.network.num_heads > 1:
+    drafts = model.network.num_heads > 1 and model.network.config.memory is None
+    if options.prompts and drafts:
         limit_threads(model.network)
         prompting = Prompting(options.prompts, options.prompt_tokens, options.new_tokens)
         decoded = decode(model, kinds, prompting)
@@ -175,6 +176,11 @@ def _solve(
     from pipeline.evaluating.results import pass_table, sample_file
 
     available = model.network.num_heads
+    if model.network.config.memory is not None and options.heads:
+        raise ConfigError(
+            f"--heads {options.heads} is of drafts, and a model with a memory decodes without "
+            "them; leave --heads out"
+        )
     heads = options.heads or available
     if heads > available:
         raise ConfigError(f"--heads {heads}, but this model has {available}; use 1 to {available}")

@@ -29,7 +29,7 @@ EPILOG = """\
 examples:
   PROG runs/7b                          writes runs/7b/report.html
   PROG runs/7b runs/7b_staged           compares them in runs/comparison.html
-  PROG runs/reviewed --review           writes review.html: sequences learned and forgotten
+  PROG runs/reviewed --review           writes review.html: what is learned, forgotten
   PROG --index runs                     lists all runs of the folder in runs/index.html
 
 exit status: 0 the page is written, 1 there are no metrics to read (in one line), 2 wrong arguments

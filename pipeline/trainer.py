@@ -7,7 +7,9 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import NamedTuple
 
-from data_prep.loading.loader import TokenLoader
+from torch import Tensor
+
+from data_prep.loading.loader import Batch, TokenLoader
 from model.errors import TrainingError
 from model.structure.head_weights import is_schedule
 from pipeline.checkpoint.saving import Saver
@@ -128,6 +130,8 @@ class Trainer:
         while self.state.next_sample < review.order.end:
             # Losses are gathered, and arrays read and written, which takes as long as a start.
             self.parts.progress.enter("start")
+            review.rescore(self.state.next_sample, self._score)
+            self.parts.progress.enter("start")
             review.begin(self.state.next_sample)
             self.parts.progress.enter("step")
             positions = functools.partial(
@@ -140,6 +144,11 @@ class Trainer:
             steps = read_steps(self.parts.loader, positions, self.config.data.prefetch_steps)
             with closing(batches_on(self.parts.engine.topology.device, steps)) as ahead:
                 yield from ahead
+
+    def _score(self, batches: list[Batch]) -> Tensor:
+        """Losses of sequences that are read again, forward only."""
+        self.parts.progress.enter("step")
+        return self.parts.engine.sequence_losses(batches)
 
     def _step(self, batches: StepBatches) -> StepResult:
         """One optimizer step, and the progress it makes."""

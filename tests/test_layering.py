@@ -31,6 +31,7 @@ ROOMS = {
         "beams",
         "joint_decoding",
         "streaming",
+        "writing",
         "serving",
     ),
     "pipeline": (

@@ -9,6 +9,7 @@ import yaml
 
 SEED = "run.seed"
 INIT_FROM = "train.init_from"
+ARM = "arm"
 
 
 class Grid(NamedTuple):
@@ -21,6 +22,7 @@ class Grid(NamedTuple):
         pretrain: by name, settings of runs whose exports points begin with; a point names the one
             of its own seed with `train.init_from`.
         variant: of the study that this is; empty for the study itself.
+        arms: by name, settings that a point takes all at once with `arm`.
     """
 
     run: dict[str, Any]
@@ -28,6 +30,7 @@ class Grid(NamedTuple):
     points: list[dict[str, Any]]
     pretrain: dict[str, dict[str, Any]]
     variant: str = ""
+    arms: Mapping[str, dict[str, Any]] = {}
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """The settings of every point."""
@@ -39,12 +42,17 @@ class Grid(NamedTuple):
         for values in itertools.product(*self.axes.values()):
             yield dict(zip(self.axes, values, strict=True))
 
+    def expanded(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a point with those of its arm, if any, in place of the arm's name."""
+        own = {key: value for key, value in settings.items() if key != ARM}
+        return {**(self.arms[settings[ARM]] if ARM in settings else {}), **own}
+
 
 def load_grid(path: Path, *, quick: bool = False, variant: str = "") -> Grid:
-    """Read `grid.yaml`: `run`, `axes`, `points`, `pretrain`; what else is there changes them.
+    """Read `grid.yaml`: `run`, `axes`, `points`, `pretrain`, `arms`; what else is there changes it.
 
     `quick`, for a try in a minute, and each of `variants` by its name, hold settings by dotted key,
-    and an own `axes`, `points` or `pretrain`.
+    and an own `axes`, `points`, `pretrain` or `arms`.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     changes = dict(content["variants"][variant]) if variant else {}
@@ -53,7 +61,8 @@ def load_grid(path: Path, *, quick: bool = False, variant: str = "") -> Grid:
     axes = changes.pop("axes", content.get("axes", {}))
     points = changes.pop("points", content.get("points", []))
     pretrain = changes.pop("pretrain", content.get("pretrain", {}))
-    return Grid(configured(content["run"], changes), axes, points, pretrain, variant)
+    arms = changes.pop("arms", content.get("arms", {}))
+    return Grid(configured(content["run"], changes), axes, points, pretrain, variant, arms)
 
 
 def variants(path: Path) -> list[str]:

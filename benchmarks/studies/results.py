@@ -25,6 +25,7 @@ def write_results(
     grid: Grid,
     results: Sequence[Mapping[str, Any]],
     output: Path | None,
+    curves: Mapping[str, Mapping[str, str]],
 ) -> str:
     """The table as Markdown; with `output` also its section of README.md there, and result.html.
 
@@ -34,28 +35,29 @@ def write_results(
         grid: of the study.
         results: of all points.
         output: where to write.
+        curves: by title, figures that follow one another, likewise: each title a table and a plot.
     """
     settings = [key for key in results[0]["settings"] if key != SEED]
     groups = grouped(results, settings)
-    heads = [*(key.rpartition(".")[2] for key in settings), *columns.values()]
-    rows = [
-        [
-            *group,
-            *(
-                _cell([figures[column] for figures in found if column in figures])
-                for column in columns
-            ),
-        ]
-        for group, found in groups.items()
-    ]
-    markdown = "\n".join(
-        ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        + ["| " + " | ".join(row) + " |" for row in rows]
+    names = [key.rpartition(".")[2] for key in settings]
+    tables = {"": _table(names, columns, groups)}
+    for curve, places in curves.items():
+        measured = {
+            group: found
+            for group, found in groups.items()
+            if any(place in figures for figures in found for place in places)
+        }
+        tables[curve] = _table(names, places, measured)
+    markdown = "\n\n".join(
+        f"{curve}:\n\n{_markdown(table)}" if curve else _markdown(table)
+        for curve, table in tables.items()
     )
     told = _told(grid, results)
     if output is not None:
         replace_section(output / "README.md", grid.variant or "study", f"{told}\n\n{markdown}")
-        page = _page(title, told, heads, rows, columns, groups)
+        plots = [_plot(name, heading, groups) for name, heading in columns.items()]
+        plots += [_curves(curve, places, groups) for curve, places in curves.items()]
+        page = _page(title, told, tables, plots)
         name = "-".join(filter(None, ["result", grid.variant]))
         write_whole(output / f"{name}.html", page.encode())
     return f"{told}\n\n{markdown}"
@@ -80,6 +82,30 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
+def _table(
+    names: Sequence[str],
+    columns: Mapping[str, str],
+    groups: Mapping[Group, Sequence[Mapping[str, float]]],
+) -> Table:
+    """A row for each setting."""
+    rows = [
+        [
+            *group,
+            *(
+                _cell([figures[column] for figures in found if column in figures])
+                for column in columns
+            ),
+        ]
+        for group, found in groups.items()
+    ]
+    return Table(rows, [*names, *columns.values()])
+
+
+def _markdown(table: Table) -> str:
+    heads, *rows = ("| " + " | ".join(map(str, line)) + " |" for line in (table.heads, *table.rows))
+    return "\n".join([heads, "|" + "---|" * len(table.heads), *rows])
+
+
 def _told(grid: Grid, results: Sequence[Mapping[str, Any]]) -> str:
     """What was run, and where."""
     commit = subprocess.run(
@@ -96,25 +122,16 @@ def _told(grid: Grid, results: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _page(
-    title: str,
-    told: str,
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    columns: Mapping[str, str],
-    groups: Mapping[Group, Sequence[Mapping[str, float]]],
-) -> str:
-    plots = [_plot(name, heading, groups) for name, heading in columns.items()]
+def _page(title: str, told: str, tables: Mapping[str, Table], plots: Sequence[Markup]) -> str:
+    whiskers = "Bars and points are means, whiskers reach from the least seed to the most."
     return render_page(
         "study",
         title,
         told,
         [
-            Section("Figures", [Table(rows, heads)]),
+            *(Section(curve or "Figures", [table]) for curve, table in tables.items()),
             Section("Over settings", [Figures(plots)]),
-            Section(
-                "", [Paragraph("Bars are means, whiskers reach from the least seed to the most.")]
-            ),
+            Section("", [Paragraph(whiskers)]),
         ],
     )
 
@@ -135,3 +152,30 @@ def _plot(name: str, heading: str, groups: Mapping[Group, Sequence[Mapping[str, 
         axes.set_ylabel(heading)
 
     return svg_plot(heading, draw)
+
+
+def _curves(
+    title: str,
+    places: Mapping[str, str],
+    groups: Mapping[Group, Sequence[Mapping[str, float]]],
+) -> Markup:
+    """One line for each setting, over the places."""
+
+    def draw(axes: Any) -> None:
+        colors = shades(len(groups))
+        for color, (group, found) in zip(colors, groups.items(), strict=True):
+            seeds = [[figures[place] for figures in found if place in figures] for place in places]
+            if not all(seeds):
+                continue
+            means = [mean(values) for values in seeds]
+            errors = [
+                [middle - min(values) for middle, values in zip(means, seeds, strict=True)],
+                [max(values) - middle for middle, values in zip(means, seeds, strict=True)],
+            ]
+            axes.errorbar(
+                range(len(places)), means, yerr=errors, color=color, label=", ".join(group)
+            )
+        axes.set_xticks(range(len(places)), list(places.values()))
+        axes.legend()
+
+    return svg_plot(title, draw)

@@ -91,6 +91,8 @@ class Study(NamedTuple):
             point has the one that its `data.shards` names, or the only one.
         measure: figures of a trained point, by name; told whether it is a quick try.
         columns: figures of the table, with their headings.
+        curves: by title, figures that follow one another, each with its place in the order: a table
+            and a plot of their own.
     """
 
     folder: Path
@@ -98,6 +100,7 @@ class Study(NamedTuple):
     prepare: Callable[[Path, bool], dict[str, Path]]
     measure: Callable[[Trained, bool], Figures]
     columns: Mapping[str, str]
+    curves: Mapping[str, Mapping[str, str]] = {}
 
 
 def main(study: Study, arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +127,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     path = study.folder / "grid.yaml"
     grid = load_grid(path, quick=options.quick, variant=options.variant)
     results = run_points(study, grid, work, quick=options.quick)
-    print(write_results(study.title, study.columns, grid, results, output))
+    print(write_results(study.title, study.columns, grid, results, output, study.curves))
     return 0
 
 
@@ -157,7 +160,7 @@ def plan_run(
     grid: Grid, settings: dict[str, Any], folder: Path, prepared: Mapping[str, Path]
 ) -> Run:
     """The run of a point, and the one before it, if it begins with that one's export."""
-    config = configured(grid.run, settings)
+    config = configured(grid.run, grid.expanded(settings))
     config["run"] |= {"name": folder.name, "dir": str(folder / "run")}
     shards = prepared[settings.get("data.shards", next(iter(prepared)))]
     config["data"]["shards"] = str(shards)

@@ -53,6 +53,11 @@ class ReviewOrder:
         counts: sequences of each source, together at least as many.
         fingerprint: of the data; part of the key of each permutation.
         seed: the run's seed.
+
+    Attributes:
+        passes: as given.
+        total: as given.
+        fingerprint: as given.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class ReviewOrder:
     ) -> None:
         self.passes = tuple(passes)
         self.total = total
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._seed = seed
         self._firsts = [one.first_sample for one in self.passes]
         self._source_starts = np.cumsum([0, *counts])
@@ -85,6 +90,10 @@ class ReviewOrder:
     def pass_at(self, sample: int) -> Pass:
         """The pass that a sample is in; of one past the end the last pass."""
         return self.passes[bisect_right(self._firsts, sample) - 1]
+
+    def first_sample_of(self, phase: int) -> int:
+        """Where a phase begins."""
+        return next(one.first_sample for one in self.passes if one.phase == phase)
 
     def step_end(self, sample: int, batch: int) -> int:
         """The end of the step that begins with a sample: `batch` samples on, or sooner.
@@ -110,7 +119,7 @@ class ReviewOrder:
             now = self.pass_at(first_sample)
             stop = min(end, now.end)
             ranks = np.arange(first_sample - now.first_sample, stop - now.first_sample)
-            permutation = Permutation(now.size, self._fingerprint, self._seed, now.number)
+            permutation = Permutation(now.size, self.fingerprint, self._seed, now.number)
             ranks = permutation(ranks)
             parts.append(self._kept[now.phase](ranks) if now.chosen else ranks)
             first_sample = stop

@@ -48,11 +48,14 @@ class KeptSequences:
         """The numbers of the sequences that stay, by their ranks, each in 0..count-1."""
         assert ranks.size == 0 or int(ranks.max()) < self.count, (ranks.max(), self.count)
         groups = np.searchsorted(self._before, ranks, side="right") - 1
-        set_so_far = np.unpackbits(self._groups[groups], axis=1).cumsum(1, dtype=np.int16)
         within = (ranks - self._before[groups]).astype(np.int16)
-        # The first bit by which one more is set than come before the wanted one.
-        place = (set_so_far > within[:, None]).argmax(1)
-        numbers: NDArray[np.int64] = groups * _GROUP + place
+        # The first byte of the group, and in it the first bit, by which one more is set than come
+        # before the wanted one.
+        parts = self._groups[groups]
+        byte, within = _place_of(within, _ONES[parts])
+        bits = np.unpackbits(parts[np.arange(len(parts)), byte, None], axis=1)
+        bit, _ = _place_of(within, bits)
+        numbers: NDArray[np.int64] = groups * _GROUP + byte * 8 + bit
         return numbers
 
     @classmethod
@@ -85,6 +88,16 @@ class KeptSequences:
             ties -= len(equal)
             bits[start // 8 : start // 8 + -(-len(part) // 8)] &= ~np.packbits(goes)
         return cls(bits, total)
+
+
+def _place_of(
+    ranks: NDArray[np.int16], counts: NDArray[np.uint8]
+) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
+    """The column in which the ranks-th of what is counted in a row is, and its rank in there."""
+    so_far = counts.cumsum(1, dtype=np.int16)
+    place = (so_far > ranks[:, None]).argmax(1)
+    rows = np.arange(len(counts))
+    return place, ranks - (so_far[rows, place] - counts[rows, place])
 
 
 def _comparable(losses: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -55,6 +55,7 @@ ROOMS = {
     "model.beams": Room(563, 9.1, "beams/", "several texts\nat once"),
     "model.early_exit": Room(648, 9.1, "early_exit/", "drafts of the\nfirst layers"),
     "model.joint_decoding": Room(750, 9.1, "joint_decoding/", "several tokens\nat once"),
+    "model.writing": Room(750, 8, "writing/", "prompts,\ntimed runs"),
     "model.streaming": Room(848, 9.1, "streaming/", "with a\nmemory"),
     "model.serving": Room(944, 9.1, "serving/", "queue, batch thread,\nOpenAI's API"),
     "model.decoding": Room(620, 10.05, "decoding/", "drafts, acceptance,\nsampling"),
@@ -141,6 +142,7 @@ def _width(name: str) -> float:
         "model.beams": 78,
         "model.early_exit": 84,
         "model.joint_decoding": 112,
+        "model.writing": 90,
         "model.streaming": 76,
         "model.serving": 108,
     }

@@ -91,8 +91,11 @@ def run_beams(
     beams = "1 beam" if options.beam_width == 1 else f"{options.beam_width} beams"
     start = time.perf_counter()
     if options.decoder == "dsbd":
+        drafts = options.drafts
+        if drafter is None:
+            drafts = (options.heads or network.num_heads) - 1
         speculation = Speculation(
-            options.drafts, options.width_threshold, options.min_width, options.one_beam
+            drafts, options.width_threshold, options.min_width, options.one_beam
         )
         drafted = speculative_beams(
             network, prompts, settings, speculation, drafter=drafter, seeds=seeds

@@ -144,9 +144,14 @@ def _check_speculation(options: argparse.Namespace) -> None:
         )
 
 
+def _drafts(heads: int | str) -> bool:
+    """Whether so many heads leave any to draft; `auto` weighs drafts of one text alone."""
+    return isinstance(heads, int) and heads > 1
+
+
 def _refuse_others(options: argparse.Namespace) -> None:
     others = {
-        "--heads": options.heads,
+        "--heads": options.heads and not (options.decoder == "dsbd" and _drafts(options.heads)),
         "--tree": options.tree,
         "--lossy": options.lossy,
         "--early-exit": options.early_exit,

@@ -105,14 +105,15 @@ class SpeculativeDecoder:
         self.texts = [
             SpeculativeText(settings, speculation, seed, network.device) for seed in seeds
         ]
-        depth = network.num_heads - 1 if drafter is None else speculation.drafts
+        depth = speculation.drafts
+        assert drafter is not None or depth < network.num_heads, (depth, network.num_heads)
         rows = len(prompts) * settings.width
         # Nodes of a row that has fewer than another are followed by as many that stand for none.
         capacity = max(map(len, prompts)) + settings.max_new_tokens
         capacity += 2 * (1 + depth * settings.width)
         self.reader = ForestReader(network, rows, capacity)
         self.drafter: Drafter = (
-            HeadsDrafter(network.num_heads)
+            HeadsDrafter(depth + 1)
             if drafter is None
             else ModelDrafter(drafter, rows, capacity, depth)
         )

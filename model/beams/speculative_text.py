@@ -21,7 +21,7 @@ class Speculation(NamedTuple):
     """How beams are drafted and how wide layers are.
 
     Attributes:
-        drafts: layers that a second model drafts in a round.
+        drafts: layers that are drafted in a round; heads draft one each, but the first.
         threshold: t: a layer is as wide as its drafts reach with this probability.
         min_width: the least, where there is room; the width itself = all layers are as wide.
         one_beam: only the likeliest beam begins the next round. Less memory, another law.

@@ -47,6 +47,7 @@ from model.hugging_face.stored_tensors import (
     open_tensors,
     read_weight_map,
 )
+from model.memory.adapters import is_adapter
 from model.memory.sizes import MEMORY
 from model.operations.rope_scaling import RopeScaling
 from model.structure.parameter_shapes import (
@@ -103,7 +104,7 @@ class LlamaFolder:
 
     def holds(self, name: str, config: ModelConfig) -> bool:
         """Whether it has the weights of a parameter of the run's model."""
-        if name.startswith(MEMORY):
+        if _is_added(name):
             return name in self._files
         head = head_of(name)
         if config.head_kind == "linear" and not self._linear:
@@ -135,7 +136,7 @@ class LlamaFolder:
         lacking = {
             head_of(name)
             for name in parameter_shapes(config)
-            if not name.startswith(MEMORY) and not self.holds(name, config)
+            if not _is_added(name) and not self.holds(name, config)
         }
         return sorted(lacking)
 
@@ -238,6 +239,11 @@ class LlamaFolder:
                     yield hf_name, hf_shape
 
 
+def _is_added(name: str) -> bool:
+    """Whether a parameter is of a memory, and begins fresh on a model without one."""
+    return name.startswith(MEMORY) or is_adapter(name)
+
+
 class ImportedWeights:
     """A run's initial parameters: from a Llama's folder, and the others from `fresh`.
 
@@ -274,7 +280,7 @@ class ImportedWeights:
         Returns:
             float32 tensor on the CPU.
         """
-        if name.startswith(MEMORY) and not self.folder.holds(name, self.config):
+        if _is_added(name) and not self.folder.holds(name, self.config):
             return fresh()
         head = head_of(name)
         if not self.folder.holds(name, self.config):

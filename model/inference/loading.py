@@ -59,8 +59,9 @@ def load_network(
         description = export.record.description
         if description.model.memory is not None and not memory:
             raise ConfigError(
-                f"{directory} is a model with a memory, which python -m model.generate alone runs; "
-                "use that, or an export of a model without model.memory"
+                f"{directory} is a model with a memory, which python -m model.generate and "
+                "pipeline.evaluate alone run; use these, or an export of a model without "
+                "model.memory"
             )
         network = Network.read(
             description.model, export.tensor, dtype or DTYPES[description.dtype], device

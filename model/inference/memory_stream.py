@@ -56,7 +56,8 @@ class MemoryStream:
         if sizes.retrieval and sizes.mode != "strict_prev":
             raise ConfigError(
                 f"model.memory.mode={sizes.mode} makes a segment's prompt of tokens of the segment "
-                "itself, which are not there while a text is written; train with strict_prev"
+                "itself, which are not there while a text is written or read in pieces; train with "
+                "strict_prev"
             )
         self._network, self._heads = network, heads
         self._sizes, self._weights = sizes, weights
@@ -80,8 +81,12 @@ class MemoryStream:
     @torch.inference_mode()
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Read tokens; the logits `[M, S, V]` of heads 1 .. M at each of them."""
-        outputs = [self._read(part) for part in self._parts(tokens)]
-        return self._network.head_logits(torch.cat(outputs, dim=1), 1)
+        return self._network.head_logits(torch.cat(list(self.outputs(tokens)), dim=1), 1)
+
+    def outputs(self, tokens: Sequence[int]) -> Iterator[Tensor]:
+        """Read tokens; what heads 1 .. M give at them, `[M, S', H]`, a segment at a time."""
+        for part in self._parts(tokens):
+            yield self._read(part)
 
     @torch.inference_mode()
     def last(self, tokens: Sequence[int]) -> Tensor:

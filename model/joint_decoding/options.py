@@ -112,6 +112,9 @@ def _refuse_others(options: argparse.Namespace) -> None:
         "--early-exit": options.early_exit,
         "--length-penalty": options.length_penalty is not None,
         "--distinct-beams": options.distinct_beams,
+        "--width-threshold": options.width_threshold is not None,
+        "--min-width": options.min_width is not None,
+        "--one-beam": options.one_beam,
         "--compare": options.compare,
     }
     if named := [name for name, is_set in others.items() if is_set]:

@@ -44,6 +44,9 @@ class MemorySizes(BaseModel):
             strict_score = the same, but only positions from j on have targets.
         bptt: D, segments that the gradient of a segment's loss goes back, through their memories.
         retrieval: false = no retrieval: the prompt is the memory of the segment before (stage 1).
+        adapter_rank: r, of low-rank adapters on the products of the trunk's layers, which are
+            trained with the memory where all else is frozen; 0 = none.
+        adapter_alpha: what they add is weighed with adapter_alpha / r.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -56,6 +59,8 @@ class MemorySizes(BaseModel):
     mode: MemoryMode = "strict_prev"
     bptt: Annotated[int, Field(ge=0, le=_MOST)] = 2
     retrieval: bool = True
+    adapter_rank: Annotated[int, Field(ge=0, le=_MOST)] = 0
+    adapter_alpha: float = Field(default=32.0, gt=0)
 
     @field_validator("summary", "sensory")
     @classmethod

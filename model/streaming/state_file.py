@@ -94,6 +94,6 @@ def _fits(found: Mapping[str, Tensor], config: ModelConfig) -> bool:
 def _sizes(config: ModelConfig) -> str:
     """What a state depends on."""
     assert config.memory is not None
-    memory = config.memory.model_dump(exclude={"bptt"})
+    memory = config.memory.model_dump(exclude={"bptt", "adapter_rank", "adapter_alpha"})
     sizes = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
     return json.dumps(sizes | memory, sort_keys=True)

@@ -6,11 +6,13 @@ trunk       heads 2 .. n, on a next-token model that stays: embedding, trunk, he
             learn to draft for it (the setting of Medusa-1, Cai et al. 2024).
 early_exit  head 1, on the first layers of a model and its LM head, which stay. It learns to draft
             for the whole model (the adapter of Kangaroo, Liu et al. 2024).
-all_but_memory  what a memory adds to a model, which else stays as it is.
+all_but_memory  what a memory adds to a model, which else stays as it is: its own parameters and
+            low-rank adapters, if it has them.
 """
 
 from typing import TYPE_CHECKING, Literal
 
+from model.memory.adapters import is_adapter
 from model.memory.sizes import MEMORY
 from model.structure.parameter_shapes import head_of
 
@@ -23,7 +25,7 @@ Freeze = Literal["none", "trunk", "early_exit", "all_but_memory"]
 def is_trained(name: str, freeze: Freeze) -> bool:
     """Whether the optimizer has the parameter of this name."""
     if freeze == "all_but_memory":
-        return name.startswith(MEMORY)
+        return name.startswith(MEMORY) or is_adapter(name)
     return is_head_trained(head_of(name), freeze)
 
 

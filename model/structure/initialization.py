@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from model.memory.adapters import UP
 from model.structure.sharding import Placement, global_shape, placement_of, take_slice
 
 _ROWS_PER_BLOCK = 256  # each block of rows has a generator of its own
@@ -28,7 +29,8 @@ def initial_weight(
     """One rank's part of a parameter's initial value.
 
     Norm weights are 1. Matrices are normal with `std`; those that write into the residual stream
-    (attention projection, second MLP matrix) with `std / sqrt(2 * num_layers)` (GPT-2).
+    (attention projection, second MLP matrix) with `std / sqrt(2 * num_layers)` (GPT-2). Low-rank
+    adapters add nothing.
 
     Args:
         name: full parameter name, the same in every layout.
@@ -44,6 +46,8 @@ def initial_weight(
     """
     if len(local_shape) == 1:
         return torch.ones(local_shape)
+    if name.endswith(f".{UP}"):
+        return torch.zeros(local_shape)
     placement = placement_of(name)
     shape = global_shape(local_shape, placement, tensor_size)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.memory.adapters import with_adapters
 from model.memory.sizes import MEMORY, memory_shapes
 
 if TYPE_CHECKING:  # plans and configurations need no torch
@@ -40,8 +41,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     vocabulary, hidden = config.vocab_size, config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"trunk.embedding.weight": (vocabulary, hidden)}
+    adapter_rank = 0 if config.memory is None else config.memory.adapter_rank
     for layer in layer_names(config):
-        shapes |= {f"{layer}.{name}": shape for name, shape in layer_shapes(config).items()}
+        own = with_adapters(layer_shapes(config), adapter_rank if layer.startswith("trunk") else 0)
+        shapes |= {f"{layer}.{name}": shape for name, shape in own}
     heads = range(1, config.future_tokens + 1)
     if config.head_kind == "linear":
         shapes |= {f"heads.layers.{head}.{LINEAR}": (hidden, hidden) for head in heads}

@@ -5,6 +5,7 @@ The gated MLP's first weight holds gate and up one below the other, and each ran
 of both, so it is split block by block.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,14 @@ PLACEMENTS = {
     "readout.weight": Placement(0),
     "unembedding.weight": Placement(0),
     "projection.weight": Placement(1),
+    "self_attention.linear_qkv.adapter.down": REPLICATED,
+    "self_attention.linear_qkv.adapter.up": Placement(0),
+    "self_attention.linear_proj.adapter.down": Placement(1),
+    "self_attention.linear_proj.adapter.up": REPLICATED,
+    "mlp.linear_fc1.adapter.down": REPLICATED,
+    "mlp.linear_fc1.adapter.up": Placement(0, blocks=2),
+    "mlp.linear_fc2.adapter.down": Placement(1),
+    "mlp.linear_fc2.adapter.up": REPLICATED,
     "memory.initial": REPLICATED,
     "memory.summary": REPLICATED,
     "memory.query": REPLICATED,
@@ -63,6 +72,17 @@ def global_shape(local_shape: torch.Size, placement: Placement, size: int) -> to
     if placement.dim is not None:
         shape[placement.dim] *= size
     return torch.Size(shape)
+
+
+def local_shapes(shapes: Mapping[str, tuple[int, ...]], size: int) -> dict[str, tuple[int, ...]]:
+    """One rank's shapes of parameters, from the whole ones and the tensor-parallel size."""
+    return {
+        name: tuple(
+            length // size if dim == placement_of(name).dim else length
+            for dim, length in enumerate(shape)
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def take_slice(whole: Tensor, placement: Placement, rank: int, size: int) -> Tensor:

@@ -36,7 +36,7 @@ _STEP = re.compile(r"step_([0-9]{8,18})")
 _PARTIAL = re.compile(_STEP.pattern + re.escape(PARTIAL))
 _SAVED = {MANIFEST, STATE_NAME, RESOLVED_CONFIG_NAME, TOKENIZER, IMPORTED}
 _SAVED_TENSORS = re.compile(rf"{WEIGHTS}/rank_[0-9]{{5,}}\.safetensors")
-_SAVED_LOSSES = re.compile(rf"{REVIEW}/(losses_epoch|kept_phase)_[0-9]+\.npy")
+_SAVED_LOSSES = re.compile(rf"{REVIEW}/(losses_epoch|rescored_phase|kept_phase)_[0-9]+\.npy")
 FOLDERS = (WEIGHTS, REVIEW)
 
 

@@ -352,7 +352,13 @@ def read_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Te
     Raises:
         CheckpointError: a file is missing or unreadable, or the parameters are not this model's.
     """
-    files = StateFiles(directory, config)
+    return weights_in(StateFiles(directory, config), config, directory)
+
+
+def weights_in(
+    files: StateFiles, config: ModelConfig, directory: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """The same of files that are open."""
     weights = ((name, files.whole("weight", name)) for name in files.names())
     return checked_parameters(weights, config, directory)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict, field_validator
 
 from pipeline.config.problems import shown
-from pipeline.config.sections import MAX_COUNT, Name, PositiveInt, Section
+from pipeline.config.sections import Name, PositiveInt, Section
 
 Percent = Annotated[float, Field(ge=0, lt=100)]
 
@@ -43,6 +43,10 @@ PUBLISHED_PHASES = (
     ReviewPhase(name="focus", drop_percent=70.0, repetitions=5),
 )
 _MOST_PASSES = 1000
+_OF_REMEDY = {
+    "running_mean_sequences": "subtract_running_mean",
+    "rescore_percent": "rescore",
+}
 
 
 class ReviewSection(Section):
@@ -57,15 +61,26 @@ class ReviewSection(Section):
             the first that are left out.
         staleness: what to do about losses of sequences that came early, when the model knew less:
             none = take them as they are, as published; subtract_running_mean = from each that mean
-            of the losses around it.
+            of the losses around it; rescore = read the sequences again before a choice, forward
+            only, and take those losses instead.
         running_mean_sequences: sequences over which subtract_running_mean takes its mean.
+        rescore_percent: share of the sequences that rescore reads again, those that came first.
     """
 
     phases: Annotated[tuple[ReviewPhase, ...], Strict(False)] = PUBLISHED_PHASES
     sequences: PositiveInt | None = None
     min_targets: PositiveInt = 1
-    staleness: Literal["none", "subtract_running_mean"] = "none"
-    running_mean_sequences: Annotated[int, Field(gt=0, le=MAX_COUNT)] = 1024
+    staleness: Literal["none", "subtract_running_mean", "rescore"] = "none"
+    running_mean_sequences: PositiveInt = 1024
+    rescore_percent: Annotated[float, Field(gt=0, le=100)] = 100.0
+
+    def without_effect(self) -> list[str]:
+        """Settings that were given and belong to another remedy, one line each."""
+        return [
+            f"data.review.{key}={getattr(self, key)}: data.review.staleness={self.staleness}"
+            for key, remedy in _OF_REMEDY.items()
+            if key in self.model_fields_set and self.staleness != remedy
+        ]
 
     @field_validator("phases", mode="before")
     @classmethod

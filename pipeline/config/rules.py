@@ -237,4 +237,9 @@ def _memory_problems(
             "and ZeRO takes one for all of model.memory's; set it to selective or none, and "
             "lower model.memory.bptt to keep fewer segments"
         )
+    if model.memory.adapter_rank and train.freeze != "all_but_memory":
+        problems.append(
+            f"model.memory.adapter_rank={model.memory.adapter_rank} adds adapters to weights that "
+            "are trained themselves; set train.freeze=all_but_memory, or adapter_rank=0"
+        )
     return problems

@@ -318,6 +318,8 @@ def settings_without_effect(
         lines.append(
             f"model.head_weights[0]={first:g}: train.freeze=trunk, head 1 is only measured"
         )
+    if (review := config.data.review) is not None:
+        lines += review.without_effect()
     if config.train.init_heads == "fresh" and config.train.init_from is None:
         lines.append("train.init_heads=fresh: train.init_from=null, all of the model is fresh")
     if device == "cpu" and config.train.attention != "auto":

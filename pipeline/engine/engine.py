@@ -67,8 +67,11 @@ class Execution(Protocol):
         """
         ...
 
-    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """Sum of `evaluate_heads` over batches on the device, for all heads: `[3 * n]`."""
+    def evaluate(self, batches: Iterable[Batch], sequence_losses: Tensor | None = None) -> Tensor:
+        """Sum of `evaluate_heads` over batches on the device, for all heads: `[3 * n]`.
+
+        `sequence_losses` is that of `run`, with a row for each batch.
+        """
         ...
 
     def weights_changed(self) -> None:
@@ -245,6 +248,17 @@ class Engine:
         if token_bytes is None:
             return EvalResult.from_sums(sums)
         return EvalResult.from_sums(sums, self._global_sum(spelled.to(device)))
+
+    def sequence_losses(self, batches: Sequence[Batch]) -> Tensor:
+        """What `StepResult.sequence_losses` would be, with the weights as they are: no step."""
+        moved = [self._scored(batch.to(self.topology.device)) for batch in batches]
+        told = self._room_for_sequences(moved)
+        assert told is not None, "the run has data.review"
+        self._engine.eval()
+        with torch.no_grad():
+            self.execution.evaluate(moved, told)
+        self._engine.train()
+        return self._sequence_means(told, moved)
 
     def snapshot(self) -> Snapshot:
         """This rank's share of weights and optimizer states, as views that training changes.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_prep.loading.loader import Batch
 from model.language_model import MultiTokenModel
-from model.loss import IGNORED, loss_and_predictions
+from model.loss import IGNORED, add_sequence_losses, loss_and_predictions
 from model.operations.agreement import agreement_counts
 
 
@@ -69,6 +69,7 @@ def evaluate_heads(
     chunk_tokens: int,
     head_group: dist.ProcessGroup | None = None,
     pass_on: Callable[[Tensor], None] | None = None,
+    sequence_losses: Tensor | None = None,
 ) -> Tensor:
     """Sums over one batch for the heads that this part of the model holds.
 
@@ -79,6 +80,8 @@ def evaluate_heads(
         chunk_tokens: tokens whose logits exist at once.
         head_group: the ranks that hold the other heads; None when all are here.
         pass_on: called with the output of the last head here, before the norm.
+        sequence_losses: `[B]` float64, gets head 1's loss sum of each sequence added where head 1
+            is; or None.
 
     Returns:
         `[3 * n]`: loss sums, target counts, and positions where heads 1 .. k all agree; zero for
@@ -93,13 +96,18 @@ def evaluate_heads(
         if pass_on is not None and head == model.heads.order[-1]:
             pass_on(hidden)
         targets, own = batch.labels[head - 1], model.heads.own_unembedding(head)
+        told = sequence_losses if head == 1 else None
+        token_losses = None if told is None else told.new_empty(targets.numel())
         loss, best = loss_and_predictions(
             model.heads.lm_head.normalize(hidden, norm).flatten(0, 1),
             unembedding if own is None else own,
             targets.t().flatten(),
             shard=model.shard,
             chunk_tokens=chunk_tokens,
+            token_losses=token_losses,
         )
+        if told is not None and token_losses is not None:
+            add_sequence_losses(told, token_losses)
         sums[0, head - 1] = loss
         sums[1, head - 1] = (targets != IGNORED).sum()
         predictions[head - 1] = best.view(shape[1:])

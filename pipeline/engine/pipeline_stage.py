@@ -97,18 +97,19 @@ class PipelineStage:
     def _backward(self, surrogate: Tensor) -> None:
         self._engine.backward(surrogate, scale_wrt_gas=False)
 
-    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """Sum of `evaluate_heads` over batches, for all heads: `[3 * n]`."""
+    def evaluate(self, batches: Iterable[Batch], sequence_losses: Tensor | None = None) -> Tensor:
+        """Sum of `evaluate_heads` over batches, for all heads; see `Execution.evaluate`."""
         heads = self._config.model.future_tokens
         sums = torch.zeros(3 * heads, dtype=torch.float64, device=self._topology.device)
         with self._links.clock.uncounted():
-            for batch in batches:
-                sums += self._evaluate(batch)
+            for index, batch in enumerate(batches):
+                told = None if sequence_losses is None else sequence_losses[index]
+                sums += self._evaluate(batch, told)
             self._links.finish_sends()
             dist.all_reduce(sums, group=self._topology.activation_group)
         return sums
 
-    def _evaluate(self, batch: Batch) -> Tensor:
+    def _evaluate(self, batch: Batch, sequence_losses: Tensor | None) -> Tensor:
         """What `evaluate_heads` gives for the heads of this stage; zeros without heads."""
         links, inputs = self._links, batch.tokens
         if links.activations_in is not None:
@@ -130,6 +131,7 @@ class PipelineStage:
                 chunk_tokens=self._chunk_tokens,
                 head_group=self._topology.head_group,
                 pass_on=send if of_heads else None,
+                sequence_losses=sequence_losses,
             )
 
         self._share.begin_trace()

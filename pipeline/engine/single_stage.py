@@ -139,21 +139,23 @@ class SingleStage:
         event.record()
         return event
 
-    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """Sum of `evaluate_heads` over batches: `[3 * n]`."""
+    def evaluate(self, batches: Iterable[Batch], sequence_losses: Tensor | None = None) -> Tensor:
+        """Sum of `evaluate_heads` over batches; see `Execution.evaluate`."""
         heads = self._config.model.future_tokens
         sums = torch.zeros(3 * heads, dtype=torch.float64, device=self._device)
-        for batch in batches:
-            sums += self._evaluate(batch)
+        for index, batch in enumerate(batches):
+            told = None if sequence_losses is None else sequence_losses[index]
+            sums += self._evaluate(batch, told)
         return sums
 
-    def _evaluate(self, batch: Batch) -> Tensor:
+    def _evaluate(self, batch: Batch, sequence_losses: Tensor | None) -> Tensor:
         def heads(trunk_output: Tensor) -> Tensor:
             return evaluate_heads(
                 self._model,
                 trunk_output,
                 batch,
                 chunk_tokens=self._chunk_tokens,
+                sequence_losses=sequence_losses,
             )
 
         sums: Tensor = self._engine(batch.tokens, heads, documents=batch.documents)

@@ -12,6 +12,9 @@ on.
     window 2                c d e f               counts e f
     window 3                    e f g h           counts g (h is followed by nothing)
 
+A model with a memory remembers within a window, whose length it does not limit: one of the stream's
+length is the stream read at once, in constant memory.
+
 Bits per byte of head k are its losses in bits, summed over its targets, divided by the bytes that
 the text of these targets has. The token that ends a document is a target, whose bits count, and
 spells no byte. The first k tokens of a stream are no targets of head k: their bytes do not count.
@@ -31,6 +34,7 @@ from torch import Tensor
 
 from model.hugging_face.token_bytes import bytes_of_tokens
 from model.inference.cache import Block, Cache
+from model.inference.memory_stream import MemoryStream
 from model.inference.network import Network
 from model.operations.agreement import agreement_counts
 from pipeline.evaluating.model_folder import EvaluatedModel
@@ -125,8 +129,13 @@ def measure(
     total, by_kind = _Sums(none, none, none, none), {}
     for kind in kinds:
         sums = _Sums(none, none, none, none)
-        for batch in _batches(_windows_of(kind, windows, network.num_heads)):
-            sums = sums.plus(reader.read(batch))
+        found = _windows_of(kind, windows, network.num_heads)
+        if network.config.memory is None:
+            for batch in _batches(found):
+                sums = sums.plus(reader.read(batch))
+        else:
+            for window in found:
+                sums = sums.plus(reader.remember(window))
         by_kind[kind.name] = _figures(kind.documents, sums)
         total = total.plus(sums)
     return by_kind, _figures(sum(kind.documents for kind in kinds), total)
@@ -204,10 +213,7 @@ class _Reader:
         cache, block = self._places(len(batch), length)
         trunk_output = network.trunk(tokens, cache, block)
         trunk_output = network.fill_heads(trunk_output, heads, cache, block)
-        losses = torch.zeros(heads, dtype=torch.float64, device=network.device)
-        # Positions past the window's end have no prediction, so none agrees with them.
-        shape = (heads, len(batch), length + heads - 1)
-        predictions = torch.full(shape, _NO_PREDICTION, device=network.device)
+        losses, predictions = self._nothing(len(batch), length)
         for head in range(1, heads + 1):
             wanted = targets[head - 1]
             chosen = wanted.flatten().ne(IGNORED).nonzero().squeeze(1)
@@ -218,6 +224,34 @@ class _Reader:
             found[chosen] = best
             predictions[head - 1, :, :length] = found.view(len(batch), length)
         return self._sums(losses, targets, predictions, comparable)
+
+    @torch.inference_mode()
+    def remember(self, window: _Window) -> _Sums:
+        """Sums over the targets of a window, of a model with a memory."""
+        network, length = self._network, window.length
+        heads = network.num_heads
+        _, targets, comparable = _tensors([window], length, heads, network.device)
+        losses, predictions = self._nothing(1, length)
+        start, tokens = 0, window.tokens[:length].tolist()
+        for outputs in MemoryStream(network, heads=heads).outputs(tokens):
+            stop = start + outputs.shape[1]
+            for head, (hidden, wanted) in enumerate(
+                zip(outputs, targets[:, 0, start:stop], strict=True), 1
+            ):
+                chosen = wanted.ne(IGNORED).nonzero().squeeze(1)
+                loss, best = self._losses(head, hidden[chosen], wanted[chosen])
+                losses[head - 1] += loss
+                predictions[head - 1, 0, start + chosen] = best
+            start = stop
+        return self._sums(losses, targets, predictions, comparable)
+
+    def _nothing(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Losses `[n]` and predictions `[n, B, S + n - 1]` before any head has run."""
+        heads, device = self._network.num_heads, self._network.device
+        # Positions past the window's end have no prediction, so none agrees with them.
+        shape = (heads, rows, length + heads - 1)
+        losses = torch.zeros(heads, dtype=torch.float64, device=device)
+        return losses, torch.full(shape, _NO_PREDICTION, device=device)
 
     def _places(self, rows: int, length: int) -> tuple[Cache, Block]:
         """A cache for windows, and the block of all their positions."""

@@ -61,7 +61,7 @@ def open_model(directory: Path, dtype: str | None, device: torch.device) -> Eval
     wanted = DTYPES[dtype] if dtype else None
     # Without a record, but with heads: saved by transformers.
     if (directory / RECORD_NAME).is_file() or LlamaFolder(directory).heads > 1:
-        loaded = load_network(directory, wanted, device)
+        loaded = load_network(directory, wanted, device, memory=True)
         description = loaded.record.description
         begin = first_token(directory, description.model.vocab_size)
         return _model(

@@ -19,12 +19,13 @@ from model.hugging_face.identity import ImportedIdentity, load_identity
 from pipeline.checkpoint.file_names import IMPORTED, TOKENIZER, WEIGHTS
 from pipeline.checkpoint.files import checkpoint_path, verify
 from pipeline.checkpoint.folder import read_config
-from pipeline.checkpoint.sharded_tensors import StateFiles, read_weights
+from pipeline.checkpoint.sharded_tensors import read_weights, weights_in
 from pipeline.checkpoint.train_state import TrainState, read_state
 from pipeline.config.run_config import RunConfig
 from pipeline.exporting.acceptance import measure_acceptance
 from pipeline.exporting.identity import Identity, kept_identity, own_identity
 from pipeline.exporting.layer_by_layer import compare_layers
+from pipeline.exporting.merging import MergedFiles, without_adapters
 from pipeline.exporting.model_card import metrics_until, model_card
 from pipeline.exporting.tensors import check_names, check_values
 from pipeline.exporting.whole_model import RELATIVE_TOLERANCE, Parity, compare
@@ -66,7 +67,7 @@ def export_checkpoint(
     write_export(
         directory,
         trained.description,
-        read_weights(trained.checkpoint / WEIGHTS, trained.config.model),
+        weights_in(_open_weights(trained), trained.description.model, trained.checkpoint),
         tokenizer=trained.tokenizer.content,
         identity=trained.identity,
         card=model_card(
@@ -75,10 +76,11 @@ def export_checkpoint(
         add=lambda folder: agreement.extend(_add_files(folder, trained)),
         check=lambda folder: results.extend(_checked(folder, trained)),
     )
+    model = trained.description.model
     report(
         f"exported {trained.checkpoint} (step {trained.state.step}) to {directory}: "
-        f"{trained.config.model.num_parameters():,} parameters in {trained.description.dtype}, "
-        f"{trained.config.model.future_tokens} heads"
+        f"{model.num_parameters():,} parameters in {trained.description.dtype}, "
+        f"{model.future_tokens} heads"
     )
     names = "" if trained.config.model.memory else _NAMES_CHECKED
     report(f"every tensor is the checkpoint's{names}")
@@ -99,7 +101,7 @@ def _read(checkpoint: Path, dtype: str | None, eos_token: str | None) -> _Traine
     positions = config.data.sequence_length
     description = ExportDescription.model_validate(
         {
-            "model": config.model,
+            "model": without_adapters(config.model),
             "dtype": dtype or state.layout.precision,
             # An import fixes what is rotated how far, so the model still knows these positions.
             "sequence_length": max(positions, imported.positions) if imported else positions,
@@ -172,7 +174,7 @@ def _checked(folder: Path, trained: _Trained) -> Iterator[Parity]:
     Raises:
         CheckpointError: they are not the checkpoint's.
     """
-    for parity in _compared(folder, trained.description, trained.checkpoint / WEIGHTS):
+    for parity in _compared(folder, trained):
         if not parity.holds:
             raise CheckpointError(
                 f"{trained.checkpoint} was not exported: the written model differs from it, "
@@ -181,15 +183,20 @@ def _checked(folder: Path, trained: _Trained) -> Iterator[Parity]:
         yield parity
 
 
-def _compared(folder: Path, description: ExportDescription, weights: Path) -> Iterator[Parity]:
-    files = StateFiles(weights, description.model)
+def _open_weights(trained: _Trained) -> MergedFiles:
+    return MergedFiles(trained.checkpoint / WEIGHTS, trained.config.model)
+
+
+def _compared(folder: Path, trained: _Trained) -> Iterator[Parity]:
+    description, files = trained.description, _open_weights(trained)
     if description.model.memory is None:
         check_names(folder)
     check_values(folder, description, files)
     yield compare_layers(folder, description, files)
     # No class of transformers runs a whole model with a memory.
     if description.model.memory is None and not _is_large(description):
-        yield compare(folder, description, read_weights(weights, description.model))
+        weights = read_weights(trained.checkpoint / WEIGHTS, description.model)
+        yield compare(folder, description, weights)
 
 
 def _is_large(description: ExportDescription) -> bool:

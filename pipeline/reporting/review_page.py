@@ -1,23 +1,30 @@
 """A page about a run with data.review: what became of its sequences from epoch to epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foundation.pages import Figures, Section, Table, render_page
+from data_prep.errors import DataError
+from foundation.pages import Figures, Listing, Paragraph, Section, Table, render_page
 from foundation.plots import svg_plot
+from model.errors import ConfigError
+from pipeline.review.examples import Example, examples_of
 from pipeline.review.profile import (
     PUBLISHED_FORGOTTEN,
     PUBLISHED_SEVERAL,
     Profile,
     epochs_of,
+    hardest_and_most_forgotten,
     profile_of,
 )
 
 _BINS = 60
+_CHUNK = 1 << 22
+_SHOWN = 5  # examples of each kind
+_MOST_LETTERS = 800
 _LEAD = (
     "Losses of head 1 over each sequence, when it was trained on. Learned: the last loss is below "
     "the first. Forgotten: it rose after it had fallen. The paper's figures are of eight epochs "
@@ -36,8 +43,32 @@ def review_page(run_dir: Path) -> str:
     sections = [
         Section("Sequences", [Table(_rows(profile), ["", "count", "share", "published"])]),
         Section("Over epochs", [Figures([_histogram(epochs), _descents(profile)])]),
+        *_examples(run_dir, epochs),
     ]
     return render_page("learn, focus, review", run_dir.resolve().name, _LEAD, sections)
+
+
+def _examples(run_dir: Path, epochs: Sequence[NDArray[np.float32]]) -> list[Section]:
+    """What the hardest sequences say, and those that were forgotten most often."""
+    titles = ("Highest last loss", "Forgotten most often")
+    groups = hardest_and_most_forgotten(epochs, _SHOWN)
+    try:
+        found = [
+            [_listing(one) for one in examples_of(run_dir, epochs, numbers)]
+            if numbers
+            else [Paragraph("None.")]
+            for numbers in groups
+        ]
+    except (ConfigError, DataError) as error:
+        return [Section("Examples", [Paragraph(f"The texts cannot be shown: {error}.")])]
+    return [Section(title, blocks) for title, blocks in zip(titles, found, strict=True)]
+
+
+def _listing(one: Example) -> Listing:
+    """A sequence with its losses above it."""
+    losses = " ".join("-" if loss is None else f"{loss:.2f}" for loss in one.losses)
+    text = one.text if len(one.text) <= _MOST_LETTERS else one.text[:_MOST_LETTERS] + " [...]"
+    return Listing(f"sequence {one.number:,} of {one.source}; by epoch: {losses}\n\n{text}")
 
 
 def _rows(profile: Profile) -> list[list[str]]:
@@ -64,14 +95,28 @@ def _histogram(epochs: Sequence[NDArray[np.float32]]) -> Any:
     """How the losses of each epoch are spread."""
 
     def draw(axes: Any) -> None:
+        edges = np.linspace(0, max(_highest(losses) for losses in epochs), _BINS + 1)
         for number, losses in enumerate(epochs, start=1):
-            seen = losses[(losses >= 0) & np.isfinite(losses)]
-            axes.hist(seen, bins=_BINS, histtype="step", label=f"epoch {number}")
+            counts = np.zeros(_BINS, np.int64)
+            for part in _finite_parts(losses):
+                counts += np.histogram(part, edges)[0]
+            axes.stairs(counts, edges, label=f"epoch {number}")
         axes.set_xlabel("nats per token")
         axes.set_ylabel("sequences")
         axes.legend()
 
     return svg_plot("Losses of sequences", draw)
+
+
+def _highest(losses: NDArray[np.float32]) -> float:
+    return max((float(part.max(initial=0)) for part in _finite_parts(losses)), default=0) or 1.0
+
+
+def _finite_parts(losses: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """Losses of an epoch that are numbers, a part at a time: arrays may be larger than memory."""
+    for start in range(0, len(losses), _CHUNK):
+        part = losses[start : start + _CHUNK]
+        yield part[(part >= 0) & np.isfinite(part)]
 
 
 def _descents(profile: Profile) -> Any:

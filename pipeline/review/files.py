@@ -3,6 +3,8 @@
     runs/NAME/review/
       losses_epoch_01.npy   float32 [sequences]: mean loss of head 1 when the sequence was trained
                             on; -1 = not in this epoch (yet), nan = the loss was not finite
+      rescored_phase_2.npy   float32 [sequences]: with staleness: rescore, the same before the
+                            choice; -1 = not read again
       kept_phase_2.npy      uint8 [ceil(sequences / 8)]: np.unpackbits(...)[i] = sequence i is in it
       index.json            phases and epochs, with the size and checksum of each file
 
@@ -24,6 +26,7 @@ from foundation.durable_files import FileEntry, read_entry, sync_file, whole_fil
 from pipeline.checkpoint.file_names import REVIEW
 
 INDEX = "index.json"
+_CHUNK = 1 << 26  # bytes
 
 
 def losses_name(number: int) -> str:
@@ -36,6 +39,11 @@ def kept_name(phase: int) -> str:
     return f"kept_phase_{phase + 1}.npy"
 
 
+def rescored_name(phase: int) -> str:
+    """The file of losses that sequences had when a phase's were chosen."""
+    return f"rescored_phase_{phase + 1}.npy"
+
+
 def write_array(path: Path, array: NDArray[Any]) -> FileEntry:
     """Write an array through to the disk, and see that the disk has it.
 
@@ -45,7 +53,11 @@ def write_array(path: Path, array: NDArray[Any]) -> FileEntry:
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
     entry = read_entry(path)
-    if not np.array_equal(read_array(path).view(np.uint8), array.view(np.uint8)):
+    found = read_array(path).view(np.uint8)
+    wanted = array.view(np.uint8)
+    # A part at a time: what compares all at once makes another array of that size.
+    parts = [slice(start, start + _CHUNK) for start in range(0, max(len(wanted), 1), _CHUNK)]
+    if not all(np.array_equal(found[part], wanted[part]) for part in parts):
         raise OSError(f"{path.name} reads back from the disk as something else than was written")
     return entry
 

@@ -80,9 +80,7 @@ def profile_of(epochs: Sequence[NDArray[np.float32]]) -> Profile:
     counts = np.zeros(5, np.int64)
     descents = np.zeros(len(epochs) + 1, np.int64)
     for start in range(0, len(epochs[0]), _CHUNK):
-        part = _Part(epochs[0][start : start + _CHUNK])
-        for losses in epochs[1:]:
-            part.see(losses[start : start + _CHUNK])
+        part = _seen_part(epochs, start)
         twice = part.seen > 1
         lower = part.last < part.first
         counts += [
@@ -94,6 +92,44 @@ def profile_of(epochs: Sequence[NDArray[np.float32]]) -> Profile:
     seen, learned, unlearned, forgotten, again = counts.tolist()
     shown = descents[: last + 1].tolist()
     return Profile(seen, learned, unlearned, forgotten, again, shown)
+
+
+def hardest_and_most_forgotten(
+    epochs: Sequence[NDArray[np.float32]], count: int
+) -> tuple[list[int], list[int]]:
+    """Numbers of the sequences of the highest last loss, and of those that were forgotten most.
+
+    Each at most `count`, the first one foremost; of those forgotten as often the higher last loss
+    comes first, of equal ones the lower number.
+
+    Args:
+        epochs: as in `profile_of`.
+        count: of each.
+    """
+    hardest, forgotten = (np.zeros((0, 3)) for _ in "ab")
+    for start in range(0, len(epochs[0]), _CHUNK):
+        part = _seen_part(epochs, start)
+        numbers = start + np.arange(len(part.last))
+        # As order and last loss of what is sorted by both, and the number.
+        for_last = np.stack([np.zeros(len(numbers)), part.last, numbers], 1)[part.seen > 0]
+        for_times = np.stack([part.forgotten, part.last, numbers], 1)[part.forgotten > 0]
+        hardest = _first(np.concatenate([hardest, for_last]), count)
+        forgotten = _first(np.concatenate([forgotten, for_times]), count)
+    return [int(n) for n in hardest[:, 2]], [int(n) for n in forgotten[:, 2]]
+
+
+def _first(rows: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """The rows `[times, loss, number]` that come first, the highest of the first two foremost."""
+    order = np.lexsort((rows[:, 2], -rows[:, 1], -rows[:, 0]))
+    return rows[order[:count]]
+
+
+def _seen_part(epochs: Sequence[NDArray[np.float32]], start: int) -> "_Part":
+    """Some sequences over all epochs."""
+    part = _Part(epochs[0][start : start + _CHUNK])
+    for losses in epochs[1:]:
+        part.see(losses[start : start + _CHUNK])
+    return part
 
 
 class _Part:

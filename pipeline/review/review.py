@@ -4,11 +4,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.loading.loader import TokenLoader
+from data_prep.loading.loader import Batch, TokenLoader
 from data_prep.loading.selection import KeptSequences
 from model.errors import CheckpointError
 from pipeline.checkpoint.files import Entries
@@ -19,6 +21,7 @@ from pipeline.review.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
+Score = Callable[[list[Batch]], Tensor]
 _MOST_WAITING = 256  # steps
 
 
@@ -46,7 +49,7 @@ class Review:
     ) -> None:
         assert config.data.review is not None
         self._device = device
-        self._layout = loader.layout
+        self._loader = loader
         self.schedule = ReviewSchedule(config.data.review, loader.num_samples)
         self.order = self.schedule.order(
             list(loader.sequences_by_source.values()), loader.fingerprint, loader.seed
@@ -56,6 +59,31 @@ class Review:
         self._statistics = Statistics(config.run.dir, config.data.review, self.schedule, self.order)
         self._on_main(lambda: self._statistics.restore(checkpoint, next_sample))
 
+    def rescore(self, sample: int, score: Score) -> None:
+        """Read sequences again, forward only, if a phase begins here that is chosen by that.
+
+        Args:
+            sample: where the run goes on.
+            score: losses of sequences with the weights as they are; a collective.
+        """
+        self.flush()
+        phase = self.order.pass_at(sample).phase
+        again = self.schedule.rescored(phase)
+        if again is None or sample != self.order.first_sample_of(phase):
+            return
+        logger.info("review: %s sequences are read again, forward only", f"{again.size:,}")
+        layout, size = self._loader.layout, self._loader.global_batch_size
+        for first in range(again.first_sample, again.end, size):
+            batches = [
+                self._loader.read(layout.first_sample(first, micro), layout.micro_size, again.end)
+                for micro in range(layout.accumulation)
+            ]
+            self.note(first, min(first + size, again.end), score(batches))
+            if self.is_full:
+                self._record_again(phase)
+        self._record_again(phase)
+        self._on_main(lambda: self._statistics.finish_rescored(phase))
+
     def begin(self, sample: int) -> None:
         """Choose the sequences of the phase that a sample is in, if all are not in it."""
         self.flush()
@@ -63,15 +91,16 @@ class Review:
         if now.chosen:
             self._choose(now.phase)
 
+    def _record_again(self, phase: int) -> None:
+        for first, losses in self._gathered():
+            self._statistics.record_rescored(phase, first, losses)
+
     def _choose(self, phase: int) -> None:
         total = self.order.total
         bits = torch.empty(-(-total // 8), dtype=torch.uint8)
 
         def select() -> None:
-            kept = self._statistics.select(phase)
-            bits.copy_(torch.from_numpy(kept.bits))
-            if strange := self._statistics.not_finite(phase):
-                logger.warning("%d losses are not finite and count as the highest", strange)
+            bits.copy_(torch.from_numpy(self._statistics.select(phase).bits))
 
         self._on_main(select)
         bits = bits.to(self._device)
@@ -104,29 +133,41 @@ class Review:
         return len(self._waiting) >= _MOST_WAITING
 
     def flush(self) -> None:
-        """Bring what was noted to rank 0.
+        """Bring what was noted to rank 0."""
+        if not self._waiting:
+            return
+        first, end = self._waiting[0][0], self._waiting[-1][1]
+        told = self._gathered()
+
+        def record() -> None:
+            for sample, losses in told:
+                self._statistics.record(sample, losses)
+
+        if any(first < one.end <= end for one in self.schedule.passes):
+            self._on_main(record)  # which writes files
+        else:
+            record()
+
+    def _gathered(self) -> list[tuple[int, NDArray[np.float32]]]:
+        """What was noted, by its first sample, on rank 0; nothing on others. A collective.
 
         Each place is told by one rank and 0 on all others, so the sum is what that rank told.
         """
-        if not self._waiting:
-            return
-        layout, waiting = self._layout, self._waiting
+        layout, waiting = self._loader.layout, self._waiting
+        if not waiting:
+            return []
         shape = (len(waiting), layout.accumulation, layout.data_size, layout.micro_size)
         told = torch.zeros(shape, device=self._device)
         told[:, :, layout.data_rank] = torch.stack([losses for _, _, losses in waiting])
         if dist.is_initialized():
             dist.all_reduce(told)
         self._waiting = []
-
-        def record() -> None:
-            for (first, end, _), losses in zip(waiting, told.cpu().numpy(), strict=True):
-                self._statistics.record(first, losses.reshape(-1)[: end - first])
-
-        first, end = waiting[0][0], waiting[-1][1]
-        if any(first < one.end <= end for one in self.schedule.passes):
-            self._on_main(record)  # which writes files
-        elif is_main():
-            record()
+        if not is_main():
+            return []
+        return [
+            (first, losses.reshape(-1)[: end - first])
+            for (first, end, _), losses in zip(waiting, told.cpu().numpy(), strict=True)
+        ]
 
     def files(self) -> Callable[[Path], Entries] | None:
         """What a checkpoint of this moment has of it; None on other ranks than 0."""

@@ -1,6 +1,7 @@
 """The passes and steps that `data.review` comes to, given how many sequences there are."""
 
 from fractions import Fraction
+from math import ceil
 
 from pydantic import ValidationError
 
@@ -31,6 +32,7 @@ class ReviewSchedule:
     """
 
     def __init__(self, review: ReviewSection, sequences: int) -> None:
+        self._review = review
         self.phases = review.phases
         self.sequences = sequences = min(sequences, review.sequences or sequences)
         passes: list[Pass] = []
@@ -55,6 +57,16 @@ class ReviewSchedule:
         """The passes whose losses choose a phase's sequences: of the last phase that had all."""
         judge = max(p for p in range(phase) if not self.phases[p].drop_percent)
         return [one for one in self.passes if one.phase == judge]
+
+    def rescored(self, phase: int) -> Pass | None:
+        """What is read again before a phase's sequences are chosen, as a part of a pass; or None.
+
+        The first samples of the first epoch that judges.
+        """
+        if self._review.staleness != "rescore" or not self.phases[phase].drop_percent:
+            return None
+        judge = self.judges(phase)[0]
+        return judge._replace(size=ceil(_share(judge.size, self._review.rescore_percent)))
 
     def steps(self, batch: int, phase: int | None = None) -> int:
         """Steps of `batch` samples: of the run, or those that begin in a phase.
@@ -86,13 +98,20 @@ class ReviewSchedule:
                 f"({phase.drop_percent:g} % left out), {self.steps(batch, number):,} steps, "
                 f"{kept * phase.passes * sequence_length:,} tokens"
             )
+            if (again := self.rescored(number)) is not None:
+                lines[-1] += f", and before it {again.size:,} sequences read again, forward only"
         return lines
 
 
 def dropped_by(phase: ReviewPhase, sequences: int) -> int:
     """floor(sequences * drop_percent / 100), of the decimal number as it is written."""
+    return int(_share(sequences, phase.drop_percent))
+
+
+def _share(sequences: int, percent: float) -> Fraction:
+    """So many percent, of the decimal number as it is written."""
     # As a binary fraction 0.1 would be a little more than it says.
-    return int(sequences * Fraction(repr(phase.drop_percent)) / 100)
+    return sequences * Fraction(repr(percent)) / 100
 
 
 def schedule_of(config: RunConfig) -> ReviewSchedule | None:
@@ -119,18 +138,24 @@ def planned(config: RunConfig, batch: int) -> tuple[RunConfig, list[str]]:
     Raises:
         ConfigError: the steps follow from shards that are not there, or are others.
     """
+    lines = []
     try:
         schedule = schedule_of(config)
     except DataError as error:
-        if config.train.steps is not None:
+        review = config.data.review
+        if review is not None and review.sequences is not None:
+            lines = [f"review        taken to have data.review.sequences, without shards: {error}"]
+            schedule = ReviewSchedule(review, review.sequences)
+        elif config.train.steps is not None:
             return config, [f"review        phases are not known without the shards: {error}"]
-        raise ConfigError(
-            f"data.review says how many steps there are only with the shards ({error}); make "
-            "them, or set train.steps"
-        ) from error
+        else:
+            raise ConfigError(
+                f"data.review says how many steps there are only with the shards ({error}); make "
+                "them, or set data.review.sequences or train.steps"
+            ) from error
     if schedule is None:
         return config, []
-    lines = schedule.lines(batch, config.data.sequence_length)
+    lines += schedule.lines(batch, config.data.sequence_length)
     return with_steps(config, schedule, batch), lines
 
 

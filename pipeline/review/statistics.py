@@ -3,6 +3,7 @@
 One epoch's losses are in memory, 4 bytes a sequence. Those of epochs that are over lie on the disk.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from pipeline.review.files import (
     losses_name,
     put_beside,
     read_array,
+    rescored_name,
     review_folder,
     write_array,
     write_index,
 )
 from pipeline.review.schedule import ReviewSchedule
 from pipeline.review.staleness import without_running_mean
+
+logger = logging.getLogger(__name__)
 
 # Losses are never below 0.
 UNVISITED = np.float32(-1.0)
@@ -54,6 +58,7 @@ class Statistics:
         self._schedule = schedule
         self._order = order
         self._going_on: dict[int, Losses] = {}
+        self._rescored: dict[int, Losses] = {}
         self._entries: dict[str, FileEntry] = {}
 
     def record(self, first_sample: int, losses: Losses) -> None:
@@ -96,6 +101,26 @@ class Statistics:
         self._entries[name] = write_array(self.folder / name, array)
         self._write_index()
 
+    def record_rescored(self, phase: int, first_sample: int, losses: Losses) -> None:
+        """Keep the losses of samples that were read again before a phase's choice.
+
+        Args:
+            phase: the phase.
+            first_sample: the first of them, in the epoch where they were trained on.
+            losses: `[samples]`.
+        """
+        if phase not in self._rescored:
+            self._rescored[phase] = np.full(self._order.total, UNVISITED, np.float32)
+        self._rescored[phase][self._order.numbers(first_sample, len(losses))] = losses
+
+    def finish_rescored(self, phase: int) -> None:
+        """All were read again: their losses go to the disk and stay there.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        self._keep_file(rescored_name(phase), self._rescored.pop(phase))
+
     def select(self, phase: int) -> KeptSequences:
         """The sequences that a phase has, which its file remembers.
 
@@ -105,19 +130,18 @@ class Statistics:
         name = kept_name(phase)
         if name in self._entries:
             return KeptSequences(np.array(read_array(self.folder / name)), self._order.total)
-        kept = KeptSequences.by_loss(self._judgement(phase), self._schedule.dropped(phase))
+        judgement = self._judgement(phase)
+        if strange := int(np.count_nonzero(~np.isfinite(judgement))):
+            logger.warning("%d losses are not finite and count as the highest", strange)
+        kept = KeptSequences.by_loss(judgement, self._schedule.dropped(phase))
         self._keep_file(name, kept.bits)
         return kept
 
-    def not_finite(self, phase: int) -> int:
-        """Sequences whose losses, by which a phase's were chosen, are not all finite."""
-        found = np.zeros(self._order.total, np.bool_)
-        for one in self._schedule.judges(phase):
-            found |= ~np.isfinite(read_array(self.folder / losses_name(one.number)))
-        return int(np.count_nonzero(found))
-
     def _judgement(self, phase: int) -> Losses:
-        """What a phase's sequences are ordered by: the mean over the epochs that judge."""
+        """What a phase's sequences are ordered by: the mean over the epochs that judge.
+
+        Of those that were read again it is the loss that they had then.
+        """
         judges = self._schedule.judges(phase)
         total = np.zeros(self._order.total, np.float32)
         for one in judges:
@@ -128,7 +152,14 @@ class Statistics:
                 )
             for start in range(0, len(total), _CHUNK):
                 total[start : start + _CHUNK] += losses[start : start + _CHUNK]
-        return total / np.float32(len(judges)) if len(judges) > 1 else total
+        if len(judges) > 1:
+            total /= np.float32(len(judges))
+        if rescored_name(phase) in self._entries:
+            again = read_array(self.folder / rescored_name(phase))
+            for start in range(0, len(total), _CHUNK):
+                part = again[start : start + _CHUNK]
+                np.copyto(total[start : start + _CHUNK], part, where=part != UNVISITED)
+        return total
 
     def files(self) -> Callable[[Path], Entries]:
         """What a checkpoint has of it, as it is now; to be called in any thread."""
@@ -153,13 +184,15 @@ class Statistics:
             CheckpointError: the checkpoint lacks what its position needs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (*self.folder.glob("losses_epoch_*"), *self.folder.glob("kept_phase_*")):
-            path.unlink()
+        for name in ("losses_epoch_*", "rescored_phase_*", "kept_phase_*"):
+            for path in self.folder.glob(name):
+                path.unlink()
         for one in self._schedule.passes:
             if one.first_sample >= next_sample or checkpoint is None:
                 break
             source = checkpoint / REVIEW / losses_name(one.number)
             names = [losses_name(one.number)] + [kept_name(one.phase)] * one.chosen
+            names += [rescored_name(one.phase)] * (self._schedule.rescored(one.phase) is not None)
             if missing := [n for n in names if not (checkpoint / REVIEW / n).is_file()]:
                 raise CheckpointError(
                     f"{checkpoint} has no {REVIEW}/{missing[0]}, without which data.review cannot "
@@ -181,6 +214,7 @@ class Statistics:
             self.folder,
             {
                 "version": 1,
+                "fingerprint": self._order.fingerprint,
                 "sequences": schedule.sequences,
                 "phases": [
                     {"name": phase.name, "kept": schedule.sequences - schedule.dropped(number)}

@@ -23,6 +23,8 @@ from benchmarks.studies.induction.stories import tell, two_token_names
 from benchmarks.studies.polynomials.problems import make_problem
 from benchmarks.studies.polynomials.ring import SIZE, add, compose, multiply, negate
 from benchmarks.studies.runner import plan_run
+from pipeline.config.review_section import ReviewSection
+from pipeline.review.schedule import ReviewSchedule
 from tests.support.tiny_export import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -192,7 +194,28 @@ def test_points_share_what_they_begin_with(tmp_path: Path) -> None:
     assert plan_run(changed, settings, runs[0].folder, prepared).digest != runs[0].digest
 
 
-@pytest.mark.parametrize("name", ["polynomials", "which_heads", "induction", "finetuning"])
+def test_arms_are_settings_under_a_name(tmp_path: Path) -> None:
+    """The run of a point has those of its arm, and equally many steps and tokens as the others."""
+    (tmp_path / "manifest.json").write_text('{"fingerprint": "f"}')
+    grid = load_grid(STUDIES / "lfr" / "grid.yaml")
+    found = {}
+    for settings in grid.settings():
+        run = plan_run(grid, settings, tmp_path / point_name(settings), {"texts": tmp_path})
+        assert "arm" not in run.config
+        found[settings["arm"]] = run.config["data"]["review"]
+        assert run.config["run"]["seed"] == settings["run.seed"]
+    assert found == {name: arm["data.review"] for name, arm in grid.arms.items()}
+    schedules = [
+        ReviewSchedule(section, section.sequences or 0)
+        for section in map(ReviewSection.model_validate, found.values())
+    ]
+    assert {one.passes[-1].end for one in schedules} == {6400}
+    assert {one.steps(16) for one in schedules} == {400}
+
+
+@pytest.mark.parametrize(
+    "name", ["polynomials", "which_heads", "induction", "finetuning", "hmt", "lfr"]
+)
 def test_grids_are_whole(name: str) -> None:
     """At least three seeds; names of points differ; a quick try is a part; so with variants."""
     grid = load_grid(STUDIES / name / "grid.yaml", quick=False)
@@ -217,6 +240,8 @@ def test_grids_are_whole(name: str) -> None:
         pytest.param("polynomials", marks=pytest.mark.stress),
         pytest.param("which_heads", marks=pytest.mark.stress),
         pytest.param("finetuning", marks=pytest.mark.stress),
+        pytest.param("hmt", marks=pytest.mark.stress),
+        pytest.param("lfr", marks=pytest.mark.stress),
     ],
 )
 def test_a_quick_try_gives_a_table_and_is_not_repeated(name: str, tmp_path: Path) -> None:

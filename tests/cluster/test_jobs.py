@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import running
-from tests.cluster.jobs import Job, interpreter, light_run, trained_steps
+from tests.cluster.jobs import ROOT, Job, interpreter, light_run, trained_steps
 from tests.cluster.settings import Settings
 from tests.cluster.testbed import Cluster
 from tests.cluster.trainer import LOST, TOLD
@@ -294,6 +294,18 @@ def test_options_of_sbatch_reach_the_step(
     assert job.finish() == "COMPLETED", job.log
     assert asked in job.log
     assert trained_steps(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("script", "nodes"),
+    [("slurm/pretrain_7b.sh", 4), ("slurm/shard_corpus.sh", 1), ("slurm/export.sh", 1)],
+)
+def test_slurm_takes_the_scripts_as_they_are(cluster: Cluster, script: str, nodes: int) -> None:
+    """`sbatch --test-only` with eight typed GPUs a node, and one more than a node has."""
+    only = ["sbatch", "--test-only", f"--nodes={nodes}"]
+    cluster.run(*only, "--gpus-per-node=h100:8", str(ROOT / script))
+    with pytest.raises(AssertionError, match="Requested node configuration is not available"):
+        cluster.run(*only, "--gpus-per-node=h100:9", str(ROOT / script))
 
 
 def test_shards_are_made_by_a_job(cluster: Cluster, tmp_path: Path) -> None:

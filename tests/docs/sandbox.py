@@ -116,7 +116,7 @@ def small_config(config: dict[str, Any]) -> dict[str, Any]:
         model["memory"] |= {"segment": 4, "summary": 2, "sensory": 1}
     train = config["train"] | {"steps": STEPS, "device": "auto", "precision": "auto"}
     data = config["data"] | {"sequence_length": 16, "shards": "data/corpus"}
-    if "review" in data:
+    if data.get("review"):
         del train["steps"]
         data["review"] = data["review"] | {"sequences": 8}
     if "init_from" in train:

@@ -122,6 +122,27 @@ def test_options_are_refused_in_one_line(
     assert message in error
 
 
+def test_a_model_with_a_memory_decodes_without_drafts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has losses of every head, and completions, but nothing that heads would save."""
+    export_tiny(tmp_path / "export", memory={"segment": 6})
+    (tmp_path / "text.txt").write_text("some words " * 30)
+    arguments = [
+        *(str(tmp_path / "export"), "--text", str(tmp_path / "text.txt"), "--window", "300"),
+        *("--problems", str(_problems(tmp_path)), "--max-new-tokens", "2"),
+        *("--time-limit", "60", "--allow-unsandboxed", "--json", str(tmp_path / "f.json")),
+    ]
+    assert main(arguments) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert len(figures["held_out"]["all"]["losses"]) == 4
+    assert figures["decoding"] == {}
+    assert figures["pass_at_k"]["samples"] == 1
+    capsys.readouterr()
+    assert main([*arguments, "--heads", "2"]) == EXIT_USER_ERROR
+    assert "a model with a memory decodes without them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "state.json", "latest"])
 def test_a_run_is_to_be_exported_first(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,9 @@ import torch
 
 from model.errors import ConfigError
 from model.generate import main as generate
+from model.hugging_face.loading import load_export
 from model.inference.loading import load_network
+from model.memory.adapters import adapters_of, is_adapter
 from pipeline.checkpoint.file_names import WEIGHTS
 from pipeline.checkpoint.sharded_tensors import read_weights
 from pipeline.config.run_config import load_config
@@ -48,6 +50,7 @@ def test_one_key_of_a_mapping_can_be_set() -> None:
         (["model.memory.summary=65"], "is more than the 64 tokens of a segment"),
         (["train.freeze=all_but_memory", "train.init_from=x", "model.memory=null"], "leaves noth"),
         (["train.freeze=all_but_memory"], "the memory of a model that was never trained"),
+        (["model.memory.adapter_rank=2"], "adds adapters to weights that are trained themselves"),
         (["model.memory.depth=1"], "model.memory.depth is not a known key"),
     ],
 )
@@ -113,12 +116,12 @@ def _writes(run: Path, folder: Path, state: Path, capfd: pytest.CaptureFixture[s
     rest = new_ids("--prompt", "sat", "--max-new-tokens", "30", "--load-memory", str(state))
     assert rest == whole
     assert generate([str(folder), "--prompt", "a", "--heads", "2"]) == 1
-    with pytest.raises(ConfigError, match="alone runs"):
+    with pytest.raises(ConfigError, match="alone run"):
         load_network(folder)
 
 
 def test_a_llama_stays_as_it_is_but_for_its_memory(tmp_path: Path, shards: Path) -> None:
-    """Only T, W_q, W_k and the initial memory move."""
+    """Its memory and low-rank adapters alone move; an export has the adapters in its weights."""
     save_llama(tmp_path / "llama")
     settings = [
         *(change for change in TINY if not change.startswith("model.")),
@@ -129,7 +132,8 @@ def test_a_llama_stays_as_it_is_but_for_its_memory(tmp_path: Path, shards: Path)
             "model.vocab_size=260",
         ),
         *("model.ffn_hidden_size=48", "model.rope_theta=500.0", "model.norm_eps=2e-5"),
-        *("model.memory={segment: 8, bptt: 1}", f"train.init_from={tmp_path / 'llama'}"),
+        "model.memory={segment: 8, bptt: 1, adapter_rank: 2, adapter_alpha: 6}",
+        f"train.init_from={tmp_path / 'llama'}",
         *("train.freeze=all_but_memory", f"run.dir={tmp_path / 'run'}", f"data.shards={shards}"),
         *("batch.micro_size=2", "eval.every_steps=0"),
     ]
@@ -142,4 +146,17 @@ def test_a_llama_stays_as_it_is_but_for_its_memory(tmp_path: Path, shards: Path)
         for step in (2, 4)
     )
     moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
-    assert moved == {f"memory.{name}" for name in ("initial", "summary", "query", "key")}
+    own = {f"memory.{name}" for name in ("initial", "summary", "query", "key")}
+    adapters = {name for name in after if is_adapter(name)}
+    assert len(adapters) == 3 * 4 * 2  # of three layers of the trunk
+    assert moved == own | adapters
+    assert export([str(tmp_path / "run"), str(tmp_path / "export")]) == 0
+    exported = load_export(tmp_path / "export").model
+    assert exported.config.memory is not None
+    assert exported.config.memory.adapter_rank == 0
+    for name, weight in exported.named_parameters():
+        expected = after[name]
+        if (names := adapters_of(name)) and names[0] in after:
+            expected = expected + 6 / 2 * after[names[1]] @ after[names[0]]
+            assert not torch.equal(expected, after[name])
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-7)

@@ -23,6 +23,7 @@ MEMORIES: dict[str, dict[str, Any] | None] = {
     "whole": _SIZES | {"bptt": 9},
     "stage 1": _SIZES | {"retrieval": False},
     "paper": _SIZES | {"mode": "paper", "bptt": 0},
+    "adapters": _SIZES | {"adapter_rank": 3, "adapter_alpha": 6.0},
     "strict_score": _SIZES | {"mode": "strict_score", "summary": 1},
 }
 GLOBAL_BATCH, SEQUENCE, VOCABULARY, HEADS = 8, 12, 96, 3

@@ -70,9 +70,9 @@ def assert_same_course(actual: Course, expected: Course) -> None:
 
 
 def relative_difference(actual: Any, expected: Any) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference over the norm of what is expected; 0 where both are zero."""
     actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _train(case: Case, num_steps: int) -> Course:

@@ -6,62 +6,28 @@ machine, and evaluates each on held-out text of its own corpus.
 """
 
 import json
-import shutil
 import sys
-import sysconfig
-from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.studies.runner import Figures, Study, Trained, command, main, shard
+from benchmarks.studies.texts import copied, documentation, source_code
 
 _MOST_BYTES, _QUICK_BYTES = 24_000_000, 400_000
 _VOCABULARY = 512
-_PROSE = (".md", ".rst", ".txt")
 
 
 def prepare(folder: Path, quick: bool) -> dict[str, Path]:
     """Two shard sets, each with a tokenizer of its own of the same size."""
     most = _QUICK_BYTES if quick else _MOST_BYTES
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    packages = Path(sysconfig.get_path("purelib"))
-    sources = (p for p in sorted(stdlib.rglob("*.py")) if "site-packages" not in p.parts)
-    # Documentation of the system, and of the installed packages.
-    documents = [
-        path
-        for root in (Path("/usr/share/doc"), Path("/usr/share/common-licenses"), packages)
-        for path in sorted(root.rglob("*"))
-        if path.suffix in _PROSE or path.name == "copyright"
-    ]
     found = {}
-    for name, paths in (("code", sources), ("prose", iter(documents))):
-        raw = _copied(folder / name, paths, most)
+    for name, paths in (("code", source_code()), ("prose", documentation())):
+        raw = copied(folder / name, paths, most)
         found[name] = shard(
             folder / f"{name}-shards",
             *("--input", str(raw), "--tokenizer", f"train:{_VOCABULARY}", "--dedup"),
             *("--validation-fraction", "0.05", "--glob", "*.txt"),
         )
     return found
-
-
-def _copied(folder: Path, paths: Iterable[Path], most_bytes: int) -> Path:
-    """Files that are text, up to a size in all, under names that take is easy from."""
-    if folder.exists():
-        return folder
-    unfinished = folder.with_suffix(".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    size = 0
-    for number, path in enumerate(paths):
-        if size >= most_bytes:
-            break
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        (unfinished / f"{number:06d}.txt").write_text(text, encoding="utf-8")
-        size += len(text)
-    unfinished.rename(folder)
-    return folder
 
 
 def measure(trained: Trained, quick: bool) -> Figures:

@@ -13,6 +13,8 @@ import torch
 from data_prep.errors import DataError
 from data_prep.loading.loader import Batch, BatchLayout, TokenLoader
 from data_prep.loading.mixture import Mixture, MixtureSegment, block_counts
+from data_prep.loading.review_order import Pass, ReviewOrder
+from data_prep.loading.selection import KeptSequences
 from data_prep.loading.sequences import PackingName, SequenceFormat
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.shard_set import ShardSet
@@ -271,3 +273,40 @@ def test_too_small_a_split_is_refused(
     assert make_loader(shards, micro=count).num_samples == count
     with pytest.raises(DataError, match=f"fewer than one global batch of {count + 1}"):
         make_loader(shards, micro=count + 1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_each_pass_has_each_sequence_once_over_all_ranks(
+    shards: ShardSet, ranks: int, accumulation: int
+) -> None:
+    """L3: whatever shares ranks have, of whole steps and of those that end before a choice."""
+    loaders = [
+        make_loader(shards, micro=1, accumulation=accumulation, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    total = loaders[0].num_samples
+    kept = KeptSequences.by_loss(np.random.default_rng(1).random(total, np.float32), total // 2)
+    sizes = [total, kept.count, kept.count, total]
+    firsts = np.cumsum([0, *sizes]).tolist()
+    passes = [Pass(n, n, 0, 0, firsts[n], sizes[n], sizes[n] < total) for n in range(4)]
+    order = ReviewOrder(passes, total, [total], "f", seed=1)
+    order.keep(1, kept)
+    order.keep(2, kept)
+    for loader in loaders:
+        loader.follow(order)
+    ordered = make_loader(shards, shuffle=False).read(0, total).tokens
+    found: list[list[bytes]] = [[] for _ in passes]
+    sample = 0
+    while sample < order.end:
+        end = loaders[0].step_end(sample)
+        for rank, loader in enumerate(loaders):
+            for micro, batch in enumerate(loader.step_batches(sample)):
+                place = loader.layout.first_sample(sample, micro)
+                assert bool((batch.labels[0] == -100).all()) == (place >= end), rank
+                if place < end:
+                    found[order.pass_at(place).number].append(batch.tokens.numpy().tobytes())
+        sample = end
+    for one, rows in zip(passes, found, strict=True):
+        numbers = kept(np.arange(kept.count)) if one.chosen else np.arange(total)
+        assert sorted(rows) == sorted(ordered[number].numpy().tobytes() for number in numbers)

@@ -74,6 +74,9 @@ def test_drafted_beams_by_heads_and_by_a_model(
     by_heads = output(capsys, *arguments)
     assert re.search(r"^3 beams, drafted by heads: \d+ tokens, \d+ forwards", by_heads, re.M)
     assert "forwards of the draft model: 0" in by_heads
+    two = output(capsys, *arguments, "--heads", "2")
+    assert "drafts of layer 1" in two
+    assert "drafts of layer 2" not in two
     own = output(capsys, *arguments, "--draft", str(export), "--drafts", "3")
     # The prompt's layer, two forwards of four layers each.
     assert re.search(r"^3 beams, drafted by a draft model: 18 tokens, 3 forwards", own, re.M)
@@ -117,6 +120,9 @@ DSBD = ["--decoder", "dsbd", "--temperature", "1"]
         (DSBD[:2], "--decoder dsbd draws beams, and at temperature 0 there is nothing to draw"),
         ([*DSBD, "--width-threshold", "2"], "--width-threshold 2 must be from 0 to 1"),
         ([*DSBD, "--min-width", "5"], "--min-width 5 must be from 1 to --beam-width 4"),
+        ([*DSBD, "--heads", "1"], "--heads does not go with --decoder dsbd"),
+        ([*DSBD, "--heads", "auto"], "--heads does not go with --decoder dsbd"),
+        (["--decoder", "mtad", "--min-width", "2"], "--min-width does not go with --decoder mtad"),
         ([*DSBD, "--tree", "1"], "--tree does not go with --decoder dsbd"),
         ([*BEAM, "--repetition-penalty", "2"], "--repetition-penalty does not go with --decoder"),
     ],

@@ -15,6 +15,7 @@ CASES = [
     Case(world=2, zero=1, accumulation=2, bucket=TINY_BUCKET, memory="windows"),
     Case(world=2, zero=3, accumulation=2, bucket=TINY_BUCKET, memory="windows"),
     Case(world=2, tensor=2, zero=3, accumulation=2, memory="windows"),
+    Case(world=2, tensor=2, zero=3, memory="adapters", freeze="all_but_memory"),
 ]
 SLOW_CASES = [
     Case(memory="windows"),
@@ -32,6 +33,8 @@ SLOW_CASES = [
     Case(world=2, zero=3, memory="windows", heads="anticausal, two layers"),
     Case(world=2, zero=3, memory="windows", heads="linear, replicated"),
     Case(world=2, zero=1, memory="windows", freeze="trunk"),
+    Case(world=2, zero=1, accumulation=2, memory="adapters", freeze="all_but_memory"),
+    Case(world=4, tensor=2, zero=2, memory="adapters", freeze="all_but_memory"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Held-out figures: those of training's own validation, and those of a count by hand."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -41,14 +42,23 @@ HEADS = 3
 @pytest.fixture(scope="module")
 def export(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three heads with the tokenizer of the shards, trained across documents by what it says."""
-    folder = tmp_path_factory.mktemp("evaluated") / "export"
-    config = tiny_config(vocab_size=260, future_tokens=HEADS)
-    content = (shards / "tokenizer.json").read_bytes()
+    return _write(tmp_path_factory.mktemp("evaluated") / "export", shards)
+
+
+@pytest.fixture(scope="module")
+def remembering(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a memory, of segments that do not divide a window."""
+    memory = {"segment": 6, "summary": 4, "sensory": 2, "cache": 2}
+    return _write(tmp_path_factory.mktemp("remembering") / "export", shards, memory=memory)
+
+
+def _write(folder: Path, shards: Path, **changes: Any) -> Path:
+    config = tiny_config(vocab_size=260, future_tokens=HEADS, **changes)
     write_export(
         folder,
         describe(config, sequence_length=16),
         tiny_weights(config, seed=3).items(),
-        tokenizer=content,
+        tokenizer=(shards / "tokenizer.json").read_bytes(),
     )
     return folder
 
@@ -78,10 +88,13 @@ def _sums(trained: MultiTokenModel, batch: Batch) -> torch.Tensor:
     )
 
 
+@pytest.mark.parametrize("name", ["export", "remembering"])
 def test_figures_are_those_of_training(
-    config: Path, shards: Path, export: Path, model: EvaluatedModel
+    config: Path, shards: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
     """Losses of all heads and expected tokens per forward, on the same sequences."""
+    export = request.getfixturevalue(name)
+    model = open_model(export, None, CPU)
     run = load_config(config, ["eval.samples=40"])
     wanted, samples = _validation(run, shards, export)
     assert samples == 40
@@ -210,33 +223,39 @@ def _by_hand(
     )
 
 
-_CACHED: dict[tuple[int, ...], torch.Tensor] = {}
-
-
+@functools.cache
 def _logits(trained: MultiTokenModel, tokens: tuple[int, ...]) -> torch.Tensor:
     """`[n, S, V]` of a text on its own."""
-    if tokens not in _CACHED:
-        with torch.no_grad():
-            trunk_output = trained(torch.tensor([tokens]))
-            context = trained.context(len(tokens), CPU)
-            _CACHED[tokens] = torch.stack(
-                [
-                    trained.logits(trained.heads.hidden(head, trunk_output, context))[:, 0]
-                    for head in range(1, HEADS + 1)
-                ]
-            )
-    return _CACHED[tokens]
+    with torch.no_grad():
+        trunk_output = trained(torch.tensor([tokens]))
+        context = trained.heads_context(trunk_output)
+        return torch.stack(
+            [
+                trained.logits(trained.heads.hidden(head, trunk_output, context))[:, 0]
+                for head in range(1, HEADS + 1)
+            ]
+        )
 
 
-@pytest.mark.parametrize("stride", [8, 3, 1])
-def test_windows_count_every_target_once(stride: int, export: Path, model: EvaluatedModel) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "stride"),
+    [
+        *(("export", 8, 8), ("export", 8, 3), ("export", 8, 1)),
+        *(("remembering", 8, 3), ("remembering", 25, 25), ("remembering", 1000, 1000)),
+    ],
+)
+def test_windows_count_every_target_once(
+    name: str, size: int, stride: int, request: pytest.FixtureRequest
+) -> None:
     """Long and short streams, with windows that overlap or do not; also one token alone."""
+    export = request.getfixturevalue(name)
+    model = open_model(export, None, CPU)
     trained = load_export(export).model
     generator = np.random.default_rng(stride)
     streams = [
         [*generator.integers(97, 107, length).tolist(), 256] for length in (30, 8, 7, 1, 2, 17, 0)
     ]
-    windows = Windows(8, stride)
+    windows = Windows(size, stride)
     kind = TextKind("made up", len(streams), [np.array(s, np.uint16) for s in streams])
     by_kind, total = measure(model, [kind], windows)
     assert by_kind == {"made up": total}

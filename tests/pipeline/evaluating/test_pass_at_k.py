@@ -49,6 +49,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedModel:
     return open_model(folder / "export", None, torch.device("cpu"))
 
 
+def test_a_memory_writes_past_the_sequences_of_its_training(
+    tmp_path: Path, model: EvaluatedModel
+) -> None:
+    """Where the prompt leaves another model no room; a completion depends on its seed alone."""
+    export_tiny(tmp_path / "export", memory={"segment": 6})
+    remembering = open_model(tmp_path / "export", None, torch.device("cpu"))
+    problem = Problem("T/0", "HumanEval", "a" * 70, "", "", ("\nclass",))
+    drawing = Drawing(3, 1, Sampling(1.0), max_new_tokens=9, seed=5)
+    found = list(draw(remembering, problem, drawing))
+    assert len(set(found)) == 3
+    assert found[:2] == list(draw(remembering, problem, drawing._replace(samples=2)))
+    assert remembering.positions < 70
+    assert list(draw(model, problem, drawing)) == []
+
+
 def _write(path: Path, *values: dict[str, Any]) -> Path:
     content = "".join(json.dumps(value) + "\n" for value in values).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)

@@ -7,7 +7,7 @@ import pytest
 
 from model.errors import ConfigError
 from pipeline.review import profile
-from pipeline.review.profile import epochs_of, profile_of
+from pipeline.review.profile import epochs_of, hardest_and_most_forgotten, profile_of
 
 # A column is a sequence.
 LOSSES = np.array(
@@ -37,8 +37,17 @@ def test_each_kind_is_counted() -> None:
 def test_parts_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same from two sequences at a time."""
     whole = profile_of(list(LOSSES))
+    chosen = hardest_and_most_forgotten(list(LOSSES), 4)
     monkeypatch.setattr(profile, "_CHUNK", 2)
     assert profile_of(list(LOSSES)) == whole
+    assert hardest_and_most_forgotten(list(LOSSES), 4) == chosen
+
+
+def test_the_hardest_are_those_of_the_highest_last_loss() -> None:
+    """Most forgotten: the fourth sequence twice, the third once; no other."""
+    hardest, forgotten = hardest_and_most_forgotten(list(LOSSES), 3)
+    assert hardest == [3, 1, 4]
+    assert forgotten == [3, 2]
 
 
 def test_a_run_without_epochs_is_refused(tmp_path: Path) -> None:

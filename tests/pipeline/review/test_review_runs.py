@@ -1,75 +1,54 @@
 """Runs with data.review through the real command: what is recorded, chosen, and resumed."""
 
+import html
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 
-from data_prep.loading.loader import IGNORED, BatchLayout, TokenLoader
+from data_prep.loading.loader import BatchLayout, TokenLoader
 from data_prep.loading.selection import KeptSequences
 from data_prep.loading.sequences import SequenceFormat
 from data_prep.shards.shard_set import ShardSet
-from pipeline.checkpoint.file_names import WEIGHTS
-from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import read_config
-from pipeline.checkpoint.sharded_tensors import read_weights
+from pipeline.config.run_config import load_config
+from pipeline.reporting.review_page import review_page
+from pipeline.review.examples import examples_of
+from pipeline.review.profile import hardest_and_most_forgotten
 from tests.pipeline.conftest import written_config
-from tests.support.tiny_model import head_logits, tiny_model
+from tests.support.review_runs import (
+    LAYOUTS,
+    LENGTH,
+    ONE,
+    SAVING,
+    SETTINGS,
+    forward_losses,
+    last_step_of,
+    review_arrays,
+    reviewed_run,
+    saved_at,
+)
 from tests.support.training_runs import metrics_without_times, run_job
 
 ROOT = Path(__file__).parents[3]
-PHASES = (
-    "data.review={phases: [{name: learn}, {name: focus, drop_percent: 50, repetitions: 2}, "
-    "{name: review, epochs: 1}, {name: focus, drop_percent: 70}]}"
-)
-LENGTH = 240
-# 16 samples a step in every layout.
-SETTINGS = ["train.steps=null", PHASES, "checkpoint.every_steps=5", "checkpoint.keep=40"]
-SETTINGS += ["eval.every_steps=0", "parallel.zero=0", f"data.sequence_length={LENGTH}"]
-ONE = ["batch.micro_size=4", "batch.accumulation=4"]
-LAYOUTS = {
-    "dp2": (2, ["batch.micro_size=4", "batch.accumulation=2", "parallel.zero=3"]),
-    "tp2": (2, ["batch.micro_size=8", "batch.accumulation=2", "parallel.tensor=2"]),
-    "stages2": (
-        2,
-        [
-            *("batch.micro_size=4", "batch.accumulation=4"),
-            "parallel.stages=[{trunk: 0-1}, {heads: 1-3}]",
-        ],
-    ),
-}
-
-
-def _arrays(folder: Path) -> dict[str, NDArray[Any]]:
-    return {path.name: np.load(path) for path in sorted(folder.glob("*.npy"))}
-
-
-def _run(config: Path, folder: Path, *settings: str, world: int = 1) -> Path:
-    run_dir = folder / "run"
-    folder.mkdir(exist_ok=True)
-    arguments = [str(config), "--set", *SETTINGS, f"run.dir={run_dir}", *settings]
-    outcome = run_job(folder, arguments, world=world)
-    assert outcome.codes == [0] * world, outcome.output
-    return run_dir
+FIRST, KEPT = "losses_epoch_01.npy", "kept_phase_2.npy"
 
 
 @pytest.fixture(scope="module")
 def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on one rank that nothing interrupted."""
     folder = tmp_path_factory.mktemp("straight")
-    return _run(written_config(shards, folder), folder, *ONE)
+    return reviewed_run(written_config(shards, folder), folder, *ONE, *SAVING)
 
 
 def test_each_epoch_has_a_record_of_each_of_its_sequences(straight: Path) -> None:
     """L3, L4, L7, L9: records, tokens, and selections that follow from the arrays alone."""
-    arrays = _arrays(straight / "review")
+    arrays = review_arrays(straight / "review")
     losses = [arrays[f"losses_epoch_{n:02d}.npy"] for n in range(1, 6)]
     total = len(losses[0])
     kept = {
@@ -99,38 +78,28 @@ def test_each_epoch_has_a_record_of_each_of_its_sequences(straight: Path) -> Non
 
 def test_a_record_is_the_loss_of_a_forward_apart(straight: Path, shards: Path) -> None:
     """L6: with the weights of the last checkpoint before a step, every sequence of that step."""
-    checkpoint = checkpoint_path(straight / "checkpoints" / "step_00000005")
-    config = read_config(checkpoint)
-    weights = dict(read_weights(checkpoint / WEIGHTS, config.model))
-    model = tiny_model(config.model, weights, torch.float32)
-    form = SequenceFormat(config.data.sequence_length, config.model.future_tokens)
-    opened = ShardSet.open(shards, "train")
-    loader = TokenLoader(opened, form, BatchLayout(1), seed=config.run.seed, shuffle=True)
+    checkpoint = saved_at(straight, 5)
+    form = SequenceFormat(LENGTH, read_config(checkpoint).model.future_tokens)
+    loader = TokenLoader(ShardSet.open(shards, "train"), form, BatchLayout(1), seed=7, shuffle=True)
     losses = np.load(straight / "review" / "losses_epoch_01.npy")
     _, numbers = loader._order.locate(5 * 16, 16)
-    batch = loader.read(5 * 16, 16)
-    with torch.no_grad():
-        logits = head_logits(model, batch.tokens)[0]
-        expected = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), batch.labels[0], ignore_index=IGNORED, reduction="none"
-        ).mean(1)
-    np.testing.assert_allclose(losses[numbers], expected.numpy(), rtol=2e-5)
+    expected = forward_losses(checkpoint, loader, 5 * 16, 16)
+    np.testing.assert_allclose(losses[numbers], expected, rtol=2e-5)
 
 
 @pytest.mark.parametrize(
-    "place",
-    [pytest.param("within an epoch", marks=pytest.mark.stress), "before a selection"],
+    "past",
+    [0, pytest.param(3, marks=pytest.mark.stress)],
+    ids=["before a choice", "within an epoch"],
 )
-def test_a_run_stopped_anywhere_goes_on_to_the_bit(
-    straight: Path, config: Path, tmp_path: Path, place: str
+def test_a_run_resumed_anywhere_goes_on_to_the_bit(
+    straight: Path, config: Path, tmp_path: Path, past: int
 ) -> None:
-    """L5: ids, losses and selections, and the curve; stopped within an epoch and after one."""
-    learnt = [r["step"] for r in metrics_without_times(straight) if r["review_phase"] == 1][-1]
-    step = learnt if place == "before a selection" else learnt + 3
-    run_dir = _run(config, tmp_path, *ONE, f"train.stop_at_step={step}")
-    _run(config, tmp_path, *ONE)
-    assert metrics_without_times(run_dir) == metrics_without_times(straight)
-    found, expected = _arrays(run_dir / "review"), _arrays(straight / "review")
+    """L5: ids, losses and selections, and the curve."""
+    step = last_step_of(straight, 1) + past
+    run_dir = reviewed_run(config, tmp_path, *ONE, resume=saved_at(straight, step))
+    assert metrics_without_times(run_dir) == metrics_without_times(straight)[step:]
+    found, expected = review_arrays(run_dir / "review"), review_arrays(straight / "review")
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
@@ -139,35 +108,73 @@ def test_a_run_stopped_anywhere_goes_on_to_the_bit(
 @pytest.mark.parametrize(
     "layout",
     [
-        LAYOUTS["dp2"],
-        pytest.param(LAYOUTS["tp2"], marks=pytest.mark.stress),
-        pytest.param(LAYOUTS["stages2"], marks=pytest.mark.stress),
+        "dp2",
+        *(pytest.param(name, marks=pytest.mark.stress) for name in LAYOUTS if name != "dp2"),
     ],
-    ids=LAYOUTS,
 )
 def test_another_layout_records_the_same(
-    straight: Path, config: Path, tmp_path: Path, layout: tuple[int, list[str]]
+    straight: Path, config: Path, tmp_path: Path, layout: str
 ) -> None:
-    """The first epoch's losses to rounding, each once; begun on one rank and resumed in another."""
-    world, settings = layout
-    run_dir = _run(config, tmp_path, *ONE, "train.stop_at_step=10")
-    before = _arrays(run_dir / "checkpoints" / "step_00000010" / "review")
-    _run(config, tmp_path, *settings, world=world)
-    found, expected = _arrays(run_dir / "review"), _arrays(straight / "review")
-    done = before["losses_epoch_01.npy"] >= 0
-    np.testing.assert_array_equal(
-        found["losses_epoch_01.npy"][done], before["losses_epoch_01.npy"][done]
+    """The first epoch's losses to rounding, each once, and a choice that follows from them.
+
+    Begun on one rank, resumed in another layout within the epoch, on one rank before the choice.
+    """
+    world, settings = LAYOUTS[layout]
+    border, saved = last_step_of(straight, 1), saved_at(straight, 10)
+    stop = f"train.stop_at_step={border}"
+    run_dir = reviewed_run(config, tmp_path, *settings, stop, world=world, resume=saved)
+    reviewed_run(config, tmp_path, *ONE, f"train.stop_at_step={border + 1}")
+    before, expected = (np.load(f / "review" / FIRST) for f in (saved, straight))
+    found, done = np.load(run_dir / "review" / FIRST), before >= 0
+    assert 0 < np.count_nonzero(done) < len(done)
+    np.testing.assert_array_equal(found[done], before[done])
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    chosen = KeptSequences.by_loss(found, len(found) // 2)
+    np.testing.assert_array_equal(np.load(run_dir / "review" / KEPT), chosen.bits)
+
+
+def test_a_choice_is_the_same_on_any_ranks(straight: Path, config: Path, tmp_path: Path) -> None:
+    """L7: one rank recorded the losses and two choose, to the bit."""
+    step = last_step_of(straight, 1)
+    world, settings = LAYOUTS["dp2"]
+    stop = f"train.stop_at_step={step + 1}"
+    run_dir = reviewed_run(
+        config, tmp_path, *settings, stop, world=world, resume=saved_at(straight, step)
     )
-    np.testing.assert_allclose(
-        found["losses_epoch_01.npy"], expected["losses_epoch_01.npy"], rtol=1e-4
-    )
+    kept, expected = (np.load(folder / "review" / KEPT) for folder in (run_dir, straight))
+    np.testing.assert_array_equal(kept, expected)
+
+
+def test_the_page_shows_the_text_of_sequences(straight: Path, shards: Path, tmp_path: Path) -> None:
+    """As it stands in the corpus, the hardest first; without its shards it says so."""
+    review = straight / "review"
+    epochs = [np.load(path) for path in sorted(review.glob("losses_epoch_*"))]
+    hardest, _ = hardest_and_most_forgotten(epochs, 3)
+    opened = ShardSet.open(shards, "train")
+    stream = bytes(opened.read(0, opened.num_tokens).clip(max=255).astype(np.uint8)).decode("latin")
+    for one, number in zip(examples_of(straight, epochs, hardest), hardest, strict=True):
+        assert (one.number, one.source) == (number, "corpus")
+        assert [loss is None for loss in one.losses] == [bool(e[number] < 0) for e in epochs]
+        # A document's end is a byte of no meaning in `stream`, and a name in the text.
+        longest = max(one.text.split(opened.manifest.tokenizer.eos_token), key=len)
+        assert len(longest) > 20
+        assert longest in stream
+        assert html.escape(longest[:20]) in review_page(straight)
+    moved = tmp_path / "moved"
+    shutil.copytree(review, moved / "review")
+    text = (straight / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(text.replace(str(shards), str(tmp_path / "gone")))
+    assert "The texts cannot be shown" in review_page(moved)
+    (moved / "config.yaml").write_text(text)
+    index = moved / "review" / "index.json"
+    index.write_text(index.read_text().replace(opened.fingerprint, "0" * 16))
+    assert "are other shards than those that" in review_page(moved)
 
 
 def test_nothing_left_out_is_plain_training(config: Path, tmp_path: Path) -> None:
     """L2: the metrics of a run over as many epochs, to the bit."""
     phases = "data.review={phases: [{name: all, epochs: 2}, {name: again}]}"
-    reviewed = _run(config, tmp_path / "reviewed", *ONE, phases)
-    records = metrics_without_times(reviewed)
+    records = metrics_without_times(reviewed_run(config, tmp_path / "reviewed", *ONE, phases))
     steps = len(records)
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -184,33 +191,83 @@ def test_nothing_left_out_is_plain_training(config: Path, tmp_path: Path) -> Non
 def test_trivial_text_is_left_out(config: Path, tmp_path: Path) -> None:
     """L8: of half repetitions and half random letters, the half that stays is random.
 
-    By a second epoch: in the first steps of the first one all text is as hard.
+    All of it, once the first steps' sequences, when all text was as hard, have been read again; by
+    the losses as they are, of the sequences that came after those.
     """
     generator = random.Random(3)
     corpus = tmp_path / "corpus.jsonl"
     letters = "abcdefghijklmnopqrstuvwxyz"
-    texts = ["ab" * 80 if n % 2 else "".join(generator.choices(letters, k=160)) for n in range(160)]
+    texts = ["ab" * 80 if n % 2 else "".join(generator.choices(letters, k=160)) for n in range(320)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = [sys.executable, str(ROOT / "data_prep" / "shard.py"), "--input", str(corpus)]
     command += ["--output", str(tmp_path / "set"), "--tokenizer", "bytes", "--workers", "1"]
     subprocess.run(command, check=True, capture_output=True)
-    phases = "[{name: read}, {name: learn}, {name: focus, drop_percent: 50}]"
-    run_dir = _run(
+    phases = "[{name: learn}, {name: focus, drop_percent: 50}]"
+    run_dir = reviewed_run(
         config,
         tmp_path / "run",
-        *(
-            *ONE,
-            f"data.review={{phases: {phases}}}",
-            f"data.shards={tmp_path / 'set'}",
-            "data.packing=one_per_sequence",
-        ),
-        "data.sequence_length=161",
+        *(*ONE, f"data.review={{phases: {phases}, staleness: rescore, rescore_percent: 60}}"),
+        *(f"data.shards={tmp_path / 'set'}", "data.packing=one_per_sequence"),
+        *("data.sequence_length=161", "train.stop_at_step=21"),
     )
     opened = ShardSet.open(tmp_path / "set", "train")
-    loader = TokenLoader(
-        opened, SequenceFormat(161, 3, "one_per_sequence"), BatchLayout(1), seed=7, shuffle=False
+    form = SequenceFormat(161, 3, "one_per_sequence")
+    loader = TokenLoader(opened, form, BatchLayout(1), seed=7, shuffle=False)
+    arrays, total = review_arrays(run_dir / "review"), loader.num_samples
+    hard = np.array([len(set(loader.read(n, 1).tokens[0].tolist())) > 4 for n in range(total)])
+    assert abs(int(hard.sum()) - total / 2) <= 1
+    kept = np.unpackbits(arrays["kept_phase_2.npy"])[:total].astype(bool)
+    assert np.count_nonzero(kept & ~hard) <= 1
+    late, losses = arrays["rescored_phase_2.npy"] < 0, arrays["losses_epoch_01.npy"]
+    chosen = KeptSequences.by_loss(losses[late], int(np.count_nonzero(~hard[late])))
+    np.testing.assert_array_equal(chosen(np.arange(chosen.count)), np.flatnonzero(hard[late]))
+
+
+def test_a_model_with_a_memory_records_the_loss_of_a_forward_apart(
+    config: Path, tmp_path: Path
+) -> None:
+    """L6: where no weight moves, losses of training are those of reading again, by segments."""
+    run_dir = reviewed_run(
+        config,
+        tmp_path,
+        *(*ONE, "optimizer.learning_rate=1e-15"),
+        "data.review={phases: [{name: a}, {name: b, drop_percent: 50}], staleness: rescore}",
+        "model.memory={segment: 80, summary: 8, sensory: 4, cache: 3, bptt: 1}",
     )
-    kept = np.unpackbits(np.load(run_dir / "review" / "kept_phase_3.npy"))[: loader.num_samples]
-    hard = [len(set(loader.read(n, 1).tokens[0].tolist())) > 4 for n in range(loader.num_samples)]
-    assert abs(sum(hard) - len(hard) / 2) <= 1
-    assert sum(k and not h for k, h in zip(kept.tolist(), hard, strict=True)) <= 1
+    arrays = review_arrays(run_dir / "review")
+    np.testing.assert_allclose(
+        arrays["losses_epoch_01.npy"], arrays["rescored_phase_2.npy"], rtol=1e-6
+    )
+    assert len(np.unique(arrays["losses_epoch_01.npy"])) > len(arrays["losses_epoch_01.npy"]) // 2
+
+
+TINY = [
+    *("model.hidden_size=32", "model.ffn_hidden_size=48", "eval.every_steps=4", "eval.samples=4"),
+    *("log.tensorboard=false", "train.device=cpu", "train.precision=fp32"),
+    *("data.sequence_length=32", "model.vocab_size=260", "data.review.sequences=40"),
+    *("train.stop_at_step=11", "schedule.warmup_steps=2"),
+]
+
+
+def test_quickstart_has_the_same_losses_on_any_ranks(shards: Path, tmp_path: Path) -> None:
+    """`configs/quickstart_lfr.yaml` in small, into its second choice, to the bit on 1 and 2 ranks.
+
+    A step of two micro-batches on one rank adds the same two gradients up.
+    """
+    path, runs = ROOT / "configs" / "quickstart_lfr.yaml", []
+    assert load_config(path).batch == load_config(ROOT / "configs" / "quickstart.yaml").batch
+    for world, micro in ((1, ("micro_size=2", "accumulation=2")), (2, ("micro_size=2",))):
+        folder = tmp_path / str(world)
+        settings = [*TINY, f"run.dir={folder}", f"data.shards={shards}"]
+        settings += [f"batch.{key}" for key in micro]
+        outcome = run_job(tmp_path, [str(path), "--set", *settings], world=world)
+        assert outcome.codes == [0] * world, outcome.output
+        runs.append(folder)
+    one, two = (review_arrays(folder / "review") for folder in runs)
+    assert {"kept_phase_2.npy", "losses_epoch_01.npy"} <= one.keys() == two.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(two[name], array)
+    for first, second in zip(*map(metrics_without_times, runs), strict=True):
+        assert {k: v for k, v in first.items() if "loss" in k} == {
+            k: v for k, v in second.items() if "loss" in k
+        }
