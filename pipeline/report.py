@@ -21,7 +21,6 @@ from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.reporting.curves import Curve, Plot, figure
 from pipeline.reporting.final_figures import final_figures
 from pipeline.reporting.metrics import Scalars, read_metrics
-from pipeline.reporting.review_page import review_page
 from pipeline.reporting.run_events import run_events
 from pipeline.reporting.run_pages import comparison_page, index_page
 
@@ -171,6 +170,8 @@ def _page(options: argparse.Namespace) -> Path:
     if options.index:
         return _write(options.output or options.index / INDEX_NAME, index_page(options.index))
     if options.review:
+        from pipeline.reporting.review_page import review_page  # late: it reads shards with torch
+
         (run_dir,) = options.run_dir
         return _write(run_dir / REVIEW_NAME, review_page(run_dir))
     if len(options.run_dir) == 1:

@@ -9,12 +9,14 @@ import tokenizers
 from numpy.typing import NDArray
 
 from data_prep.errors import DataError
+from data_prep.loading.loader import BatchLayout, TokenLoader
 from data_prep.loading.review_order import ReviewOrder
+from data_prep.shards.shard_set import ShardSet
 from foundation.json_text import read_json
 from model.loss import IGNORED
 from pipeline.checkpoint.file_names import RESOLVED_CONFIG_NAME
 from pipeline.config.run_config import load_config
-from pipeline.data.samples import open_shards, training_samples
+from pipeline.data.sequence_format import sequence_format
 from pipeline.review.files import INDEX, review_folder
 from pipeline.review.schedule import ReviewSchedule
 
@@ -46,13 +48,13 @@ def examples_of(
         numbers: those wanted.
 
     Raises:
-        ConfigError: the configuration cannot be read, or does not fit the shards.
+        ConfigError: the configuration cannot be read.
         DataError: the shards are gone, or others than the run had.
     """
     config = load_config(run_dir / RESOLVED_CONFIG_NAME)
     assert config.data.review is not None
-    shards = open_shards(config)
-    loader = training_samples(config, shards, data_rank=0, data_size=1)
+    shards = ShardSet.open(config.data.shards, config.data.train_split)
+    loader = TokenLoader(shards, sequence_format(config), BatchLayout(1), seed=config.run.seed)
     if read_json(review_folder(run_dir) / INDEX).get("fingerprint") != loader.fingerprint:
         raise DataError(
             f"{config.data.shards} are other shards than those that {run_dir} was trained on, so "
@@ -60,7 +62,9 @@ def examples_of(
             f"{RESOLVED_CONFIG_NAME}"
         )
     schedule = ReviewSchedule(config.data.review, loader.num_samples)
-    order = schedule.order(list(loader.sequences_by_source.values()), loader.fingerprint, 0)
+    order = schedule.order(
+        list(loader.sequences_by_source.values()), loader.fingerprint, loader.seed
+    )
     sources, _ = order.places(np.array(numbers, np.int64))
     loader.follow(_Listed(order, numbers))
     batch = loader.read(0, len(numbers))

@@ -70,7 +70,6 @@ STUDY = Study(
         "prose": "of prose",
         "forgotten": "forgotten once or more",
         "again": "several times, of those",
-        "steps": "steps",
     },
 )
 
