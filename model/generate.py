@@ -26,7 +26,7 @@ from model.generate_options import (
 )
 from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
-from model.joint_decoding.options import JOINT_DECODERS
+from model.joint_decoding.options import JOINT_DECODERS, check_drafts
 from model.writing.prompts import encode_prompts
 from model.writing.timed_run import Run, print_comparison
 
@@ -60,6 +60,7 @@ def _generate(options: argparse.Namespace) -> int:
     has_memory = record.description.model.memory is not None
     check_memory(options, has_memory=has_memory)
     check_drafting(options, record.future_tokens)
+    check_drafts(options, heads, second_model=options.draft_model is not None)
     # Imported here so that --help and mistakes do not wait for torch.
     from model.decoding.head_choice import Drafting
     from model.hugging_face.loading import DTYPES

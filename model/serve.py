@@ -16,6 +16,13 @@ from model.errors import CheckpointError, ConfigError
 from model.generate_options import AUTO, HEADS_HELP, choose_number, heads_option
 from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
+from model.joint_decoding.options import (
+    JOINT_DECODERS,
+    add_joint_options,
+    check_drafts,
+    check_rule,
+    rule_of,
+)
 
 if TYPE_CHECKING:
     from model.serving.app import Served
@@ -65,6 +72,9 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="0 = any free one (8000)")
     add("--name", metavar="NAME", help="of the model, for clients (name of the run)")
     add("--heads", type=heads_option, metavar="K", help=HEADS_HELP)
+    add("--decoder", choices=JOINT_DECODERS, help="mtad: lossy, by joint probability (exact)")
+    add("--beam-width", type=int, metavar="W", help="beams of drafts of mtad")
+    add_joint_options(add)
     add("--max-batch", type=int, default=16, metavar="B", help="texts that run at once (16)")
     add("--queue", type=int, default=128, metavar="Q", help="texts that may wait for room (128)")
     add(
@@ -99,6 +109,12 @@ def check(options: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {printable(f'{value}')} must be from {least} to {most}"
             )
+    check_rule(options, "--beam-width", "--tau", "--candidates")
+    if options.decoder is not None and options.heads == AUTO:
+        raise ConfigError(
+            f"--heads auto measures exact drafts, so it does not go with --decoder "
+            f"{options.decoder}; give a number, or leave --heads out"
+        )
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE, "")
     if not (key.isascii() and key.isprintable()) or " " in key or options.api_key == "":
         raise ConfigError(
@@ -110,6 +126,7 @@ def check(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     heads = choose_number(options.heads, read_any_record(options.directory).future_tokens)
+    check_drafts(options, heads)
     try:
         # Here, so that --help and mistakes do not wait for torch.
         from model.serving.running import Server, address, listen
@@ -136,6 +153,7 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
     from model.decoding.head_choice import HeadChoice, automatic_heads
     from model.hugging_face.loading import DTYPES
     from model.inference.loading import choose_device, limit_threads, load_network
+    from model.joint_decoding.decoder import JointDecoder
     from model.serving.app import Served
     from model.serving.bodies import Limits
     from model.serving.engine import Engine
@@ -164,7 +182,13 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
         choice = automatic_heads(options.directory, loaded.network, sizes, _note)
 
     def new_batch() -> Batch:
-        decoder = ChainDecoder(loaded.network, heads=choice.most)
+        if options.decoder is None:
+            decoder = ChainDecoder(loaded.network, heads=choice.most)
+        else:
+            rule = rule_of(options)
+            decoder = JointDecoder(
+                loaded.network, heads=choice.most, rule=rule, eos_id=loaded.eos_ids
+            )
         return Batch(
             decoder, options.max_batch, positions, lambda n: decoder.use_heads(choice.of(n))
         )
@@ -189,7 +213,8 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
         limits=Limits(_BODY_BYTES, positions, options.max_batch),
         api_key=options.api_key,
     )
-    return served, choice.told()
+    lossy = "" if options.decoder is None else ", joint decoding, lossy"
+    return served, choice.told() + lossy
 
 
 if __name__ == "__main__":

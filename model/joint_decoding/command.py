@@ -4,11 +4,10 @@ import argparse
 from collections.abc import Sequence
 
 from model.decoding.sampling import Sampling
-from model.errors import ConfigError
 from model.inference.network import Network
 from model.joint_decoding.decoder import JointDecoder
 from model.joint_decoding.draft_model import JointModelDecoder
-from model.joint_decoding.rule import JointRule
+from model.joint_decoding.options import rule_of
 
 
 def joint_decoder(
@@ -31,11 +30,8 @@ def joint_decoder(
         sampling: how tokens are chosen.
         eos_ids: tokens that end a text.
         seeds: one for each prompt.
-
-    Raises:
-        ConfigError: the model has one head, and there is no second model.
     """
-    rule = JointRule(options.beam_width, options.candidates, options.tau)
+    rule = rule_of(options)
     if drafter is not None:
         return JointModelDecoder(
             network,
@@ -46,11 +42,6 @@ def joint_decoder(
             sampling=sampling,
             seeds=seeds,
             logprobs=options.stats,
-        )
-    if heads == 1:
-        raise ConfigError(
-            f"--decoder {options.decoder}, but this export has one head, which drafts nothing; "
-            "give a second model by --draft"
         )
     return JointDecoder(
         network,

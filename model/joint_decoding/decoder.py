@@ -105,6 +105,8 @@ class JointDecoder(ChainDecoder):
         self._chooser.sound &= ~beams.scores.isnan().any(1)
         if self._heads > 1:
             self._draft(self._others_at(node, hidden, trunk_output, block))
+        else:
+            self._offers = self._offers[:, :0]
         return self._commit(forest, origins, node, logits)
 
     def _commit(self, forest: Forest, origins: Tensor, node: Tensor, logits: Tensor) -> Step:

@@ -9,7 +9,7 @@ from typing import Any
 
 from foundation.shown_text import printable
 from model.errors import ConfigError
-from model.joint_decoding.rule import PUBLISHED
+from model.joint_decoding.rule import PUBLISHED, JointRule
 
 JOINT_DECODERS = ("mtad",)
 
@@ -33,17 +33,26 @@ def add_joint_options(add: Callable[..., Any]) -> None:
 
 
 def check_joint(options: argparse.Namespace) -> None:
-    """See that the options are those of joint decoding, or of none; and set those not given.
+    """See that the command's options are those of joint decoding, or of none.
+
+    Those of joint decoding that were not given are set.
 
     Raises:
         ConfigError: naming the first that is not.
     """
-    given = {"--tau": options.tau, "--candidates": options.candidates}
+    check_rule(options, "--tau", "--candidates")
+    if options.decoder in JOINT_DECODERS:
+        _refuse_others(options)
+
+
+def check_rule(options: argparse.Namespace, *of_joint_decoding: str) -> None:
+    """The same of the named options alone, and of the rule that they make."""
+    given = [name for name in of_joint_decoding if getattr(options, _key(name)) is not None]
     if options.decoder not in JOINT_DECODERS:
-        if named := [name for name, value in given.items() if value is not None]:
+        if given:
             raise ConfigError(
-                f"{named[0]} is of joint decoding; add --decoder {JOINT_DECODERS[0]}, or leave "
-                f"{named[0]} out"
+                f"{given[0]} is of joint decoding; add --decoder {JOINT_DECODERS[0]}, or leave "
+                f"{given[0]} out"
             )
         return
     _set_defaults(options)
@@ -62,7 +71,28 @@ def check_joint(options: argparse.Namespace) -> None:
             f"--tau {options.tau:g} must be from 0 to 1; 1 is plain decoding, 0 keeps every draft, "
             f"the default is {PUBLISHED.threshold:g}"
         )
-    _refuse_others(options)
+
+
+def check_drafts(options: argparse.Namespace, heads: int, *, second_model: bool = False) -> None:
+    """See that something drafts; `heads` are in use.
+
+    Raises:
+        ConfigError: nothing does.
+    """
+    if options.decoder in JOINT_DECODERS and heads == 1 and not second_model:
+        raise ConfigError(
+            f"--decoder {options.decoder}, but of this export one head is used, which drafts "
+            "nothing; use more heads, or give python -m model.generate a second model by --draft"
+        )
+
+
+def rule_of(options: argparse.Namespace) -> JointRule:
+    """The rule of options that are checked."""
+    return JointRule(options.beam_width, options.candidates, options.tau)
+
+
+def _key(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _set_defaults(options: argparse.Namespace) -> None:
@@ -76,7 +106,6 @@ def _set_defaults(options: argparse.Namespace) -> None:
 
 def _refuse_others(options: argparse.Namespace) -> None:
     others = {
-        "--heads 1": options.heads == 1,
         "--heads auto": isinstance(options.heads, str),
         "--tree": options.tree,
         "--lossy": options.lossy,

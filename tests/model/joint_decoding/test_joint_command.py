@@ -13,6 +13,9 @@ from model.inference.loading import load_drafter, load_network
 from model.joint_decoding.decoder import JointDecoder
 from model.joint_decoding.draft_model import JointModelDecoder
 from model.joint_decoding.rule import PUBLISHED, JointRule
+from model.serve import check, load, parse
+from model.serve import main as serve
+from tests.support.serving import running
 from tests.support.tiny_export import export_tiny
 
 PROMPTS = ["--prompt", "ab", "--prompt", "é"]
@@ -116,7 +119,7 @@ def test_tau_1_prints_the_plain_text(export: Path, capsys: pytest.CaptureFixture
         ([*MTAD, "--tau", "-0.1"], "--tau -0.1 must be from 0 to 1"),
         ([*MTAD, "--beam-width", "65"], "--beam-width 65 must be from 1 to 64; the default is 4"),
         ([*MTAD, "--candidates", "5"], "--candidates 5 must be from 1 to --beam-width 4"),
-        ([*MTAD, "--heads", "1"], "--heads 1 does not go with --decoder mtad"),
+        ([*MTAD, "--heads", "1"], "of this export one head is used, which drafts nothing"),
         ([*MTAD, "--heads", "auto"], "--heads auto does not go with --decoder mtad"),
         ([*MTAD, "--tree", "1"], "--tree does not go with --decoder mtad"),
         ([*MTAD, "--lossy", "typical"], "--lossy does not go with --decoder mtad"),
@@ -138,5 +141,47 @@ def test_one_head_needs_a_second_model(smaller: Path, capsys: pytest.CaptureFixt
     """The model has nothing that drafts; the message says what to give."""
     assert main([str(smaller), "--prompt", "ab", *MTAD]) == EXIT_USER_ERROR
     err = capsys.readouterr().err
-    assert "this export has one head, which drafts nothing; give a second model by --draft" in err
+    assert "one head is used, which drafts nothing; use more heads, or give python -m mod" in err
+    assert err.count("\n") == 1
+
+
+def test_a_server_decodes_so(export: Path) -> None:
+    """Its texts are the decoder's, and the line that it begins with says that it is lossy."""
+    rule = ["--decoder", "mtad", "--tau", "0", "--candidates", "2"]
+    options = parse([str(export), *rule], "serve")
+    check(options)
+    assert load(options, 4)[1] == "4 heads, joint decoding, lossy"
+    loaded = load_network(export)
+    way = JointDecoder(
+        loaded.network, heads=4, rule=JointRule(4, 2, 0), eos_id=loaded.eos_ids, logprobs=True
+    )
+    prompt = loaded.tokenizer.encode("ab").ids
+    pieces = stream(way, [prompt], max_new_tokens=12, eos_id=loaded.eos_ids)
+    [expected] = collect(pieces, 1).tokens
+    with running(export, *rule) as server:
+        given = server.client.completions.create(
+            model="tiny", prompt="ab", max_tokens=12, temperature=0
+        )
+    text = [token for token in expected if token not in loaded.eos_ids]
+    whole = loaded.tokenizer.decode(prompt + text)
+    assert given.choices[0].text == whole.removeprefix("ab")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tau", "0.5"], "--tau is of joint decoding; add --decoder mtad"),
+        (["--beam-width", "2"], "--beam-width is of joint decoding; add --decoder mtad"),
+        (["--decoder", "mtad", "--tau", "2"], "--tau 2 must be from 0 to 1"),
+        (["--decoder", "mtad", "--heads", "auto"], "--heads auto measures exact drafts"),
+        (["--decoder", "mtad", "--heads", "1"], "one head is used, which drafts nothing"),
+    ],
+)
+def test_a_server_refuses_the_same(
+    export: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    """Before it listens or loads the model."""
+    assert serve([str(export), *arguments]) == EXIT_USER_ERROR
+    err = capsys.readouterr().err
+    assert words in err
     assert err.count("\n") == 1

@@ -238,6 +238,24 @@ def test_rows_join_leave_and_get_what_they_get_alone(kind: str) -> None:
     assert together == {k: v for number in requests for k, v in run([number], 1).items()}
 
 
+def test_the_number_of_heads_may_change_at_any_step() -> None:
+    """One head drafts nothing, more of them do again; at tau 1 texts stay those of head 1."""
+    for threshold in (1.0, 0.0):
+        way = decoder("heads", JointRule(4, 2, threshold))
+        texts = way.prefill(tiny_prompts(), 40).tokens
+        sizes = []
+        for heads in (4, 1, 1, 3, 2, 4, 4):
+            way.use_heads(heads)
+            for row, new in enumerate(way.step().tokens):
+                texts[row] += new
+                sizes.append(len(new))
+        for row, (prompt, text) in enumerate(zip(tiny_prompts(), texts, strict=True)):
+            check_cache(way.cache, row, network(), [*prompt, *text[:-1]], DRAFTS + 1)
+        plain = generate(network(), tiny_prompts(), heads=1, max_new_tokens=8)
+        assert ([text[:8] for text in texts] == plain.tokens) == (threshold == 1)
+        assert (max(sizes) > 1) == (threshold == 0)
+
+
 @functools.cache
 def said_of_four(model: Callable[[int], Network], text: tuple[int, ...]) -> Tensor:
     """What a model of four tokens says after a text."""
