@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from foundation.command_line import exit_status
 from model.beams.options import BEAM_DECODERS, check_drafting
 from model.errors import CheckpointError, ConfigError
-from model.generate_options import (
+from model.hugging_face.config import first_token
+from model.hugging_face.saved_folder import read_any_record
+from model.joint_decoding.options import JOINT_DECODERS, check_drafts
+from model.writing.options import (
     AUTO,
     check,
     check_memory,
@@ -24,9 +27,6 @@ from model.generate_options import (
     parse,
     read_prompt,
 )
-from model.hugging_face.config import first_token
-from model.hugging_face.saved_folder import read_any_record
-from model.joint_decoding.options import JOINT_DECODERS, check_drafts
 from model.writing.prompts import encode_prompts
 from model.writing.timed_run import Run, print_comparison
 

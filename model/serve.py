@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from foundation.command_line import exit_status
 from foundation.shown_text import printable
 from model.errors import CheckpointError, ConfigError
-from model.generate_options import AUTO, HEADS_HELP, choose_number, heads_option
 from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
 from model.joint_decoding.options import (
@@ -23,6 +22,7 @@ from model.joint_decoding.options import (
     check_rule,
     rule_of,
 )
+from model.writing.options import AUTO, HEADS_HELP, choose_number, heads_option
 
 if TYPE_CHECKING:
     from model.serving.app import Served

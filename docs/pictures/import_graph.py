@@ -32,11 +32,9 @@ def room_of(module: str) -> str:
     """The folder that a module lies in; modules on top of a package are a room of their own.
 
     `model/generate.py` and `model/serve.py` are commands on top of a package whose other files are
-    its bottom, so each is a room alone, the first with its options.
+    its bottom, so each is a room alone.
     """
     package, *below = module.split(".")
-    if module == "model.generate_options":
-        return "model.generate"
     if module in ("model.generate", "model.serve"):
         return module
     return f"{package}.{below[0]}" if len(below) > 1 else package

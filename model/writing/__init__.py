@@ -1,1 +1,1 @@
-"""How the command that writes text reads its prompts and tells of its runs."""
+"""How the command that writes text reads its options and prompts, and tells of its runs."""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from model.generate_options import EXIT_DIFFERENT
+from model.writing.options import EXIT_DIFFERENT
 
 if TYPE_CHECKING:
     from model.decoding.generation import Generation
