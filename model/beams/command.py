@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from model.beams.hypotheses import BeamSettings
+from model.beams.options import DRAFTED
 from model.beams.search import BeamGeneration, beam_search
 from model.beams.speculative import SpeculativeGeneration, speculative_beams
 from model.beams.speculative_text import Speculation
@@ -90,7 +91,7 @@ def run_beams(
     )
     beams = "1 beam" if options.beam_width == 1 else f"{options.beam_width} beams"
     start = time.perf_counter()
-    if options.decoder == "dsbd":
+    if options.decoder == DRAFTED:
         drafts = options.drafts
         if drafter is None:
             drafts = (options.heads or network.num_heads) - 1

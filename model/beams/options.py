@@ -10,7 +10,8 @@ from typing import Any
 from foundation.shown_text import printable
 from model.errors import ConfigError
 
-BEAM_DECODERS = ("beam", "dsbd")
+DRAFTED = "dsbd"
+BEAM_DECODERS = ("beam", DRAFTED)
 
 _WIDTH = 4
 _MOST_WIDTH = 64
@@ -74,7 +75,7 @@ def check_beams(options: argparse.Namespace) -> None:
             "kept, which are distinct; add --temperature 1, or leave it out"
         )
     _refuse_others(options)
-    if options.decoder == "dsbd":
+    if options.decoder == DRAFTED:
         _check_speculation(options)
 
 
@@ -84,7 +85,7 @@ def check_drafting(options: argparse.Namespace, heads: int) -> None:
     Raises:
         ConfigError: nobody does.
     """
-    if options.decoder == "dsbd" and options.draft_model is None and heads < 2:
+    if options.decoder == DRAFTED and options.draft_model is None and heads < 2:
         raise ConfigError(
             "--decoder dsbd needs a drafter, and this export has only head 1, which verifies; add "
             "--draft with a smaller model of the same tokenizer, or use --decoder beam"
@@ -109,7 +110,7 @@ def _refuse_without_decoder(options: argparse.Namespace) -> None:
             f"leave {named[0]} out"
         )
     named = [name for name, is_set in of_drafts.items() if is_set]
-    if named and options.decoder != "dsbd":
+    if named and options.decoder != DRAFTED:
         raise ConfigError(
             f"{named[0]} is of beams that are drafted; add --decoder dsbd, or leave {named[0]} out"
         )
@@ -151,11 +152,11 @@ def _drafts(heads: int | str) -> bool:
 
 def _refuse_others(options: argparse.Namespace) -> None:
     others = {
-        "--heads": options.heads and not (options.decoder == "dsbd" and _drafts(options.heads)),
+        "--heads": options.heads and not (options.decoder == DRAFTED and _drafts(options.heads)),
         "--tree": options.tree,
         "--lossy": options.lossy,
         "--early-exit": options.early_exit,
-        "--draft-model": options.decoder != "dsbd" and options.draft_model,
+        "--draft-model": options.decoder != DRAFTED and options.draft_model,
         "--repetition-penalty": options.repetition_penalty != 1,
         "--compare": options.compare,
         "--stream": options.stream,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from foundation.bounded_files import read_bounded
 from foundation.shown_text import printable
-from model.beams.options import BEAM_DECODERS, add_beam_options, check_beams
+from model.beams.options import BEAM_DECODERS, DRAFTED, add_beam_options, check_beams
 from model.errors import ConfigError
 from model.joint_decoding.options import JOINT_DECODERS, add_joint_options, check_joint
 
@@ -31,7 +31,7 @@ examples:
   PROG export --prompt "Once" --heads 3 --max-new-tokens 200 --temperature 0.8 --seed 1
   PROG export --prompt "import os" --compare
   PROG export --prompt "import os" --decoder beam --beam-width 4
-  PROG export --prompt "import os" --decoder dsbd --draft smaller --temperature 1 --stats
+  PROG export --prompt "import os" --decoder dsbd --draft smaller --stats
   PROG export --prompt "import os" --decoder mtad --draft smaller --tau 0.5 --stats
 
 exit status: 0 the text is printed, 1 the model or a prompt cannot be used (in one line), 2 wrong
@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     add("--exit-steps", type=int, metavar="N", help=f"its drafts per forward ({_EXIT_STEPS})")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="for each prompt (64)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 = the likeliest token (0)")
+    add("--temperature", type=float, metavar="T", help="0 = the likeliest token (0; with dsbd, 1)")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest share P (1)")
     add("--min-p", type=float, default=0.0, metavar="P", help="none below P x the likeliest (0)")
@@ -125,6 +125,8 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         help=f"run with 1 head and with K; exit status {EXIT_DIFFERENT} when the outputs differ",
     )
     options = parser.parse_args(arguments)
+    if options.temperature is None:
+        options.temperature = 1.0 if options.decoder == DRAFTED else 0.0
     if not options.prompt and options.prompt_file is None:
         parser.error("one of --prompt and --prompt-file is required")
     return options

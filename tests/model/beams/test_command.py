@@ -99,7 +99,7 @@ def test_somebody_has_to_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 BEAM = ["--decoder", "beam"]
-DSBD = ["--decoder", "dsbd", "--temperature", "1"]
+DSBD = ["--decoder", "dsbd"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,10 @@ DSBD = ["--decoder", "dsbd", "--temperature", "1"]
         ([*BEAM, "--drafts", "2"], "--drafts 2 is of a --draft-model"),
         ([*BEAM, "--min-width", "2"], "--min-width is of beams that are drafted"),
         (["--width-threshold", "0.5"], "--width-threshold is of beams that are drafted"),
-        (DSBD[:2], "--decoder dsbd draws beams, and at temperature 0 there is nothing to draw"),
+        (
+            [*DSBD, "--temperature", "0"],
+            "--decoder dsbd draws beams, and at temperature 0 there is nothing to draw",
+        ),
         ([*DSBD, "--width-threshold", "2"], "--width-threshold 2 must be from 0 to 1"),
         ([*DSBD, "--min-width", "5"], "--min-width 5 must be from 1 to --beam-width 4"),
         ([*DSBD, "--heads", "1"], "--heads does not go with --decoder dsbd"),
