@@ -37,6 +37,7 @@ from model.inference.loading import LoadedNetwork, load_drafter, load_network
 from model.inference.network import Network
 from model.joint_decoding.decoder import JointDecoder
 from model.joint_decoding.draft_model import JointModelDecoder
+from model.joint_decoding.enumeration import ExactJointDecoder
 from model.joint_decoding.rule import JointRule
 
 SAMPLED = Sampling(temperature=1.0)
@@ -120,7 +121,8 @@ def ways(*, drafter: bool) -> list[Way]:
         *(_drawn(width, distinct) for distinct in (False, True) for width in (2, 4)),
         *(_drafted(width, t, "heads") for width in (2, 4) for t in (0.5, 0.9)),
         *(_drafted(width, 1, "heads", least=width) for width in (2, 4)),
-        *(_joint(tau, "heads") for tau in (0.1, 0.5, 0.9)),
+        Way("likeliest blocks of 2", "MJGD", _blocks),
+        *_every_joint("heads"),
     ]
     if drafter:
         found += [
@@ -128,7 +130,7 @@ def ways(*, drafter: bool) -> list[Way]:
             *(_drafted(width, t, "draft model") for width in (2, 4) for t in (0.5, 0.9)),
             *(_drafted(width, 1, "draft model", least=width) for width in (2, 4)),
             _drafted(4, 0.9, "draft model", one_beam=True),
-            *(_joint(tau, "draft model") for tau in (0.1, 0.5, 0.9)),
+            *_every_joint("draft model"),
         ]
     return found
 
@@ -173,19 +175,49 @@ def _drafted(
     return Way(name, "lossy" if one_beam else "p_beam", run)
 
 
-def _joint(tau: float, by: str) -> Way:
-    def run(task: Task) -> Texts:
-        rule, eos_ids = JointRule(threshold=tau), task.eos_ids
-        network, drafter = task.network, task.drafter
-        decoder = JointDecoder(network, heads=task.heads, rule=rule, eos_id=eos_ids, logprobs=True)
-        if by == "draft model" and drafter is not None:
-            decoder = JointModelDecoder(
-                network, drafter=drafter, drafts=DRAFTS, rule=rule, eos_id=eos_ids, logprobs=True
-            )
-        texts = _streamed(task, decoder)
-        return texts._replace(draft_forwards=decoder.draft_forwards)
+def _every_joint(by: str) -> list[Way]:
+    greedy = [_joint(JointRule(threshold=tau), by) for tau in (0.1, 0.5, 0.9)]
+    several = _joint(JointRule(candidates=4), by)
+    return [*greedy, several, _joint(JointRule(), by, SAMPLED)]
 
-    return Way(f"MTAD, tau {tau:g}, {by}", "lossy", run)
+
+def _joint(rule: JointRule, by: str, sampling: Sampling = GREEDY) -> Way:
+    def run(task: Task) -> Texts:
+        return _drafted_jointly(task, rule, by, sampling)
+
+    name = f"{'MTAD' if rule.candidates == 1 else 'MMTAD'}, tau {rule.threshold:g}, {by}"
+    return Way(name if sampling.greedy else f"{name}, drawn", "lossy", run)
+
+
+def _drafted_jointly(task: Task, rule: JointRule, by: str, sampling: Sampling) -> Texts:
+    network, drafter, eos_ids = task.network, task.drafter, task.eos_ids
+    if by == "draft model" and drafter is not None:
+        decoder: JointDecoder = JointModelDecoder(
+            network,
+            drafter=drafter,
+            drafts=DRAFTS,
+            rule=rule,
+            eos_id=eos_ids,
+            sampling=sampling,
+            logprobs=True,
+        )
+    else:
+        decoder = JointDecoder(
+            network,
+            heads=task.heads,
+            rule=rule,
+            eos_id=eos_ids,
+            sampling=sampling,
+            logprobs=True,
+        )
+    texts = _streamed(task, decoder)
+    return texts._replace(draft_forwards=decoder.draft_forwards)
+
+
+def _blocks(task: Task) -> Texts:
+    decoder = ExactJointDecoder(task.network, block=2, eos_id=task.eos_ids, logprobs=True)
+    texts = _streamed(task, decoder)
+    return texts._replace(forwards=2 * texts.forwards + 1)  # one read the prompts
 
 
 def _chain(task: Task, heads: int | None, sampling: Sampling) -> Texts:

@@ -18,7 +18,7 @@ class Beams(NamedTuple):
     """The ends of what is drafted so far.
 
     Attributes:
-        forest: all nodes.
+        forest: all that is drafted; several beams may begin alike.
         nodes: `[B, w]` the last node of each beam.
         scores: `[B, w]` logarithmic probability of each from the root on; -inf where there is none.
         finished: `[B, w]` bool, whether its text has ended; such a beam stays as it is.

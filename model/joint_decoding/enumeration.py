@@ -26,9 +26,10 @@ MOST_BEGINNINGS = 1024  # of blocks, all their tokens but one
 class ExactJointDecoder(ChainDecoder):
     """A batch that gets blocks of g tokens, the likeliest (MJGD) or drawn ones (MTJD).
 
-    Class: exact for a law of its own: each block is the likeliest continuation of g tokens, or at a
-    temperature drawn from the joint distribution of them, which of token by token is the same law.
-    A block ends early with a text. With g = 1 it is plain decoding.
+    Class: at a temperature distribution-exact, as the joint distribution of g tokens is that of
+    sampling them one by one. At temperature 0 exact for a law of its own: each block is the
+    likeliest continuation by g tokens. With g = 1 it is plain decoding, and greedy-exact. A block
+    ends early where its text does.
 
     Args:
         network: the model; its head 1 alone is used.
