@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.tiny_export import export_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.stress
 def test_quick_run_prints_a_row_for_each_server(tmp_path: Path) -> None:
     """Our server at least; that of transformers where it is installed. Nothing is written."""
     readme = (ROOT / "benchmarks" / "README.md").read_text()

@@ -105,7 +105,9 @@ def _interrupt_a_starting_worker(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("moment", ["while workers start", "while they work"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("while workers start", marks=pytest.mark.stress), "while they work"]
+)
 def test_an_interrupt_stops_at_once(
     tmp_path: Path, large_texts: list[str], write_jsonl: Write, moment: str
 ) -> None:

@@ -122,10 +122,8 @@ def test_an_export_has_the_weights_of_its_step(config: Path, tmp_path: Path) -> 
     assert "1, 0, 0; after 2 steps: 1, 0.5, 0; after 4 steps: 1, 1, 1" in card
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [v if v in FAST else pytest.param(v, marks=pytest.mark.stress) for v in VARIANTS],
-)
+@pytest.mark.stress
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_dry_run_plans_every_kind(config: Path, variant: str) -> None:
     """Parameters, memory and stages, without a run."""
     settings = [*settings_of(variant), f"parallel.stages={stages_of(variant)}"]

@@ -280,7 +280,7 @@ def _on_two_ranks(kv_heads: int) -> tuple[Tensor, Tensor, float]:
     return packed - alone, (packed - other)[:, 0], worst
 
 
-@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("kv_heads", [pytest.param(2, marks=pytest.mark.stress), 4])
 def test_documents_stay_apart_under_tensor_parallelism(kv_heads: int) -> None:
     """Logits and gradients are those of the documents alone, and no document reaches another."""
     for difference, reached, gradient in run_ranks(2, _on_two_ranks, kv_heads):

@@ -145,7 +145,8 @@ def test_best_by_validation_loss_survives_a_resume(config: Path, tmp_path: Path)
     assert [step_of(path) for path in committed(run_dir / FOLDER)] == [4, 6, 10, 12]
 
 
-@pytest.mark.parametrize("on_error", ["warn", pytest.param("stop", marks=pytest.mark.stress)])
+@pytest.mark.stress
+@pytest.mark.parametrize("on_error", ["warn", "stop"])
 def test_a_run_folder_deleted_meanwhile(config: Path, tmp_path: Path, on_error: str) -> None:
     """It is noticed at the next step; the run goes on with a new folder, or stops, as told."""
     run_dir = tmp_path / "run"

@@ -85,6 +85,7 @@ def test_a_rank_killed_before_the_meeting_is_named(
     assert "MASTER_PORT" not in errors[0]
 
 
+@pytest.mark.stress
 def test_rank_0_killed_while_the_others_wait_is_named(
     config: Path, started: list[subprocess.Popen[str]]
 ) -> None:

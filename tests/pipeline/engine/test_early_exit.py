@@ -31,7 +31,11 @@ from tests.support.tiny_llama import save_llama
 from tests.support.tiny_model import tiny_config, tiny_weights
 from tests.support.training_runs import metrics_without_times, run_job
 
-LAYOUTS = [(1, 1, 0), (2, 2, 1), (2, 1, 3)]  # ranks, tensor parallel, ZeRO
+LAYOUTS = [
+    (1, 1, 0),
+    (2, 2, 1),
+    pytest.param((2, 1, 3), marks=pytest.mark.stress),
+]  # ranks, tensor parallel, ZeRO
 
 
 def _moved(case: Case) -> dict[str, bool]:

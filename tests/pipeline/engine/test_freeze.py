@@ -28,7 +28,11 @@ SIZES = [
     "model.rope_theta=500",
     "model.norm_eps=2e-5",
 ]
-LAYOUTS = [(1, 1, 0), (2, 2, 2), (2, 1, 3)]  # ranks, tensor parallel, ZeRO
+LAYOUTS = [
+    (1, 1, 0),
+    (2, 2, 2),
+    pytest.param((2, 1, 3), marks=pytest.mark.stress),
+]  # ranks, tensor parallel, ZeRO
 
 
 def _steps(case: Case) -> tuple[dict[str, bool], dict[str, int]]:

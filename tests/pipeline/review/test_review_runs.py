@@ -223,6 +223,7 @@ def test_trivial_text_is_left_out(config: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(chosen(np.arange(chosen.count)), np.flatnonzero(hard[late]))
 
 
+@pytest.mark.stress
 def test_a_model_with_a_memory_records_the_loss_of_a_forward_apart(
     config: Path, tmp_path: Path
 ) -> None:
