@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.tables import machine_line, replace_section
 from data_prep.loading.review_order import Pass
 from pipeline.config.review_section import ReviewSection
-from pipeline.review.files import losses_name, read_array
+from pipeline.review.files import losses_name, read_losses
 from pipeline.review.profile import profile_of
 from pipeline.review.schedule import ReviewSchedule
 from pipeline.review.statistics import Statistics
@@ -111,7 +111,8 @@ def measure(folder: Path, sequences: int) -> list[tuple[str, int, Cost]]:
     rows.append(("checkpoint within an epoch", 0, _cost(lambda: saved(checkpoint))))
     again = Statistics(folder / "resumed", section, schedule, order)
     rows.append(("resume from it", 0, _cost(lambda: again.restore(checkpoint, middle))))
-    epochs = [read_array(folder / "run" / "review" / losses_name(number)) for number in range(4)]
+    review = folder / "run" / "review"
+    epochs = [read_losses(review / losses_name(number), schedule.sequences) for number in range(4)]
     rows.append(("profile of 4 epochs", 0, _cost(lambda: profile_of(epochs))))
     return rows
 

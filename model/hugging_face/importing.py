@@ -207,6 +207,10 @@ class LlamaFolder:
                 + (f" and {len(foreign) - 1} more are" if len(foreign) > 1 else " is")
                 + " not a plain Llama's, so the model would not be the same; give a model "
                 "without them"
+                + (
+                    ", or set model.memory as its config.json has it"
+                    * foreign[0].startswith(MEMORY)
+                )
             )
         for name, shape in wanted.items():
             if name not in self._files:
@@ -216,6 +220,11 @@ class LlamaFolder:
             with _opened(self._files[name]) as file:
                 found = file.get_slice(name)
                 kind, found_shape = found.get_dtype(), tuple(found.get_shape())
+            if found_shape != shape and name.startswith(MEMORY):
+                raise ConfigError(
+                    f"{self.directory}: tensor {name} has shape {found_shape}, and this run's "
+                    f"model.memory asks for {shape}; set model.memory.width={found_shape[0]}"
+                )
             if found_shape != shape:
                 raise CheckpointError(
                     f"{self.directory}: tensor {name} has shape {found_shape}, its config.json "

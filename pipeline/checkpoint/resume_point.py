@@ -87,10 +87,13 @@ def find_resume_point(
 def _review_problems(point: ResumePoint, config: RunConfig, fresh: TrainState) -> list[str]:
     """What would make other passes or steps of a run that goes over its data in phases."""
     before, now = point.config.data.review, config.data.review
-    if before != now:
-        return ["data.review: saved with other phases than this run has"]
-    if now is None:
+    if before is None and now is None:
         return []
+    if before is None or now is None:
+        have, has = ("no ", "") if before is None else ("", "no ")
+        return [f"data.review: saved with {have}phases, and this run has {has}phases"]
+    if keys := [key for key in type(now).model_fields if getattr(before, key) != getattr(now, key)]:
+        return [f"data.review: saved with other {' and '.join(keys)} than this run has"]
     was = point.config.global_batch_size(point.state.layout.data)
     size = config.global_batch_size(fresh.layout.data)
     if was == size:
@@ -128,6 +131,9 @@ def _report_changes(point: ResumePoint, config: RunConfig, fresh: TrainState) ->
 def model_problems(saved: RunConfig, current: RunConfig) -> list[str]:
     """Sizes in which a saved model differs from this run's, one line each."""
     before, now = saved.model.model_dump(), current.model.model_dump()
+    if before["memory"] and now["memory"]:  # then the key that differs is told, not all of them
+        for model in (before, now):
+            model |= {f"memory.{key}": value for key, value in model.pop("memory").items()}
     fixed = [key for key in before if key not in ("head_weights", "init_std", "embedding_init_std")]
     return [
         f"model.{key}: saved with {before[key]}, this run has {now[key]}"

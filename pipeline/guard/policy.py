@@ -105,7 +105,7 @@ class Guard:
         if action == "stop":
             raise TrainingError(
                 f"step {self._state.step}: {reason} (batch {position.batch}), and {key}=stop; look "
-                "at that batch, then resume with data.skip_batches, a lower "
+                "at that batch, then resume with data.skip_batches (not with data.review), a lower "
                 f"optimizer.learning_rate, or {key}=skip"
             )
         if action == "rollback":

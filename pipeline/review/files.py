@@ -17,12 +17,15 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.lib.format import open_memmap
+from numpy.typing import DTypeLike, NDArray
 
 from foundation.durable_files import FileEntry, read_entry, sync_file, whole_file, write_whole
+from foundation.shown_text import reason
 from pipeline.checkpoint.file_names import REVIEW
 
 INDEX = "index.json"
@@ -53,7 +56,7 @@ def write_array(path: Path, array: NDArray[Any]) -> FileEntry:
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
     entry = read_entry(path)
-    found = read_array(path).view(np.uint8)
+    found = read_array(path, array.dtype, len(array)).view(np.uint8)
     wanted = array.view(np.uint8)
     # A part at a time: what compares all at once makes another array of that size.
     parts = [slice(start, start + _CHUNK) for start in range(0, max(len(wanted), 1), _CHUNK)]
@@ -62,17 +65,46 @@ def write_array(path: Path, array: NDArray[Any]) -> FileEntry:
     return entry
 
 
-def read_array(path: Path) -> NDArray[Any]:
+def read_array(path: Path, kind: DTypeLike, length: int) -> NDArray[Any]:
     """An array as it lies on the disk, read where it is looked at.
 
+    Args:
+        path: the file.
+        kind: of its numbers.
+        length: how many they are.
+
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is another array.
     """
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise OSError(f"{path} is no array ({error})") from None
+        # Not np.load, which takes archives for arrays, too, and fails in ways of its own then.
+        array: NDArray[Any] = open_memmap(path, mode="r")
+    except (ValueError, SyntaxError, TokenError) as error:
+        raise OSError(f"{path} is no array ({reason(error)})") from None
+    if array.dtype != kind or array.shape != (length,):
+        raise OSError(
+            f"{path} is no array of {length:,} {np.dtype(kind).name} but of {array.shape} "
+            f"{array.dtype.name}"
+        )
     return array
+
+
+def read_losses(path: Path, sequences: int) -> NDArray[np.float32]:
+    """Losses of an epoch, or of what was read again, as `read_array` reads them.
+
+    Raises:
+        OSError: they cannot be read, or are of another number of sequences.
+    """
+    return read_array(path, np.float32, sequences)
+
+
+def read_kept(path: Path, sequences: int) -> NDArray[np.uint8]:
+    """The bits of a choice among so many sequences, as `read_array` reads them.
+
+    Raises:
+        OSError: they cannot be read, or are of another number of sequences.
+    """
+    return read_array(path, np.uint8, -(-sequences // 8))
 
 
 def put_beside(source: Path, target: Path) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foundation.json_text import read_json
+from foundation.shown_text import reason
 from model.errors import ConfigError
-from pipeline.review.files import INDEX, losses_name, read_array, review_folder
+from pipeline.review.files import INDEX, losses_name, read_losses, review_folder
 
 _CHUNK = 1 << 22
 # Of the paper's eight epochs of GPT-2 on OpenWebText.
@@ -54,15 +55,21 @@ def epochs_of(run_dir: Path) -> list[NDArray[np.float32]]:
     """The losses of every epoch of a run that is over, mapped.
 
     Raises:
-        ConfigError: the run has none.
+        ConfigError: the run has none, or they are damaged.
     """
     folder = review_folder(run_dir)
     try:
-        planned = len(read_json(folder / INDEX)["epochs"])
-        paths = [folder / losses_name(number) for number in range(planned)]
-        found = [read_array(path) for path in paths if path.is_file()]
-    except (OSError, ValueError, LookupError, TypeError):
+        index = read_json(folder / INDEX)
+        paths = [folder / losses_name(number) for number in range(len(index["epochs"]))]
+        found = [read_losses(path, index["sequences"]) for path in paths if path.is_file()]
+    except FileNotFoundError:
         found = []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = reason(error) if isinstance(error, OSError) else f"{folder / INDEX} is no index"
+        raise ConfigError(
+            f"the review of {run_dir} is damaged ({what}); the run's checkpoints have the same "
+            "files, and resuming the run puts them back"
+        ) from error
     if len(found) < 2:
         raise ConfigError(
             f"{review_folder(run_dir)} has losses of fewer than two epochs; give the folder of a "

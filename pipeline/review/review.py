@@ -185,10 +185,16 @@ class Review:
         }
 
     def _on_main(self, work: Callable[[], None]) -> None:
-        try:
-            from_main(work, OSError)
-        except OSError as error:
-            raise CheckpointError(
-                f"the losses of sequences cannot be kept in {self._statistics.folder} ({error}); "
-                "make room there, or make the folder writable, then start the same command again"
-            ) from error
+        """Let rank 0 work; every rank raises what it raises."""
+
+        def told() -> None:
+            try:
+                work()
+            except OSError as error:
+                raise CheckpointError(
+                    f"the losses of sequences cannot be kept in {self._statistics.folder} "
+                    f"({error}); make room there, or make the folder writable, then start the same "
+                    "command again"
+                ) from error
+
+        from_main(told, CheckpointError)

@@ -15,7 +15,8 @@ def without_running_mean(
     """Each loss less the mean of its window of the epoch, in the order of training.
 
     Windows follow each other and do not overlap; the last one may be shorter. Losses that are not
-    finite count for no mean.
+    finite count for no mean, nor does 0, which a sequence with too few targets has: it stays below
+    all others, whatever the mean around it.
 
     Args:
         losses: `[sequences]` of an epoch over all of them.
@@ -27,6 +28,7 @@ def without_running_mean(
     for first in range(one.first_sample, one.end, window):
         numbers = order.numbers(first, min(window, one.end - first))
         now = losses[numbers].astype(np.float64)
-        finite = now[np.isfinite(now)]
-        result[numbers] = now - (finite.mean() if len(finite) else 0.0)
+        known = now[np.isfinite(now) & (now > 0)]
+        less = now - (known.mean() if len(known) else 0.0)
+        result[numbers] = np.where(now == 0, -np.inf, less)
     return result

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from data_prep.loading.review_order import Pass, ReviewOrder
 from data_prep.loading.selection import KeptSequences
 from foundation.durable_files import FileEntry, read_entry, sync_folder
+from foundation.shown_text import reason
 from model.errors import CheckpointError
 from pipeline.checkpoint.file_names import REVIEW
 from pipeline.checkpoint.files import Entries
@@ -22,7 +23,8 @@ from pipeline.review.files import (
     kept_name,
     losses_name,
     put_beside,
-    read_array,
+    read_kept,
+    read_losses,
     rescored_name,
     review_folder,
     write_array,
@@ -129,9 +131,10 @@ class Statistics:
         """
         name = kept_name(phase)
         if name in self._entries:
-            return KeptSequences(np.array(read_array(self.folder / name)), self._order.total)
+            total = self._order.total
+            return KeptSequences(np.array(read_kept(self.folder / name, total)), total)
         judgement = self._judgement(phase)
-        if strange := int(np.count_nonzero(~np.isfinite(judgement))):
+        if strange := int(np.count_nonzero(np.isnan(judgement) | (judgement == np.inf))):
             logger.warning("%d losses are not finite and count as the highest", strange)
         kept = KeptSequences.by_loss(judgement, self._schedule.dropped(phase))
         self._keep_file(name, kept.bits)
@@ -145,7 +148,7 @@ class Statistics:
         judges = self._schedule.judges(phase)
         total = np.zeros(self._order.total, np.float32)
         for one in judges:
-            losses = read_array(self.folder / losses_name(one.number))
+            losses: Losses = read_losses(self.folder / losses_name(one.number), len(total))
             if self._options.staleness == "subtract_running_mean":
                 losses = without_running_mean(
                     losses, one, self._order, self._options.running_mean_sequences
@@ -155,7 +158,7 @@ class Statistics:
         if len(judges) > 1:
             total /= np.float32(len(judges))
         if rescored_name(phase) in self._entries:
-            again = read_array(self.folder / rescored_name(phase))
+            again = read_losses(self.folder / rescored_name(phase), len(total))
             for start in range(0, len(total), _CHUNK):
                 part = again[start : start + _CHUNK]
                 np.copyto(total[start : start + _CHUNK], part, where=part != UNVISITED)
@@ -181,27 +184,30 @@ class Statistics:
         """Begin with what a checkpoint has; or with nothing.
 
         Raises:
-            CheckpointError: the checkpoint lacks what its position needs.
+            CheckpointError: the checkpoint lacks what its position needs; all is as it was then.
+            OSError: the run's folder cannot be written.
         """
+        complete: set[str] = set()
+        for one in self._schedule.passes:
+            if one.first_sample >= next_sample or checkpoint is None:
+                break
+            losses = _from_checkpoint(checkpoint, losses_name(one.number), read_losses, self._order)
+            if one.end > next_sample:
+                self._going_on[one.number] = np.array(losses)
+            else:
+                complete.add(losses_name(one.number))
+            if one.chosen:
+                _from_checkpoint(checkpoint, kept_name(one.phase), read_kept, self._order)
+                complete.add(kept_name(one.phase))
+            if self._schedule.rescored(one.phase) is not None:
+                _from_checkpoint(checkpoint, rescored_name(one.phase), read_losses, self._order)
+                complete.add(rescored_name(one.phase))
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("losses_epoch_*", "rescored_phase_*", "kept_phase_*"):
             for path in self.folder.glob(name):
                 path.unlink()
-        for one in self._schedule.passes:
-            if one.first_sample >= next_sample or checkpoint is None:
-                break
-            source = checkpoint / REVIEW / losses_name(one.number)
-            names = [losses_name(one.number)] + [kept_name(one.phase)] * one.chosen
-            names += [rescored_name(one.phase)] * (self._schedule.rescored(one.phase) is not None)
-            if missing := [n for n in names if not (checkpoint / REVIEW / n).is_file()]:
-                raise CheckpointError(
-                    f"{checkpoint} has no {REVIEW}/{missing[0]}, without which data.review cannot "
-                    "go on; use another checkpoint"
-                )
-            if one.end > next_sample:
-                self._going_on[one.number] = np.array(read_array(source))
-                names = names[1:]
-            for name in set(names) - set(self._entries):
+        if checkpoint is not None:
+            for name in complete:
                 put_beside(checkpoint / REVIEW / name, self.folder / name)
                 self._entries[name] = read_entry(self.folder / name)
         self._write_index()
@@ -233,3 +239,25 @@ class Statistics:
                 "files": files,
             },
         )
+
+
+def _from_checkpoint(
+    checkpoint: Path, name: str, read: Callable[[Path, int], NDArray[Any]], order: ReviewOrder
+) -> NDArray[Any]:
+    """An array of a checkpoint, without which a run cannot go on.
+
+    Raises:
+        CheckpointError: it is missing, or is none of this run.
+    """
+    path = checkpoint / REVIEW / name
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint} has no {REVIEW}/{name}, without which data.review cannot go on; use "
+            "another checkpoint"
+        )
+    try:
+        return read(path, order.total)
+    except OSError as error:
+        raise CheckpointError(
+            f"the review of {checkpoint} is damaged ({reason(error)}); use another checkpoint"
+        ) from error

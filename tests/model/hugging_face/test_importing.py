@@ -316,6 +316,19 @@ def test_incomplete_and_foreign_files_are_refused(copied: Path) -> None:
         LlamaFolder(copied)
 
 
+def test_a_memory_of_another_width_or_for_no_memory_says_what_to_set(copied: Path) -> None:
+    """Nothing is wrong with the folder then, so no whole model is asked for."""
+    path = copied / "model.safetensors"
+    hidden = fitting_config(copied, 2).hidden_size
+    memory = {"initial": torch.zeros(1, hidden), "summary": torch.zeros(1, hidden)}
+    memory |= {name: torch.zeros(5, hidden) for name in ("query", "key")}
+    save_file(load_file(path) | {f"memory.{name}": held for name, held in memory.items()}, path)
+    LlamaFolder(copied).check(fitting_config(copied, 2, memory={"segment": 8, "width": 5}))
+    with pytest.raises(ConfigError, match=r"set model\.memory\.width=5$"):
+        LlamaFolder(copied).check(fitting_config(copied, 2, memory={"segment": 8, "width": 7}))
+    assert _refusal(copied).endswith("or set model.memory as its config.json has it")
+
+
 def test_a_missing_shard_and_a_damaged_index_are_named(tmp_path: Path) -> None:
     """Of several files the one that is gone is named; so is an index that cannot be read."""
     save_llama(tmp_path / "llama", shard_size="20KB")

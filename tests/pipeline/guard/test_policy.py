@@ -80,7 +80,11 @@ def test_each_kind_follows_its_own_key() -> None:
 def test_stop_names_step_batch_and_key() -> None:
     """With what to do."""
     guard, _ = _guard(on_spike="stop")
-    with pytest.raises(TrainingError, match=r"step 11: .* \(batch 12\), and train.on_spike=stop"):
+    with pytest.raises(
+        TrainingError,
+        match=r"step 11: .* \(batch 12\), and train.on_spike=stop; .*"
+        r"data.skip_batches \(not with data.review\)",
+    ):
         _spike(guard)
 
 

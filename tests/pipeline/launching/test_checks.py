@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint.resume_point import model_problems
+from pipeline.config.run_config import load_config
 from tests.support.training_runs import run_job
 
 MISTAKES = {
@@ -41,3 +43,15 @@ def test_a_checkpoint_of_another_model_is_refused(config: Path, tmp_path: Path) 
     assert outcome.codes == [2]
     assert "model.ffn_hidden_size: saved with 64, this run has 32" in outcome.errors[0]
     assert run_job(tmp_path, [*command, "--resume", "none"]).codes == [0]
+
+
+def test_of_a_memory_the_key_that_differs_is_told(config: Path) -> None:
+    """Not all of its keys as they were and as they are."""
+    data = ["data.sequence_length=64"]
+    before, after, without = (
+        load_config(config, [*data, f"model.memory={memory}"])
+        for memory in ("{segment: 8, bptt: 1}", "{segment: 8, bptt: 2}", "null")
+    )
+    assert model_problems(before, after) == ["model.memory.bptt: saved with 1, this run has 2"]
+    assert len(model_problems(before, without)) == 1
+    assert len(model_problems(without, after)) == 1

@@ -105,6 +105,21 @@ def test_a_run_resumed_anywhere_goes_on_to_the_bit(
         np.testing.assert_array_equal(found[name], array)
 
 
+def test_other_keys_of_the_review_are_refused_by_their_names(
+    straight: Path, config: Path, tmp_path: Path
+) -> None:
+    """At a resume; a run without phases does not go on with one that has them, either."""
+    command = [str(config), "--resume", str(saved_at(straight, 3)), "--set", *SETTINGS, *ONE]
+    command += [f"run.dir={tmp_path / 'run'}"]
+    for change, told in (
+        (["data.review.min_targets=5"], "data.review: saved with other min_targets than this"),
+        (["data.review=null", "train.steps=9"], "saved with phases, and this run has no phases"),
+    ):
+        outcome = run_job(tmp_path, [*command, *change])
+        assert outcome.codes == [2], outcome.output
+        assert told in outcome.errors[0]
+
+
 @pytest.mark.parametrize(
     "layout",
     [

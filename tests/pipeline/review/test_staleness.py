@@ -55,6 +55,36 @@ def test_each_window_has_its_own_mean() -> None:
     np.testing.assert_allclose(found, [-1, 0, 1, np.inf, -0.5, 0.5, np.nan, np.nan, -1, 1])
 
 
+def test_a_sequence_without_targets_stays_below_all_others() -> None:
+    """It has no loss, so none is taken off and it counts for no mean; whatever is around it."""
+    schedule = ReviewSchedule(ReviewSection(), 8)
+    order = schedule.order([8], "f", 3)
+    one, numbers = schedule.passes[0], order.numbers(0, 8)
+    losses = np.zeros(8, np.float32)
+    losses[numbers] = [8, 6, 7, 0, 1, 0, 0, 3]
+    found = without_running_mean(losses, one, order, 4)[numbers]
+    np.testing.assert_allclose(found, [1, -1, 0, -np.inf, -1, -np.inf, -np.inf, 1])
+
+
+def test_sequences_without_targets_go_first_and_are_not_called_infinite(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the mean around the others is far higher than around them."""
+    phases = (ReviewPhase(name="learn"), ReviewPhase(name="focus", drop_percent=25.0))
+    section = ReviewSection(
+        phases=phases, staleness="subtract_running_mean", running_mean_sequences=4
+    )
+    schedule = ReviewSchedule(section, 8)
+    order = schedule.order([8], "f", 3)
+    statistics = Statistics(tmp_path, section, schedule, order)
+    statistics.restore(None, 0)
+    statistics.record(0, np.array([9, 1, 9, 9, 2, 0, 2, 0], np.float32))
+    kept = statistics.select(1)
+    gone = set(range(8)) - set(kept(np.arange(kept.count)).tolist())
+    assert gone == set(order.numbers(0, 8)[[5, 7]].tolist())
+    assert "not finite" not in caplog.text
+
+
 @pytest.mark.parametrize(("percent", "read"), [(100.0, 101), (50.0, 51), (0.1, 1)])
 def test_so_many_sequences_are_read_again(percent: float, read: int) -> None:
     """Those that came first in the epoch that judges; before choices and no other phase."""
