@@ -84,6 +84,7 @@ def _fits(found: Mapping[str, Tensor], config: ModelConfig) -> bool:
         and memories.dim() == 2
         and memories.shape[1] == config.hidden_size
         and len(memories) <= sizes.cache
+        and bool(memories.isfinite().all())
         and all(ids.dtype == torch.long and ids.dim() == 1 for ids in tokens)
         and len(before) == (sizes.recent if len(memories) else 0)
         and len(segment) < sizes.segment

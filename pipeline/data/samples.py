@@ -148,10 +148,13 @@ def describe_samples(config: RunConfig, loader: TokenLoader, state: TrainState) 
     if len(sequences) == 1 and data.weight_phases:
         (name,) = sequences
         lines.append(f"no effect     data weights: {name} is the only source of these shards")
-    if len(sequences) > 1 and data.review is None:
-        for segment in loader.mixture.segments:
-            shares = ", ".join(f"{name} {segment.share(name):.2%}" for name in sequences)
-            lines.append(f"mixture from sample {segment.first_sample:,}: {shares}")
+    if len(sequences) > 1:
+        if data.review is None:
+            for segment in loader.mixture.segments:
+                shares = ", ".join(f"{name} {segment.share(name):.2%}" for name in sequences)
+                lines.append(f"mixture from sample {segment.first_sample:,}: {shares}")
+        elif any(source.weight is not None for source in loader.shards.manifest.sources):
+            lines.append("no effect     weights of the shards: data.review goes over all alike")
         sizes = ", ".join(f"{name} {count:,}" for name, count in sequences.items())
         lines.append(
             f"sequences of {data.sequence_length:,} tokens in an epoch of each source: {sizes}"

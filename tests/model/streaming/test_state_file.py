@@ -78,6 +78,7 @@ def test_another_models_file_is_refused(path: Path, tmp_path: Path) -> None:
         {"memories": torch.zeros(4, 32, dtype=torch.float64)},
         {"memories": torch.zeros(2, 32, dtype=torch.long)},
         {"memories": torch.zeros(0, 32, dtype=torch.float64)},
+        {"memories": torch.full((2, 32), float("nan"), dtype=torch.float64)},
         {"before": torch.tensor([[1, 2, 3, 4]])},
         {"before": torch.tensor([1, 2, 3])},
         {"segment": torch.tensor([1, 2, 20])},
@@ -87,7 +88,7 @@ def test_another_models_file_is_refused(path: Path, tmp_path: Path) -> None:
     ],
 )
 def test_tensors_that_no_text_leaves_are_refused(path: Path, changed: dict[str, Tensor]) -> None:
-    """Shapes, types and ids."""
+    """Shapes, types, numbers and ids."""
     with safe_open(path, framework="pt") as file:
         told = file.metadata()
     save_file(load_file(path) | changed, path, metadata=told)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_prep import shard
@@ -16,8 +17,8 @@ from tests.support.training_runs import metrics_without_times, run_job
 SCHEDULE = "[{step: 0, weights: {prose: 1, code: 1}}, {step: 4, weights: {prose: 1, code: 7}}]"
 
 
-def make_set(folder: Path, count: int) -> Path:
-    """A set of two sources, as bytes."""
+def make_set(folder: Path, count: int, prose: str = "", code: str = "") -> Path:
+    """A set of two sources, as bytes; each with more keys of its own if given."""
     for name, word in (("prose", "word"), ("code", "def ")):
         lines = [
             json.dumps({"text": f"{number} " + word * (1 + number * 7 % 13)})
@@ -28,8 +29,8 @@ def make_set(folder: Path, count: int) -> Path:
     file = folder / "set.yaml"
     file.write_text(
         f"{{output: {folder / 'set'}, tokenizer: bytes, validation_fraction: 0.2, sources: ["
-        f"{{name: prose, input: {folder / 'prose.jsonl'}}},"
-        f"{{name: code, input: {folder / 'code.jsonl'}}}]}}"
+        f"{{name: prose, input: {folder / 'prose.jsonl'} {prose}}},"
+        f"{{name: code, input: {folder / 'code.jsonl'} {code}}}]}}"
     )
     assert shard.main(["--config", str(file), "--workers", "1"]) == 0
     return folder / "set"
@@ -50,6 +51,22 @@ def train(
     )
     assert set(outcome.codes) == {0}, outcome.output
     return metrics_without_times(run_dir)
+
+
+@pytest.mark.stress
+def test_a_review_goes_over_all_sources_alike_and_says_so(config: Path, tmp_path: Path) -> None:
+    """Whatever weights the shards bring along: these are of no effect."""
+    weighted = make_set(tmp_path / "weighted", 12, prose=", weight: 9", code=", weight: 1")
+    settings = [f"data.shards={weighted}", "train.steps=null", "eval.every_steps=0"]
+    settings += ["data.review={phases: [{name: all}]}", "parallel.zero=0", "log.interval=100"]
+    train(config, tmp_path / "run", settings)
+    log = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
+    assert "no effect     weights of the shards: data.review goes over all alike" in log
+    sizes = re.search(r"in an epoch of each source: prose (\d+), code (\d+)", log)
+    assert sizes is not None
+    losses = np.load(tmp_path / "run" / "review" / "losses_epoch_01.npy")
+    assert len(losses) == int(sizes[1]) + int(sizes[2])
+    assert (losses > 0).all()
 
 
 def test_a_scheduled_mixture_resumes_exactly(config: Path, mixed: Path, tmp_path: Path) -> None:
