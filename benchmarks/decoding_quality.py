@@ -5,12 +5,16 @@
 logarithm of the probability that head 1 gives a token of the text, *perplexity* its exponential,
 *repeated* the share of a text's 4-grams that it has had before, *distinct* the share of its pairs
 of tokens that are different. A high probability is no praise by itself: texts that repeat have one.
-Forwards are those of all texts together. `--quick` takes few tokens, prints, and writes nothing.
+Forwards are those of all texts together. *Memory* is what a way adds at its peak to a process.
+*Right* is pass@1 of something else: the share of questions of benchmarks/studies/polynomials that
+an export of that study, `--arithmetic`, answers right by these ways, its own heads drafting.
+`--quick` takes few tokens, prints, and writes nothing.
 """
 
 import argparse
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +28,9 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 from benchmarks.decoding import PROMPTS
+from benchmarks.grown_memory import grown_mib
+from benchmarks.studies.polynomials.problems import make_problem
+from benchmarks.studies.polynomials.ring import SIZE
 from benchmarks.tables import machine_line, replace_section
 from model.beams.hypotheses import Beam, BeamSettings
 from model.beams.search import beam_search
@@ -42,6 +49,7 @@ from model.joint_decoding.rule import JointRule
 
 SAMPLED = Sampling(temperature=1.0)
 DRAFTS = 3
+_OPERATIONS = 2  # of a question, at most; what the study trains
 
 
 class Texts(NamedTuple):
@@ -108,6 +116,27 @@ class Row(NamedTuple):
     tokens_per_s: float
     forwards: int
     draft_forwards: int
+    memory_mib: float
+    right: float | None
+
+
+class Questions(NamedTuple):
+    """What an export of the study of polynomials is asked.
+
+    Attributes:
+        task: its prompts.
+        answers: the right texts.
+        spelled: text of tokens.
+    """
+
+    task: Task
+    answers: list[str]
+    spelled: Callable[[list[int]], str]
+
+    def right(self, way: Way) -> float:
+        """The share that a way of decoding answers right at once."""
+        given = map(self.spelled, way.run(self.task).tokens)
+        return sum(a == b for a, b in zip(given, self.answers, strict=True)) / len(self.answers)
 
 
 def ways(*, drafter: bool) -> list[Way]:
@@ -246,8 +275,10 @@ def _logprobs(ranked: Sequence[Sequence[Beam]]) -> list[list[float]]:
     return [list(beams[0].logprobs) for beams in ranked]
 
 
-def measure(way: Way, task: Task, rounds: int) -> Row:
+def measure(way: Way, task: Task, rounds: int, questions: Questions | None) -> Row:
     """The texts, which are the same in every round, and the fastest round's time."""
+    short = task._replace(prompts=task.prompts[:1], new_tokens=2)
+    memory_mib = grown_mib(lambda: way.run(short), lambda: way.run(task))
     seconds = math.inf
     for _ in range(rounds):
         start = time.process_time()
@@ -267,6 +298,8 @@ def measure(way: Way, task: Task, rounds: int) -> Row:
         count / seconds,
         texts.forwards,
         texts.draft_forwards,
+        memory_mib,
+        questions.right(way) if questions is not None and "draft model" not in way.name else None,
     )
 
 
@@ -285,12 +318,13 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
         "| decoding | class | log p | perplexity | repeated | distinct | tokens/s | forwards | of "
-        "the draft model |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "the draft model | memory, MiB | right |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.name} | {row.kind} | {row.log_p:.3f} | {row.perplexity:.2f} | {row.repeated:.2f} "
-        f"| {row.distinct:.2f} | {row.tokens_per_s:,.0f} | {row.forwards} | {row.draft_forwards} |"
+        f"| {row.distinct:.2f} | {row.tokens_per_s:,.0f} | {row.forwards} | {row.draft_forwards} "
+        f"| {row.memory_mib:.1f} | {'-' if row.right is None else f'{row.right:.3f}'} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -302,11 +336,24 @@ def _task(loaded: LoadedNetwork, draft: Path | None, new_tokens: int, texts: int
     return Task(loaded.network, drafter, prompts, loaded.eos_ids, new_tokens)
 
 
+def _questions(export: Path, count: int) -> Questions:
+    """The same ones each time, of one and two operations."""
+    loaded, generator = load_network(export), random.Random(1_000)
+    problems = [make_problem(generator, 1 + n % _OPERATIONS) for n in range(count)]
+    prompts = [loaded.tokenizer.encode(problem.question).ids for problem in problems]
+    task = Task(loaded.network, None, prompts, loaded.eos_ids, SIZE)
+    return Questions(task, [problem.answer for problem in problems], loaded.tokenizer.decode)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, prog="decoding_quality.py")
     parser.add_argument("export", type=Path)
     parser.add_argument("--draft", type=Path, metavar="EXPORT2", help="a smaller model (none)")
+    parser.add_argument(
+        "--arithmetic", type=Path, metavar="EXPORT3", help="of the study of polynomials (none)"
+    )
+    parser.add_argument("--questions", type=int, default=400, help="that it is asked")
     parser.add_argument("--output", type=Path, help="where README.md and results/ are (nowhere)")
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each text")
@@ -316,11 +363,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if options.quick:
         options.texts, options.tokens, options.rounds, options.output = 2, 6, 1, None
+        options.questions = 4
     loaded = load_network(options.export)
     task = _task(loaded, options.draft, options.tokens, options.texts)
+    questions = None
+    if options.arithmetic is not None:
+        questions = _questions(options.arithmetic, options.questions)
     rows = []
     for way in ways(drafter=task.drafter is not None):
-        rows.append(measure(way, task, options.rounds))
+        rows.append(measure(way, task, options.rounds, questions))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))
     if options.output is None:
@@ -335,6 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         + f". {options.texts} texts of at most {options.tokens} new tokens, {DRAFTS} drafts, "
         f"by heads {task.heads - 1}."
     )
+    if questions is not None:
+        intro += f" Right: of {options.questions} questions."
     replace_section(
         options.output / "README.md", "decoding_quality cpu", f"{intro}\n\n{table(rows)}"
     )

@@ -19,10 +19,13 @@ class Candidate(NamedTuple):
     Attributes:
         cell: its number; None = its parent was not kept, so it has none.
         mass: of q on it, its parent kept or not.
+        rest: of q outside of it and of those before it, where draws are without replacement. None =
+            what 1 leaves without their masses, of which rounding may leave nothing that is right.
     """
 
     cell: int | None
     mass: Any
+    rest: Any = None
 
 
 class LayerVerdict(NamedTuple):
@@ -66,6 +69,15 @@ def without(law: Law, cell: int) -> Law:
     return left / total if total > 0 else left
 
 
+def rests(law: Law, cells: Sequence[int]) -> list[Any]:
+    """What a law has outside of the first cell, of the first two, ..: sums, not differences."""
+    left, found = copy.deepcopy(law), []
+    for cell in cells:
+        left[cell] = 0
+        found.append(left.sum())
+    return found
+
+
 def accept_layer(
     target: Law,
     draft: Law,
@@ -92,9 +104,9 @@ def accept_layer(
         distinct: beams are to be without replacement, too.
     """
     wanted = left = target
-    q, gone, tried = draft, 0, 0
+    q, rest, tried = draft, 1, 0
     kept: list[int] = []
-    for number, (cell, mass) in enumerate(candidates):
+    for number, (cell, mass, outside) in enumerate(candidates):
         if len(kept) == width:
             break
         tried += 1
@@ -105,9 +117,9 @@ def accept_layer(
         else:
             left = residual(left, q)
         if distinct:
-            gone = gone + mass
-            draft = copy.deepcopy(draft)
+            rest = rest - mass if outside is None else outside
             if cell is not None:
+                draft = copy.deepcopy(draft)
                 draft[cell] = 0
-            q = draft / (1 - gone) if gone < 1 else draft
+            q = draft / rest if rest > 0 else draft
     return LayerVerdict(kept, tried, left, wanted)

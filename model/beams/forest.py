@@ -103,21 +103,21 @@ class ForestReader(BeamReader):
         """Nodes lie after their row's beam by number, at the positions that their depths give."""
         device, lengths = self.network.device, self.cache.lengths.unsqueeze(1)
         most = max(starts) + size
-        depths, seen = [], []
+        depths: list[list[int]] = []
+        seen: list[tuple[int, ...]] = []
         for tree, start in zip(trees, starts, strict=True):
             lines = _padded(tree.lines[start:], size, ())
             depths.append([max(len(line) - 1, 0) for line in lines])
             # What stands for no node sees itself alone, besides the beam.
-            seen.append([line or (start + column,) for column, line in enumerate(lines)])
-        visible = torch.zeros(len(trees), size, most, dtype=torch.bool)
-        for row, lines in enumerate(seen):
-            for column, line in enumerate(lines):
-                visible[row, column, list(line)] = True
+            seen += [line or (start + column,) for column, line in enumerate(lines)]
+        visible = torch.zeros(len(seen), most, dtype=torch.bool)
+        who = [number for number, line in enumerate(seen) for _ in line]
+        visible[who, [node for line in seen for node in line]] = True
         width = wide_enough(self._used + most, self.cache.capacity)
         numbers = self.network.numbers(width)
         unseen = (numbers >= lengths).unsqueeze(1).repeat(1, size, 1)
         nodes = (lengths + numbers[:most]).unsqueeze(1).expand(-1, size, -1)
-        unseen.scatter_(2, nodes, ~visible.to(device))
+        unseen.scatter_(2, nodes, ~visible.view(-1, size, most).to(device))
         positions = lengths + torch.tensor(depths, device=device)
         places = lengths + torch.tensor(list(starts), device=device).unsqueeze(1) + numbers[:size]
         return self.network.block(self.cache, positions, places, unseen, width)

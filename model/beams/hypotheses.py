@@ -97,27 +97,46 @@ class Layer(NamedTuple):
         return self.scores.flatten().softmax(0)
 
 
-def next_layer(scores: Sequence[float], logits: Tensor, sampling: RowSampling) -> Layer:
-    """The layer after some beams, in logarithms and fp64.
+class Following(NamedTuple):
+    """What a model says may follow some beams, in logarithms and fp64.
+
+    Attributes:
+        chosen: `[beams, V]` the distributions that the sampling makes.
+        own: `[beams, V]` those of head 1 itself.
+    """
+
+    chosen: Tensor
+    own: Tensor
+
+    def split(self, counts: Sequence[int]) -> "list[Following]":
+        """Of the first so many beams, of the next so many, .."""
+        pairs = zip(self.chosen.split(list(counts)), self.own.split(list(counts)), strict=True)
+        return [Following(chosen, own) for chosen, own in pairs]
+
+    def layer(self, scores: Sequence[float]) -> Layer:
+        """The layer after the beams, which have these scores."""
+        before = torch.tensor(list(scores), dtype=torch.float64, device=self.own.device)
+        return Layer(before.unsqueeze(1) + self.chosen, self.own)
+
+
+def following(logits: Tensor, sampling: RowSampling) -> Following:
+    """What may follow beams of any texts.
 
     Args:
-        scores: of the beams.
         logits: `[beams, V]` after each, by head 1.
-        sampling: of the one text.
+        sampling: of every text.
 
     Raises:
         CheckpointError: the logits are not finite.
     """
     logits = logits.double()
     own = logits.log_softmax(-1)
-    warped = own
+    chosen = own
     if not sampling.greedy:
-        warped = sampling.distributions(logits.unsqueeze(0)).squeeze(0).log()
-    before = torch.tensor(list(scores), dtype=torch.float64, device=logits.device)
-    layer = Layer(before.unsqueeze(1) + warped, own)
-    if bool(layer.scores.isnan().any()):
+        chosen = sampling.log_distributions(logits.unsqueeze(0)).squeeze(0)
+    if bool(chosen.isnan().any()):
         raise unsound()
-    return layer
+    return Following(chosen, own)
 
 
 class BeamText:
@@ -178,12 +197,18 @@ class BeamText:
         Returns:
             The parent of each beam that goes on.
         """
-        settings = self.settings
-        most = (1 + max(1, len(settings.eos_ids))) * settings.width
-        best = layer.scores.flatten().topk(min(most, layer.scores.numel()))
-        cells = layer.cells(best.indices.tolist())
-        beams = [self._grown(cell) for cell in cells]
-        ended = [self.ends(beam.tokens) for beam in beams]
+        settings, most = self.settings, layer.scores.numel()
+        looked_at = (1 + max(1, len(settings.eos_ids))) * settings.width
+        while True:
+            best = layer.scores.flatten().topk(min(looked_at, most))
+            cells = layer.cells(best.indices.tolist())
+            beams = [self._grown(cell) for cell in cells]
+            ended = [self.ends(beam.tokens) for beam in beams]
+            # Tokens that complete a stop string may be any number of the likeliest.
+            few = ended.count(False) < settings.width
+            if not few or looked_at >= most or self.layers_left == 1:
+                break
+            looked_at *= 4
         self.ended += [beams[n] for n in range(min(settings.width, len(beams))) if ended[n]]
         self.ended = self.ranked()[: settings.width]
         going = [n for n, has in enumerate(ended) if not has][: settings.width]

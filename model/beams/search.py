@@ -6,7 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.beams.hypotheses import Beam, BeamSettings, BeamText, Cell, Layer, next_layer
+from model.beams.hypotheses import (
+    Beam,
+    BeamSettings,
+    BeamText,
+    Cell,
+    Following,
+    Layer,
+    following,
+)
 from model.beams.reader import BeamReader
 from model.decoding.sampling import RowSampling, RowUniforms, draw
 from model.inference.network import Network
@@ -47,7 +55,7 @@ def draw_cells(law: Tensor, count: int, uniforms: RowUniforms, *, distinct: bool
     """
     numbers = uniforms.next(count)[0]
     if not distinct:
-        return draw(law.expand(count, -1), numbers).tolist()
+        return draw(law, numbers).tolist()
     left, drawn = law.clone(), []
     for number in numbers:
         if not bool(left.sum() > 0):
@@ -63,14 +71,13 @@ class _Search:
     def __init__(self, settings: BeamSettings, seed: int, device: torch.device) -> None:
         self.text = BeamText(settings)
         self.widths: list[int] = []
-        self._sampling = RowSampling([settings.sampling], device)
         self._uniforms = RowUniforms([seed], device)
 
-    def grow(self, logits: Tensor) -> list[int]:
-        """The next layer, from logits `[live, V]`; the parent of each beam that goes on."""
+    def grow(self, said: Following) -> list[int]:
+        """The next layer, from what may follow those live; the parent of each that goes on."""
         text = self.text
-        layer = next_layer([beam.score for beam in text.live], logits, self._sampling)
-        if self._sampling.greedy:
+        layer = said.layer([beam.score for beam in text.live])
+        if text.settings.sampling.greedy:
             self.widths.append(min(text.settings.width, layer.scores.numel()))
             return text.grow_best(layer)
         cells = self._drawn(layer)
@@ -109,13 +116,15 @@ def beam_search(
     searches = [_Search(settings, seed, network.device) for seed in numbers]
     longest = max(map(len, prompts)) + settings.max_new_tokens
     reader = BeamReader(network, len(prompts) * settings.width, longest)
+    sampling = RowSampling([settings.sampling], network.device)
     logits = reader.read(prompts)[0]
     while True:
         rows, first = [], 0
-        for search in searches:
+        counts = [len(search.text.live) for search in searches]
+        for search, said in zip(searches, following(logits, sampling).split(counts), strict=True):
             live = len(search.text.live)
             if live:
-                rows += [first + parent for parent in search.grow(logits[first : first + live])]
+                rows += [first + parent for parent in search.grow(said)]
             first += live
         if not rows:
             break

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from model.beams.drafters import Drafter, HeadsDrafter, ModelDrafter
 from model.beams.forest import ForestReader, Tree
-from model.beams.hypotheses import Beam, BeamSettings
+from model.beams.hypotheses import Beam, BeamSettings, following
 from model.beams.speculative_text import Speculation, SpeculativeText
+from model.decoding.sampling import RowSampling
 from model.inference.network import Network
 
 
@@ -105,6 +106,7 @@ class SpeculativeDecoder:
         self.texts = [
             SpeculativeText(settings, speculation, seed, network.device) for seed in seeds
         ]
+        self._sampling = RowSampling([settings.sampling], network.device)
         depth = speculation.drafts
         assert drafter is not None or depth < network.num_heads, (depth, network.num_heads)
         rows = len(prompts) * settings.width
@@ -119,8 +121,9 @@ class SpeculativeDecoder:
         )
         logits = self.reader.read(prompts, self.drafter.heads)
         self.drafter.read(prompts, logits)
+        said = following(logits[0], self._sampling).split([1] * len(prompts))
         for number, text in enumerate(self.texts):
-            text.draw_first(logits[0, number : number + 1], number)
+            text.draw_first(said[number], number)
         rows_now = [place.row for text in self.texts for place in text.places]
         self.reader.take(rows_now)
         self.drafter.begin(rows_now)
@@ -139,9 +142,12 @@ class SpeculativeDecoder:
             first += len(text.text.live)
         self._draft(trees)
         read = self.reader.read_nodes(trees, [0] * len(trees), self.drafter.heads)
-        for text in self.texts:
-            if text.text.live:
-                text.verify(read)
+        while judged := [text for text in self.texts if text.unjudged]:
+            places = [place for text in judged for place in text.unjudged]
+            said = following(read.at(places), self._sampling)
+            counts = [len(text.unjudged) for text in judged]
+            for text, of_text in zip(judged, said.split(counts), strict=True):
+                text.judge(of_text)
         places = [place for text in self.texts if text.text.live for place in text.places]
         if places:
             self.reader.take_paths(trees, places)
@@ -160,11 +166,10 @@ class SpeculativeDecoder:
             else:
                 logits = self.drafter.nodes(trees, starts, places)
             starts = [len(tree.tokens) for tree in trees]
-            first = 0
-            for text, front in zip(self.texts, fronts, strict=True):
+            said = following(logits, self._sampling).split([len(front) for front in fronts])
+            for text, front, of_text in zip(self.texts, fronts, said, strict=True):
                 if front:
-                    text.draft(logits[first : first + len(front)], trees)
-                first += len(front)
+                    text.draft(of_text, trees)
 
     def _before(self) -> list[int]:
         """The token before the last one of each live beam."""

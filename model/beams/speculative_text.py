@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.beams.acceptance import Candidate, accept_layer
-from model.beams.forest import NodesRead, Place, Tree
-from model.beams.hypotheses import Beam, BeamSettings, BeamText, Layer, next_layer
+from model.beams.acceptance import Candidate, accept_layer, rests
+from model.beams.forest import Place, Tree
+from model.beams.hypotheses import Beam, BeamSettings, BeamText, Following, Layer
 from model.beams.search import draw_cells
 from model.beams.widths import kept_counts, reached_width, trial_chances
-from model.decoding.sampling import RowSampling, RowUniforms
+from model.decoding.sampling import RowUniforms
 
 
 class Speculation(NamedTuple):
@@ -41,12 +41,16 @@ class DraftLayer(NamedTuple):
         law: `[parents, V]` q_beam.
         drawn: cells of it, in the order of their draws.
         nodes: the same as nodes; None = the beam ends there.
+        masses: of the law on the drawn cells.
+        rests: what the law has outside of each and of those before it; None = not of use.
     """
 
     parents: list[Place]
     law: Tensor
     drawn: list[int]
     nodes: list[Place | None]
+    masses: list[float]
+    rests: list[float | None]
 
 
 class SpeculativeText:
@@ -61,6 +65,7 @@ class SpeculativeText:
     Attributes:
         text: the beams.
         places: of each live beam, the node that its last token follows.
+        unjudged: the nodes of the beams whose next layer is to be judged; none = the round is over.
         widths: of every layer.
         rounds: layers of each round.
         tried: of each depth, candidates that were looked at.
@@ -72,22 +77,23 @@ class SpeculativeText:
     ) -> None:
         self.text = BeamText(settings)
         self.places: list[Place] = []
+        self.unjudged: list[Place] = []
         self.widths: list[int] = []
         self.rounds: list[int] = []
         self.tried: list[int] = []
         self.kept: list[int] = []
         self._speculation = speculation
-        self._sampling = RowSampling([settings.sampling], device)
         self._uniforms = RowUniforms([seed], device)
         self._drafted: list[DraftLayer] = []
-        self._roots: list[Place] = []
+        self._judged = 0
         self._front: list[tuple[Place, Beam]] = []
 
     def begin_round(self, first_row: int) -> None:
         """Its beams are the roots of the rows from `first_row` on; nothing is drafted yet."""
         self._drafted = []
-        self._roots = [Place(first_row + number, 0) for number in range(len(self.text.live))]
-        self._front = list(zip(self._roots, self.text.live, strict=True))
+        self._judged = 0
+        self.unjudged = [Place(first_row + number, 0) for number in range(len(self.text.live))]
+        self._front = list(zip(self.unjudged, self.text.live, strict=True))
 
     def front(self, depth: int) -> list[Place]:
         """The nodes from which the next layer is drafted; none where it would be of no use.
@@ -97,15 +103,15 @@ class SpeculativeText:
         """
         return [place for place, _ in self._front] if self.text.layers_left > depth + 1 else []
 
-    def draft(self, logits: Tensor, trees: Sequence[Tree]) -> None:
+    def draft(self, said: Following, trees: Sequence[Tree]) -> None:
         """Draw W beams of the next layer from the drafter's p_beam; they become nodes.
 
         Args:
-            logits: `[front, V]` of the drafter.
+            said: by the drafter, of the front.
             trees: of all rows.
         """
         settings = self.text.settings
-        layer = next_layer([beam.score for _, beam in self._front], logits, self._sampling)
+        layer = said.layer([beam.score for _, beam in self._front])
         law = layer.law()
         drawn = draw_cells(law, settings.width, self._uniforms, distinct=settings.distinct)
         nodes: list[Place | None] = []
@@ -120,32 +126,38 @@ class SpeculativeText:
             nodes.append(place)
             front.append((place, beam))
         parents = [place for place, _ in self._front]
-        self._drafted.append(DraftLayer(parents, law.view(layer.scores.shape), drawn, nodes))
+        masses = law[drawn].tolist()
+        outside = rests(law, drawn) if settings.distinct else [None] * len(drawn)
+        self._drafted.append(
+            DraftLayer(parents, law.view(layer.scores.shape), drawn, nodes, masses, outside)
+        )
         self._front = front
 
-    def verify(self, read: NodesRead) -> None:
-        """Grow the beams by the layers that are kept, and by one that is drawn.
+    def judge(self, said: Following) -> None:
+        """Grow the beams by a layer: of drafts, while layers are filled by them, then a drawn one.
 
         Args:
-            read: the model's forward over all trees.
+            said: by the model, of the nodes `unjudged`.
         """
-        places, before = self._roots, len(self.widths)
-        for depth, drafted in enumerate(self._drafted):
-            if not (places := self._verify_layer(depth, drafted, places, read)):
-                break
+        depth, layer = self._judged, said.layer([beam.score for beam in self.text.live])
+        self._judged += 1
+        if depth < len(self._drafted):
+            self.unjudged = self._verify_layer(depth, self._drafted[depth], layer)
         else:
-            self._draw_layer(self._layer(read.at(places)), places)
-        self.rounds.append(len(self.widths) - before)
-        if self._speculation.one_beam and self.text.live:
-            self._keep_best()
+            self._draw_layer(layer, self.unjudged)
+            self.unjudged = []
+        if not self.unjudged:
+            self._end_round()
 
-    def draw_first(self, logits: Tensor, row: int) -> None:
-        """The layer after the prompt, which nobody drafts; `logits` are `[1, V]`."""
-        self._draw_layer(self._layer(logits), [Place(row, 0)])
+    def draw_first(self, said: Following, row: int) -> None:
+        """The layer after the prompt, which nobody drafts."""
+        self._draw_layer(said.layer([beam.score for beam in self.text.live]), [Place(row, 0)])
         self.rounds.append(1)
 
-    def _layer(self, logits: Tensor) -> Layer:
-        return next_layer([beam.score for beam in self.text.live], logits, self._sampling)
+    def _end_round(self) -> None:
+        self.rounds.append(self._judged)
+        if self._speculation.one_beam and self.text.live:
+            self._keep_best()
 
     def _draw_layer(self, layer: Layer, places: Sequence[Place]) -> None:
         """A layer without drafts is W wide."""
@@ -161,28 +173,23 @@ class SpeculativeText:
         self.places = [places[cells[number].parent] for number in going]
         return going
 
-    def _verify_layer(
-        self, depth: int, drafted: DraftLayer, places: list[Place], read: NodesRead
-    ) -> list[Place]:
+    def _verify_layer(self, depth: int, drafted: DraftLayer, layer: Layer) -> list[Place]:
         """Grow by one layer; the nodes of its beams if it was filled by drafts, else none.
 
         Args:
             depth: of the layer, from 0.
             drafted: its drafts.
-            places: the nodes of the beams.
-            read: the model's forward.
+            layer: what the model says of it.
         """
-        layer = self._layer(read.at(places))
-        target, vocabulary = layer.law(), layer.scores.shape[1]
+        places, target, vocabulary = self.unjudged, layer.law(), layer.scores.shape[1]
         number = {place: index for index, place in enumerate(drafted.parents)}
         draft = drafted.law[[number[place] for place in places]].flatten()
         beam_of = {number[place]: index for index, place in enumerate(places)}
         candidates = []
-        for cell in drafted.drawn:
+        for cell, mass, rest in zip(drafted.drawn, drafted.masses, drafted.rests, strict=True):
             beam = beam_of.get(cell // vocabulary)
-            mass = float(drafted.law.flatten()[cell])
             here = None if beam is None else beam * vocabulary + cell % vocabulary
-            candidates.append(Candidate(here, mass))
+            candidates.append(Candidate(here, mass, rest))
         width = self._width(target, draft, len(candidates))
         distinct = self.text.settings.distinct
         verdict = accept_layer(target, draft, candidates, width, self._tossed, distinct=distinct)

@@ -6,7 +6,7 @@ Legend: p the law that beams are to have, q the law that candidates were drawn f
 from collections.abc import Sequence
 from typing import Any
 
-from model.beams.acceptance import Law, residual
+from model.beams.acceptance import Law
 
 
 def trial_chances(target: Law, draft: Law, trials: int) -> list[Any]:
@@ -20,11 +20,16 @@ def trial_chances(target: Law, draft: Law, trials: int) -> list[Any]:
     Returns:
         For 0 .. m - 1 candidates that were not kept: the sum of the smaller of p' and q.
     """
-    chances, p = [], target
-    for _ in range(trials):
-        # The smaller of the two, without a function that arrays and tensors name differently.
-        chances.append((p - (p - draft).clip(min=0)).sum())
-        p = residual(p, draft)
+    # After any number of them p' is the positive part of p - taken x q, over its sum.
+    chances: list[Any] = []
+    taken, left = 0, target.sum()
+    while len(chances) < trials:
+        taken = taken + left
+        still = (target - taken * draft).clip(min=0).sum()
+        chances.append(1 - still / left)
+        if not still > 0:  # p' = q: the next one is kept for certain, too
+            chances += [chances[-1]] * (trials - len(chances))
+        left = still
     return chances
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.decoding_quality import distinct, repeated, ways
+from benchmarks.grown_memory import grown_mib
 from tests.support.tiny_export import export_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,14 @@ def test_repetition_is_counted() -> None:
     assert distinct([1]) == 1
 
 
+def test_memory_is_what_a_run_adds() -> None:
+    """Not what was there, nor what the try before it has left; and it is let go again."""
+    there = bytearray(b"x") * (64 << 20)
+    grown = grown_mib(lambda: bytearray(b"x") * (1 << 20), lambda: bytearray(b"x") * (32 << 20))
+    assert 31 < grown < 48
+    assert len(there) == 64 << 20
+
+
 @pytest.mark.stress
 def test_quick_run_prints_every_way(tmp_path: Path) -> None:
     """A row for each, with finite figures; the exact ones of a kind have one text."""
@@ -28,7 +37,10 @@ def test_quick_run_prints_every_way(tmp_path: Path) -> None:
     export_tiny(tmp_path / "draft", layers=3, future_tokens=1)
     command = [sys.executable, str(ROOT / "benchmarks" / "decoding_quality.py"), "--quick"]
     done = subprocess.run(
-        [*command, str(tmp_path / "export"), "--draft", str(tmp_path / "draft")],
+        [
+            *(*command, str(tmp_path / "export"), "--draft", str(tmp_path / "draft")),
+            *("--arithmetic", str(tmp_path / "export")),
+        ],
         check=True,
         cwd=tmp_path,
         capture_output=True,
@@ -44,3 +56,5 @@ def test_quick_run_prints_every_way(tmp_path: Path) -> None:
         assert float(row[2]) < 0
         assert float(row[3]) > 1
         assert (int(row[8]) > 0) == ("draft model" in row[0])
+        assert float(row[9]) >= 0
+        assert (row[10] == "-") == ("draft model" in row[0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.beams import acceptance
-from model.beams.acceptance import Candidate, accept_layer
+from model.beams.acceptance import Candidate, accept_layer, rests
 from model.decoding.acceptance import accept_chain
 from tests.support.exact_laws import (
     Array,
@@ -248,3 +248,21 @@ def test_laws_may_be_tensors() -> None:
         exactly = accept_layer(P, Q, [Candidate(c, Q[c]) for c in cells], 2, lambda _: False)
         wanted = torch.tensor([float(x) for x in exactly.next], dtype=torch.float64)
         torch.testing.assert_close(found.next, wanted)
+
+
+def test_little_mass_outside_of_drawn_cells_is_not_rounded_away() -> None:
+    """Without replacement at a low temperature: 1 - q of the first cell has no digit left."""
+    p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    q = torch.tensor([1, 3e-20, 1e-20], dtype=torch.float64)
+    outside = rests(q, [0, 1, 2])
+    assert outside[:2] == [pytest.approx(4e-20), pytest.approx(1e-20)]
+    candidates = [Candidate(c, q[c], rest) for c, rest in zip([0, 1], outside, strict=False)]
+    chances: list[float] = []
+
+    def keep(chance: torch.Tensor) -> bool:
+        chances.append(float(chance))
+        return len(chances) == 1
+
+    verdict = accept_layer(p, q, candidates, 2, keep, distinct=True)
+    assert chances == pytest.approx([0.5, 0.5 / 0.75])
+    assert verdict.next.tolist() == [0, 0, 1]

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from foundation.command_line import EXIT_USER_ERROR
-from model.beams.hypotheses import BeamSettings
+from model.beams.hypotheses import BeamSettings, BeamText, Following
 from model.beams.search import beam_search
+from model.decoding.stopping import StopStrings
 from model.generate import main
 from model.inference.loading import load_network
 from tests.support.tiny_export import export_tiny
@@ -138,3 +140,15 @@ def test_wrong_combinations_are_refused(
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_stop_strings_do_not_use_up_the_beams(export: Path) -> None:
+    """However many of the likeliest tokens complete one, W others go on."""
+    tokenizer = load_network(export).tokenizer
+    ending = "abcdefghijklmnop"
+    text = BeamText(BeamSettings(2, 8, stop=StopStrings(tokenizer, list(ending))))
+    logits = torch.zeros(1, tokenizer.get_vocab_size())
+    logits[0, tokenizer.encode("y" + ending + "z").ids] = torch.tensor([4.0, *[3.0] * 16, 2.0])
+    said = logits.log_softmax(-1)
+    assert text.grow_best(Following(said, said).layer([0.0])) == [0, 0]
+    assert [tokenizer.decode(beam.tokens) for beam in text.live] == ["y", "z"]

@@ -10,7 +10,7 @@ import torch
 from model.beams import acceptance, speculative_text
 from model.beams.acceptance import Candidate, LayerVerdict, accept_layer
 from model.beams.forest import ForestReader, Place, Tree
-from model.beams.hypotheses import BeamSettings, Layer, next_layer
+from model.beams.hypotheses import BeamSettings, Layer, following
 from model.beams.speculative import SpeculativeDecoder, speculative_beams
 from model.beams.speculative_text import Speculation
 from model.decoding.sampling import RowSampling, Sampling
@@ -138,7 +138,7 @@ def test_scores_are_those_of_the_text_read_again(sampling: Sampling) -> None:
         for beam in beams:
             text, total = list(prompt), 0.0
             for token, logprob in zip(beam.tokens, beam.logprobs, strict=True):
-                layer = next_layer([total], logits_after(network, [text]), rows)
+                layer = following(logits_after(network, [text]), rows).layer([total])
                 total = float(layer.scores[0, token])
                 assert logprob == pytest.approx(float(layer.logprobs[0, token]))
                 text.append(token)
@@ -315,13 +315,14 @@ def law_of_the_best(
     rows = RowSampling([settings.sampling], network.device)
     states: dict[State, float] = {((((), 0.0),), ()): 1.0}
     for depth in range(settings.max_new_tokens):
-        following: Counter[State] = Counter()
+        after: Counter[State] = Counter()
         for (live, ended), chance in states.items():
             if not live:
-                following[live, ended] += chance  # type: ignore[assignment]
+                after[live, ended] += chance  # type: ignore[assignment]
                 continue
             texts = [[1, 2, *tokens] for tokens, _ in live]
-            layer = next_layer([score for _, score in live], logits_after(network, texts), rows)
+            said = following(logits_after(network, texts), rows)
+            layer = said.layer([score for _, score in live])
             width = 2 if depth in (0, settings.max_new_tokens - 1) else least
             width = min(width, 2 - len(ended))
             for pairs, more in layers_after(layer, width, distinct=settings.distinct):
@@ -332,8 +333,8 @@ def law_of_the_best(
                 last = depth + 1 == settings.max_new_tokens
                 over = tuple(beam for beam in grown if last or beam[0][-1] in settings.eos_ids)
                 going = tuple(beam for beam in grown if beam not in over)
-                following[going, tuple(sorted((*ended, *over)))] += chance * more  # type: ignore[assignment]
-        states = dict(following)
+                after[going, tuple(sorted((*ended, *over)))] += chance * more  # type: ignore[assignment]
+        states = dict(after)
     law: Counter[tuple[int, ...]] = Counter()
     for (_, ended), chance in states.items():
         best = max(ended, key=lambda beam: beam[1] / len(beam[0]) ** settings.length_penalty)
