@@ -5,7 +5,7 @@
 logarithm of the probability that head 1 gives a token of the text, *perplexity* its exponential,
 *repeated* the share of a text's 4-grams that it has had before, *distinct* the share of its pairs
 of tokens that are different. A high probability is no praise by itself: texts that repeat have one.
-Forwards are those of all texts together. *Memory* is what a way adds at its peak to a process.
+Forwards are those of all texts together. *Memory* is of all tensors at their peak, weights too.
 *Right* is pass@1 of something else: the share of questions of benchmarks/studies/polynomials that
 an export of that study, `--arithmetic`, answers right by these ways, its own heads drafting.
 `--quick` takes few tokens, prints, and writes nothing.
@@ -28,79 +28,14 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 from benchmarks.decoding import PROMPTS
-from benchmarks.grown_memory import grown_mib
+from benchmarks.decoding_ways import DRAFTS, Task, Way, ways
+from benchmarks.live_tensors import LiveTensorMeter
 from benchmarks.studies.polynomials.problems import make_problem
 from benchmarks.studies.polynomials.ring import SIZE
 from benchmarks.tables import machine_line, replace_section
-from model.beams.hypotheses import Beam, BeamSettings
-from model.beams.search import beam_search
-from model.beams.speculative import speculative_beams
-from model.beams.speculative_text import Speculation
-from model.decoding.chain import ChainDecoder
-from model.decoding.draft_model import DraftModelDecoder
-from model.decoding.generation import collect, stream
-from model.decoding.sampling import GREEDY, Sampling
 from model.inference.loading import LoadedNetwork, load_drafter, load_network
-from model.inference.network import Network
-from model.joint_decoding.decoder import JointDecoder
-from model.joint_decoding.draft_model import JointModelDecoder
-from model.joint_decoding.enumeration import ExactJointDecoder
-from model.joint_decoding.rule import JointRule
 
-SAMPLED = Sampling(temperature=1.0)
-DRAFTS = 3
 _OPERATIONS = 2  # of a question, at most; what the study trains
-
-
-class Texts(NamedTuple):
-    """What a way of decoding gave.
-
-    Attributes:
-        tokens: new ones of each text.
-        logprobs: of each, by head 1.
-        forwards: of the model.
-        draft_forwards: of a second one.
-    """
-
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    forwards: int
-    draft_forwards: int
-
-
-class Task(NamedTuple):
-    """What every way has to do.
-
-    Attributes:
-        network: the model.
-        drafter: a second one.
-        prompts: token ids.
-        eos_ids: tokens that end a text.
-        new_tokens: of each text, at most.
-    """
-
-    network: Network
-    drafter: Network | None
-    prompts: list[list[int]]
-    eos_ids: frozenset[int]
-    new_tokens: int
-
-    @property
-    def heads(self) -> int:
-        """How many of the model's are used, where they draft."""
-        return min(DRAFTS + 1, self.network.num_heads)
-
-    def beams(self, width: int, sampling: Sampling, *, distinct: bool = False) -> BeamSettings:
-        """Of so many beams."""
-        return BeamSettings(width, self.new_tokens, sampling, distinct, eos_ids=self.eos_ids)
-
-
-class Way(NamedTuple):
-    """A way of decoding: its name, its class, and what it does."""
-
-    name: str
-    kind: str
-    run: Callable[[Task], Texts]
 
 
 class Row(NamedTuple):
@@ -139,146 +74,10 @@ class Questions(NamedTuple):
         return sum(a == b for a, b in zip(given, self.answers, strict=True)) / len(self.answers)
 
 
-def ways(*, drafter: bool) -> list[Way]:
-    """All of them; with a second model also those that it drafts for."""
-    found = [
-        Way("greedy", "greedy-exact", lambda task: _chain(task, 1, GREEDY)),
-        Way("self-speculation", "greedy-exact", lambda task: _chain(task, None, GREEDY)),
-        Way("sampling", "exact", lambda task: _chain(task, 1, SAMPLED)),
-        Way("speculative sampling, heads", "exact", lambda task: _chain(task, None, SAMPLED)),
-        *(_searched(width) for width in (2, 4)),
-        *(_drawn(width, distinct) for distinct in (False, True) for width in (2, 4)),
-        *(_drafted(width, t, "heads") for width in (2, 4) for t in (0.5, 0.9)),
-        *(_drafted(width, 1, "heads", least=width) for width in (2, 4)),
-        Way("likeliest blocks of 2", "MJGD", _blocks),
-        *_every_joint("heads"),
-    ]
-    if drafter:
-        found += [
-            Way("speculative sampling, draft model", "exact", _draft_model),
-            *(_drafted(width, t, "draft model") for width in (2, 4) for t in (0.5, 0.9)),
-            *(_drafted(width, 1, "draft model", least=width) for width in (2, 4)),
-            _drafted(4, 0.9, "draft model", one_beam=True),
-            *_every_joint("draft model"),
-        ]
-    return found
-
-
-def _searched(width: int) -> Way:
-    return Way(
-        f"beam search, W {width}",
-        "beam search",
-        lambda task: _of_beams(task, width, GREEDY, distinct=False),
-    )
-
-
-def _drawn(width: int, distinct: bool) -> Way:
-    name = "distinct beam sampling" if distinct else "beam sampling"
-    return Way(
-        f"{name}, W {width}",
-        "p_beam",
-        lambda task: _of_beams(task, width, SAMPLED, distinct=distinct),
-    )
-
-
-def _of_beams(task: Task, width: int, sampling: Sampling, *, distinct: bool) -> Texts:
-    settings = task.beams(width, sampling, distinct=distinct)
-    found = beam_search(task.network, task.prompts, settings)
-    return Texts(found.tokens, _logprobs(found.ranked), found.forwards, 0)
-
-
-def _drafted(
-    width: int, threshold: float, by: str, *, least: int = 1, one_beam: bool = False
-) -> Way:
-    def run(task: Task) -> Texts:
-        drafter = task.drafter if by == "draft model" else None
-        drafts = task.heads - 1 if drafter is None else DRAFTS
-        speculation = Speculation(drafts, threshold, least, one_beam)
-        found = speculative_beams(
-            task.network, task.prompts, task.beams(width, SAMPLED), speculation, drafter=drafter
-        )
-        return Texts(found.tokens, _logprobs(found.ranked), found.forwards, found.draft_forwards)
-
-    wide = f"t {threshold:g}" if least < width else "all layers"
-    name = f"DSBD, W {width}, {wide}, {by}" + (", one beam" if one_beam else "")
-    return Way(name, "lossy" if one_beam else "p_beam", run)
-
-
-def _every_joint(by: str) -> list[Way]:
-    greedy = [_joint(JointRule(threshold=tau), by) for tau in (0.1, 0.5, 0.9)]
-    several = _joint(JointRule(candidates=4), by)
-    return [*greedy, several, _joint(JointRule(), by, SAMPLED)]
-
-
-def _joint(rule: JointRule, by: str, sampling: Sampling = GREEDY) -> Way:
-    def run(task: Task) -> Texts:
-        return _drafted_jointly(task, rule, by, sampling)
-
-    name = f"{'MTAD' if rule.candidates == 1 else 'MMTAD'}, tau {rule.threshold:g}, {by}"
-    return Way(name if sampling.greedy else f"{name}, drawn", "lossy", run)
-
-
-def _drafted_jointly(task: Task, rule: JointRule, by: str, sampling: Sampling) -> Texts:
-    network, drafter, eos_ids = task.network, task.drafter, task.eos_ids
-    if by == "draft model" and drafter is not None:
-        decoder: JointDecoder = JointModelDecoder(
-            network,
-            drafter=drafter,
-            drafts=DRAFTS,
-            rule=rule,
-            eos_id=eos_ids,
-            sampling=sampling,
-            logprobs=True,
-        )
-    else:
-        decoder = JointDecoder(
-            network,
-            heads=task.heads,
-            rule=rule,
-            eos_id=eos_ids,
-            sampling=sampling,
-            logprobs=True,
-        )
-    texts = _streamed(task, decoder)
-    return texts._replace(draft_forwards=decoder.draft_forwards)
-
-
-def _blocks(task: Task) -> Texts:
-    decoder = ExactJointDecoder(task.network, block=2, eos_id=task.eos_ids, logprobs=True)
-    texts = _streamed(task, decoder)
-    return texts._replace(forwards=2 * texts.forwards + 1)  # one read the prompts
-
-
-def _chain(task: Task, heads: int | None, sampling: Sampling) -> Texts:
-    heads = task.heads if heads is None else heads
-    decoder = ChainDecoder(task.network, heads=heads, sampling=sampling, logprobs=True)
-    return _streamed(task, decoder)
-
-
-def _draft_model(task: Task) -> Texts:
-    assert task.drafter is not None
-    decoder = DraftModelDecoder(
-        task.network, drafter=task.drafter, drafts=DRAFTS, sampling=SAMPLED, logprobs=True
-    )
-    texts = _streamed(task, decoder)
-    return texts._replace(draft_forwards=1 + DRAFTS * texts.forwards)
-
-
-def _streamed(task: Task, decoder: ChainDecoder) -> Texts:
-    pieces = stream(decoder, task.prompts, max_new_tokens=task.new_tokens, eos_id=task.eos_ids)
-    found = collect(pieces, len(task.prompts))
-    assert found.logprobs is not None
-    return Texts(found.tokens, found.logprobs, found.forwards, 0)
-
-
-def _logprobs(ranked: Sequence[Sequence[Beam]]) -> list[list[float]]:
-    return [list(beams[0].logprobs) for beams in ranked]
-
-
 def measure(way: Way, task: Task, rounds: int, questions: Questions | None) -> Row:
     """The texts, which are the same in every round, and the fastest round's time."""
-    short = task._replace(prompts=task.prompts[:1], new_tokens=2)
-    memory_mib = grown_mib(lambda: way.run(short), lambda: way.run(task))
+    with LiveTensorMeter() as meter:  # not timed: it looks at every operation
+        way.run(task)
     seconds = math.inf
     for _ in range(rounds):
         start = time.process_time()
@@ -298,7 +97,7 @@ def measure(way: Way, task: Task, rounds: int, questions: Questions | None) -> R
         count / seconds,
         texts.forwards,
         texts.draft_forwards,
-        memory_mib,
+        meter.peak / 2**20,
         questions.right(way) if questions is not None and "draft model" not in way.name else None,
     )
 
@@ -330,10 +129,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _task(loaded: LoadedNetwork, draft: Path | None, new_tokens: int, texts: int) -> Task:
+def _task(
+    export: Path, loaded: LoadedNetwork, draft: Path | None, new_tokens: int, texts: int
+) -> Task:
     prompts = [loaded.tokenizer.encode(PROMPTS[n % len(PROMPTS)]).ids for n in range(texts)]
     drafter = None if draft is None else load_drafter(draft, loaded)
-    return Task(loaded.network, drafter, prompts, loaded.eos_ids, new_tokens)
+    return Task(export, loaded.network, drafter, prompts, loaded.eos_ids, new_tokens)
 
 
 def _questions(export: Path, count: int) -> Questions:
@@ -341,7 +142,7 @@ def _questions(export: Path, count: int) -> Questions:
     loaded, generator = load_network(export), random.Random(1_000)
     problems = [make_problem(generator, 1 + n % _OPERATIONS) for n in range(count)]
     prompts = [loaded.tokenizer.encode(problem.question).ids for problem in problems]
-    task = Task(loaded.network, None, prompts, loaded.eos_ids, SIZE)
+    task = Task(export, loaded.network, None, prompts, loaded.eos_ids, SIZE)
     return Questions(task, [problem.answer for problem in problems], loaded.tokenizer.decode)
 
 
@@ -365,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.texts, options.tokens, options.rounds, options.output = 2, 6, 1, None
         options.questions = 4
     loaded = load_network(options.export)
-    task = _task(loaded, options.draft, options.tokens, options.texts)
+    task = _task(options.export, loaded, options.draft, options.tokens, options.texts)
     questions = None
     if options.arithmetic is not None:
         questions = _questions(options.arithmetic, options.questions)

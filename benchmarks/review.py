@@ -7,6 +7,7 @@ back, the profile counted. It prints the table, and writes it to README.md besid
 """
 
 import argparse
+import functools
 import sys
 import tempfile
 import threading
@@ -92,6 +93,9 @@ def measure(folder: Path, sequences: int) -> list[tuple[str, int, Cost]]:
             count = min(STEP, one.end - first)
             statistics.record(first, generator.random(count, np.float32))
 
+    def choose(phase: int) -> None:
+        order.keep(phase, statistics.select(phase))
+
     def saved(checkpoint: Path) -> None:
         checkpoint.mkdir()
         statistics.files()(checkpoint)
@@ -100,9 +104,9 @@ def measure(folder: Path, sequences: int) -> list[tuple[str, int, Cost]]:
     for one in schedule.passes[:4]:
         phase = f"phase {one.phase + 1} ({schedule.phases[one.phase].name})"
         if one.chosen:
-            cost = _cost(lambda one=one: order.keep(one.phase, statistics.select(one.phase)))  # type: ignore[misc]
+            cost = _cost(functools.partial(choose, one.phase))
             rows.append((f"{phase}: choose its sequences", 0, cost))
-        cost = _cost(lambda one=one: record(one))  # type: ignore[misc]
+        cost = _cost(functools.partial(record, one))
         rows.append((f"{phase}: record an epoch of {one.size:,} samples", one.size, cost))
     last = schedule.passes[4]
     record(last, 0.5)

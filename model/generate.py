@@ -31,6 +31,7 @@ from model.writing.prompts import encode_prompts
 from model.writing.timed_run import Run, print_comparison
 
 if TYPE_CHECKING:
+    from model.beams.command import BeamRun
     from model.decoding.batch import Piece
     from model.decoding.chain import ChainDecoder
     from model.decoding.head_choice import Drafting
@@ -90,9 +91,7 @@ def _generate(options: argparse.Namespace) -> int:
     runs = [min(times, key=lambda run: run.seconds) for times in zip(*rounds, strict=True)]
     _print_texts(options, loaded, prompts, runs[-1].generation.tokens)
     for run in runs:
-        print(run.summary())
-        if options.stats:
-            print(*(f"  {line}" for line in run.statistics()), sep="\n")
+        _tell(run, options)
     return print_comparison(*runs) if options.compare else 0
 
 
@@ -118,10 +117,14 @@ def _generate_beams(
             drafter=drafter,
         )
     _print_texts(options, loaded, prompts, run.generation.tokens)
+    _tell(run, options)
+    return 0
+
+
+def _tell(run: "Run | BeamRun", options: argparse.Namespace) -> None:
     print(run.summary())
     if options.stats:
         print(*(f"  {line}" for line in run.statistics()), sep="\n")
-    return 0
 
 
 def _seeds(options: argparse.Namespace, rows: int) -> list[int]:

@@ -17,7 +17,60 @@ from model.inference.network import Network
 from model.inference.prefill import prefill
 
 
-class DraftModelDecoder(ChainDecoder):
+class BesideSecondModel(ChainDecoder):
+    """What decoders share that keep a second model's cache beside their own, row for row.
+
+    Attributes:
+        drafter: a model of the same vocabulary, which has read all before the last committed token.
+        drafter_cache: its keys and values.
+    """
+
+    drafter: Network
+    drafter_cache: Cache
+    _spare: int  # places of its cache past a row's text
+    _read_ahead: int  # of them, those whose tokens may become text as they are
+    _before: Tensor  # [B] the token before the last committed one
+
+    def _use(self, drafter: Network, drafts: int) -> None:
+        assert drafter.config.vocab_size == self.network.config.vocab_size
+        assert drafts >= 1, drafts
+        self.drafter = drafter
+
+    def open(self, rows: int, capacity: int) -> None:
+        """Make room in both caches."""
+        super().open(rows, capacity)
+        self.drafter_cache = self.drafter.new_cache(rows, capacity + self._spare)
+        self.drafter_cache.lengths = self.drafter_cache.lengths[:0]
+
+    @torch.inference_mode()
+    def keep(self, order: Sequence[int]) -> None:
+        """Rows leave both caches."""
+        super().keep(order)
+        self.drafter_cache.keep(order, max(self._used, default=0) + self._read_ahead)
+        self._before = self._before[list(order)]
+
+    def _beside(self, rows: int) -> Self:
+        new = super()._beside(rows)
+        new.drafter_cache = self.drafter_cache.beside(rows)
+        return new
+
+    def _absorb(self, new: Self) -> None:
+        self._before = torch.cat([self._before, new._before]) if self._rows else new._before
+        super()._absorb(new)
+        self.drafter_cache.absorb(new.drafter_cache)
+
+    def _read(self, prompts: Sequence[Sequence[int]], rows: Sequence[RowOptions]) -> Step:
+        """Both models read the prompts."""
+        longest = max(map(len, prompts))
+        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        device = self.drafter.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        prefill(self.drafter, self.drafter_cache, torch.tensor(padded, device=device), lengths, 1)
+        self._before = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+        return super()._read(prompts, rows)
+
+
+class DraftModelDecoder(BesideSecondModel):
     """A batch whose drafts a second model writes, token by token (Leviathan et al. 2023).
 
     Class: greedy-exact at temperature 0, else distribution-exact: what is verified, and how, is
@@ -43,47 +96,12 @@ class DraftModelDecoder(ChainDecoder):
         logprobs: bool = False,
     ) -> None:
         super().__init__(network, heads=1, sampling=sampling, seeds=seeds, logprobs=logprobs)
-        assert drafter.config.vocab_size == network.config.vocab_size
-        assert drafts >= 1, drafts
-        self.drafter = drafter
+        self._use(drafter, drafts)
         self.num_drafts = drafts
         self.most_pending = drafts + 1
-        self.drafter_cache: Cache
-        self._before: Tensor
-
-    def open(self, rows: int, capacity: int) -> None:
-        """Make room in both caches."""
-        super().open(rows, capacity)
-        self.drafter_cache = self.drafter.new_cache(rows, capacity + 2 * self.most_pending + 1)
-        self.drafter_cache.lengths = self.drafter_cache.lengths[:0]
-
-    def _beside(self, rows: int) -> Self:
-        new = super()._beside(rows)
-        new.drafter_cache = self.drafter_cache.beside(rows)
-        return new
-
-    def _absorb(self, new: Self) -> None:
-        self._before = torch.cat([self._before, new._before]) if self._rows else new._before
-        super()._absorb(new)
-        self.drafter_cache.absorb(new.drafter_cache)
-
-    def _read(self, prompts: Sequence[Sequence[int]], rows: Sequence[RowOptions]) -> Step:
-        """Both models read the prompts."""
-        longest = max(map(len, prompts))
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        device = self.drafter.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        prefill(self.drafter, self.drafter_cache, torch.tensor(padded, device=device), lengths, 1)
-        self._before = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-        return super()._read(prompts, rows)
-
-    @torch.inference_mode()
-    def keep(self, order: Sequence[int]) -> None:
-        """Rows leave both caches."""
-        super().keep(order)
+        self._spare = 2 * self.most_pending + 1
         # Its drafts are read already, and will count where they are kept.
-        self.drafter_cache.keep(order, max(self._used, default=0) + self.most_pending)
-        self._before = self._before[list(order)]
+        self._read_ahead = self.most_pending
 
     def _draft(self, logits: Tensor) -> None:
         """The first drafts, after the prompts; the logits of other heads are of no use."""
@@ -101,7 +119,7 @@ class DraftModelDecoder(ChainDecoder):
         """
         cache, network = self.drafter_cache, self.drafter
         cache.lengths = self.cache.lengths - 1
-        width = wide_enough(max(self._used) + 2 * self.most_pending + 1, cache.capacity)
+        width = wide_enough(max(self._used) + self._spare, cache.capacity)
         tokens = torch.stack([self._before, self._following], dim=1)
         drafts = []
         for _ in range(self.num_drafts):

@@ -4,23 +4,22 @@ Legend: B rows, g drafts, w beams, N nodes, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from model.decoding.chain import RowOptions, Step
+from model.decoding.draft_model import BesideSecondModel
 from model.decoding.sampling import GREEDY, Sampling
-from model.inference.cache import Block, Cache, wide_enough
+from model.inference.cache import Block, wide_enough
 from model.inference.network import Network
-from model.inference.prefill import prefill
 from model.joint_decoding.beams import Beams
 from model.joint_decoding.decoder import JointDecoder
 from model.joint_decoding.forest import move_path
 from model.joint_decoding.rule import PUBLISHED, JointRule
 
 
-class JointModelDecoder(JointDecoder):
+class JointModelDecoder(BesideSecondModel, JointDecoder):
     """The same with drafts of another model, which are likelier together than those of heads.
 
     Class: lossy, as there.
@@ -57,50 +56,16 @@ class JointModelDecoder(JointDecoder):
             seeds=seeds,
             logprobs=logprobs,
         )
-        assert drafter.config.vocab_size == network.config.vocab_size
-        assert drafts >= 1, drafts
-        self.drafter = drafter
+        self._use(drafter, drafts)
         self._expect(drafts)
-        self._most_nodes = 1 + rule.width * drafts
-        self.drafter_cache: Cache
-        self._before: Tensor
-
-    def open(self, rows: int, capacity: int) -> None:
-        """Make room in both caches."""
-        super().open(rows, capacity)
-        self.drafter_cache = self.drafter.new_cache(rows, capacity + self._most_nodes)
-        self.drafter_cache.lengths = self.drafter_cache.lengths[:0]
+        self._spare = 1 + rule.width * drafts  # nodes
+        self._read_ahead = 0
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]], rows: Sequence[RowOptions]) -> Step:
         """Let rows join; both models read their prompts."""
         self.draft_forwards += 1
         return super().join(prompts, rows)
-
-    @torch.inference_mode()
-    def keep(self, order: Sequence[int]) -> None:
-        """Rows leave both caches."""
-        super().keep(order)
-        self.drafter_cache.keep(order, max(self._used, default=0))
-        self._before = self._before[list(order)]
-
-    def _beside(self, rows: int) -> Self:
-        new = super()._beside(rows)
-        new.drafter_cache = self.drafter_cache.beside(rows)
-        return new
-
-    def _absorb(self, new: Self) -> None:
-        self._before = torch.cat([self._before, new._before]) if self._rows else new._before
-        super()._absorb(new)
-        self.drafter_cache.absorb(new.drafter_cache)
-
-    def _read(self, prompts: Sequence[Sequence[int]], rows: Sequence[RowOptions]) -> Step:
-        longest, device = max(map(len, prompts)), self.drafter.device
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        prefill(self.drafter, self.drafter_cache, torch.tensor(padded, device=device), lengths, 1)
-        self._before = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-        return super()._read(prompts, rows)
 
     def _continuations(self, beams: Beams, layer: int) -> Tensor:
         """Logits `[B, w, V]` of the drafter after each beam of a layer: one of its forwards.
@@ -109,7 +74,7 @@ class JointModelDecoder(JointDecoder):
         last of its drafts. So the first layer's forward reads it once more, whatever was kept.
         """
         cache, network, forest = self.drafter_cache, self.drafter, beams.forest
-        width = wide_enough(max(self._used) + self._most_nodes, cache.capacity)
+        width = wide_enough(max(self._used) + self._spare, cache.capacity)
         self.draft_forwards += 1
         if layer:
             tokens = forest.tokens.gather(1, beams.nodes)

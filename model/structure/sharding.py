@@ -5,7 +5,7 @@ The gated MLP's first weight holds gate and up one below the other, and each ran
 of both, so it is split block by block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -74,15 +74,16 @@ def global_shape(local_shape: torch.Size, placement: Placement, size: int) -> to
     return torch.Size(shape)
 
 
+def local_shape(shape: tuple[int, ...], placement: Placement, size: int) -> tuple[int, ...]:
+    """One rank's shape of a parameter, from the whole one and the tensor-parallel size."""
+    return tuple(
+        length // size if dim == placement.dim else length for dim, length in enumerate(shape)
+    )
+
+
 def local_shapes(shapes: Mapping[str, tuple[int, ...]], size: int) -> dict[str, tuple[int, ...]]:
-    """One rank's shapes of parameters, from the whole ones and the tensor-parallel size."""
-    return {
-        name: tuple(
-            length // size if dim == placement_of(name).dim else length
-            for dim, length in enumerate(shape)
-        )
-        for name, shape in shapes.items()
-    }
+    """The same of parameters by their names."""
+    return {name: local_shape(shape, placement_of(name), size) for name, shape in shapes.items()}
 
 
 def take_slice(whole: Tensor, placement: Placement, rank: int, size: int) -> Tensor:
@@ -104,6 +105,41 @@ def merge_slices(slices: list[Tensor], placement: Placement) -> Tensor:
     parts = [part.chunk(placement.blocks, dim=placement.dim) for part in slices]
     blocks = [torch.cat(block, dim=placement.dim) for block in zip(*parts, strict=True)]
     return torch.cat(blocks, dim=placement.dim)
+
+
+def whole_rows(
+    rows: range, shape: tuple[int, ...], placement: Placement, rank: int, size: int
+) -> Iterator[range]:
+    """Which rows of the whole matrix a slice's rows are, as runs that rise with them.
+
+    Example: gate and up of 4 rows each (8 in all) over 2 ranks: rank 1 holds rows 2, 3, 6, 7, so
+    its rows 1 to 2 are 3:4 and 6:7.
+    """
+    block = shape[0] // placement.blocks
+    local = block // size
+    row = rows.start
+    while row < rows.stop:
+        number, offset = divmod(row, local)
+        length = min(local - offset, rows.stop - row)
+        first = number * block + rank * local + offset
+        yield range(first, first + length)
+        row += length
+
+
+def stored_rows(
+    rows: range, shape: tuple[int, ...], placement: Placement, size: int
+) -> Iterator[tuple[int, range]]:
+    """Where rows of the whole matrix lie: the tensor-parallel rank, and rows of its slice."""
+    block = shape[0] // placement.blocks
+    local = block // size
+    row = rows.start
+    while row < rows.stop:
+        number, offset = divmod(row, block)
+        rank, inside = divmod(offset, local)
+        length = min(local - inside, rows.stop - row)
+        first = number * local + inside
+        yield rank, range(first, first + length)
+        row += length
 
 
 def mark_split_parameters(module: nn.Module) -> None:

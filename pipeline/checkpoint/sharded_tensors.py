@@ -33,7 +33,14 @@ from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.structure.parameter_shapes import checked_parameters, parameter_shapes
-from model.structure.sharding import Placement, merge_slices, placement_of
+from model.structure.sharding import (
+    Placement,
+    local_shape,
+    merge_slices,
+    placement_of,
+    stored_rows,
+    whole_rows,
+)
 from pipeline.checkpoint.coverage import Extent, coverage_problems
 from pipeline.checkpoint.tensor_file import write_tensors
 
@@ -167,7 +174,7 @@ class StateFiles:
         size = 1 if placement.dim is None else self.tensor_size
         slices = []
         for rank in range(size):
-            local = _slice_shape(shape, placement, size)
+            local = local_shape(shape, placement, size)
             slices.append(self._elements(kind, name, rank, 0, math.prod(local)).view(local))
         return merge_slices(slices, placement)
 
@@ -200,12 +207,12 @@ class StateFiles:
             return self._elements(kind, name, 0, start, stop)
         if tensor_size == self.tensor_size:
             return self._elements(kind, name, tensor_rank, start, stop)
-        columns = _slice_shape(shape, placement, tensor_size)[1]
+        columns = local_shape(shape, placement, tensor_size)[1]
         first, last = start // columns, -(-stop // columns)
         rows = torch.cat(
             [
                 self._rows(kind, name, whole, tensor_rank * columns, columns)
-                for whole in _whole_rows(
+                for whole in whole_rows(
                     range(first, last), shape, placement, tensor_rank, tensor_size
                 )
             ]
@@ -222,7 +229,7 @@ class StateFiles:
         """
         placement, shape = self._placed(name)
         size = self.tensor_size
-        local = _slice_shape(shape, placement, size)
+        local = local_shape(shape, placement, size)
         if placement.dim == 1:
             window = []
             for rank in range(column // local[1], (column + columns - 1) // local[1] + 1):
@@ -235,7 +242,7 @@ class StateFiles:
             return torch.cat(window, dim=1)
         width = shape[1]
         pieces = []
-        for rank, span in _stored_rows(rows, shape, placement, size):
+        for rank, span in stored_rows(rows, shape, placement, size):
             pieces.append(
                 self._elements(kind, name, rank, span.start * width, span.stop * width).view(
                     -1, width
@@ -277,7 +284,7 @@ class StateFiles:
         if name not in self._shapes:
             return  # an error when it is read
         placement, shape = self._placed(name)
-        expected = math.prod(_slice_shape(shape, placement, self.tensor_size))
+        expected = math.prod(local_shape(shape, placement, self.tensor_size))
         if stored > expected:
             raise CheckpointError(
                 f"{self._directory} holds {stored:,} elements of the {kind} of parameter {name}, "
@@ -361,46 +368,3 @@ def weights_in(
     """The same of files that are open."""
     weights = ((name, files.whole("weight", name)) for name in files.names())
     return checked_parameters(weights, config, directory)
-
-
-def _slice_shape(shape: tuple[int, ...], placement: Placement, size: int) -> tuple[int, ...]:
-    if placement.dim is None:
-        return shape
-    local = list(shape)
-    local[placement.dim] //= size
-    return tuple(local)
-
-
-def _whole_rows(
-    rows: range, shape: tuple[int, ...], placement: Placement, rank: int, size: int
-) -> Iterator[range]:
-    """Which rows of the whole matrix a slice's rows are, as runs that rise with them.
-
-    Example: gate and up of 4 rows each (8 in all) over 2 ranks: rank 1 holds rows 2, 3, 6, 7, so
-    its rows 1 to 2 are 3:4 and 6:7.
-    """
-    block = shape[0] // placement.blocks
-    local = block // size
-    row = rows.start
-    while row < rows.stop:
-        number, offset = divmod(row, local)
-        length = min(local - offset, rows.stop - row)
-        first = number * block + rank * local + offset
-        yield range(first, first + length)
-        row += length
-
-
-def _stored_rows(
-    rows: range, shape: tuple[int, ...], placement: Placement, size: int
-) -> Iterator[tuple[int, range]]:
-    """Where rows of the whole matrix lie: the tensor-parallel rank, and rows of its slice."""
-    block = shape[0] // placement.blocks
-    local = block // size
-    row = rows.start
-    while row < rows.stop:
-        number, offset = divmod(row, block)
-        rank, inside = divmod(offset, local)
-        length = min(local - inside, rows.stop - row)
-        first = number * local + inside
-        yield rank, range(first, first + length)
-        row += length

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.decoding_quality import distinct, repeated, ways
-from benchmarks.grown_memory import grown_mib
+from benchmarks.decoding_quality import distinct, repeated
+from benchmarks.decoding_ways import ways
 from tests.support.tiny_export import export_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,14 +20,6 @@ def test_repetition_is_counted() -> None:
     assert distinct([1, 2, 1, 2, 1]) == pytest.approx(2 / 4)
     assert repeated([1, 2]) == 0
     assert distinct([1]) == 1
-
-
-def test_memory_is_what_a_run_adds() -> None:
-    """Not what was there, nor what the try before it has left; and it is let go again."""
-    there = bytearray(b"x") * (64 << 20)
-    grown = grown_mib(lambda: bytearray(b"x") * (1 << 20), lambda: bytearray(b"x") * (32 << 20))
-    assert 31 < grown < 48
-    assert len(there) == 64 << 20
 
 
 @pytest.mark.stress

@@ -16,6 +16,7 @@ from pipeline.exporting.writing import write_record
 from tests.support.tiny_export import VOCABULARY, byte_tokenizer, describe, export_tiny
 from tests.support.tiny_llama import save_llama
 from tests.support.tiny_model import greedy_continuation, tiny_config, tiny_model
+from tests.support.written_texts import output, printed_ids
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,6 @@ def expected_ids(prompt: list[int], num_tokens: int) -> list[int]:
     model = tiny_model(tiny_config(vocab_size=VOCABULARY), dtype=torch.float32)
     tokens = greedy_continuation(model, prompt, num_tokens)
     return tokens[: tokens.index(256) + 1] if 256 in tokens else tokens
-
-
-def printed_ids(text: str) -> list[list[int]]:
-    """The lines that --ids adds."""
-    return [list(map(int, line.split()[1:])) for line in text.splitlines() if line[:4] == "ids:"]
 
 
 @pytest.mark.parametrize("heads", ["1", "3", None])
@@ -144,12 +140,6 @@ def test_a_text_past_the_trained_length_is_noted(
         assert said in captured.err
         prompt = Tokenizer.from_buffer(byte_tokenizer()).encode("x" * length).ids
         assert printed_ids(captured.out) == [expected_ids(prompt, 9)]
-
-
-def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command prints."""
-    assert main(list(arguments)) == 0
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [[], ["--temperature", "1.5", "--seed", "3"]])

@@ -1,5 +1,7 @@
 """Which sequences stay: exactly the hardest, whatever the ties, found again by their ranks."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -7,7 +9,8 @@ from numpy.typing import NDArray
 from data_prep.loading import selection
 from data_prep.loading.selection import KeptSequences
 
-CASES = {
+Losses = NDArray[np.float32]
+CASES: dict[str, Callable[[np.random.Generator], Losses]] = {
     "distinct": lambda g: g.permutation(1000).astype(np.float32),
     "ties": lambda g: g.integers(0, 5, 1003).astype(np.float32),
     "one value": lambda g: np.full(517, 2.5, np.float32),
@@ -23,7 +26,9 @@ def _numbers(kept: KeptSequences) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("losses", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("percent", [0, 1, 50, 70, 99])
-def test_those_of_the_lowest_loss_go_and_ties_by_number(losses, percent: int) -> None:  # type: ignore[no-untyped-def]
+def test_those_of_the_lowest_loss_go_and_ties_by_number(
+    losses: Callable[[np.random.Generator], Losses], percent: int
+) -> None:
     """L1: what stays and what goes are all, and the order by (loss, number) divides them."""
     values = losses(np.random.default_rng(3))
     dropped = len(values) * percent // 100

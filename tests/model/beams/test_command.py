@@ -13,6 +13,7 @@ from model.decoding.stopping import StopStrings
 from model.generate import main
 from model.inference.loading import load_network
 from tests.support.tiny_export import export_tiny
+from tests.support.written_texts import output, printed_ids
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +22,6 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("beams") / "export"
     export_tiny(directory)
     return directory
-
-
-def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command prints."""
-    assert main(list(arguments)) == 0
-    return capsys.readouterr().out
-
-
-def printed_ids(text: str) -> list[list[int]]:
-    """The lines that --ids adds."""
-    return [list(map(int, line.split()[1:])) for line in text.splitlines() if line[:4] == "ids:"]
 
 
 def test_it_prints_the_best_beams(export: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from model.beams import acceptance, speculative_text
 from model.beams.acceptance import Candidate, LayerVerdict, accept_layer
+from model.beams.drafters import ModelDrafter
 from model.beams.forest import ForestReader, Place, Tree
 from model.beams.hypotheses import BeamSettings, Layer, following
 from model.beams.speculative import SpeculativeDecoder, speculative_beams
@@ -49,7 +50,8 @@ def check_caches(decoder: SpeculativeDecoder, drafter: Network | None) -> None:
         assert int(decoder.reader.cache.lengths[row]) == len(read)
         check_row(decoder.reader, row, read, decoder.drafter.heads, len(read))
         if drafter is not None:  # which reads the last one again
-            reader = decoder.drafter.reader  # type: ignore[attr-defined]
+            assert isinstance(decoder.drafter, ModelDrafter)
+            reader = decoder.drafter.reader
             assert int(reader.cache.lengths[row]) == len(read)
             check_row(reader, row, read, 1, len(read) - 1)
 

@@ -187,11 +187,13 @@ def test_j2_tau_zero_keeps_all_drafts() -> None:
     assert marginal == drafter((0, 1))[2] != target((0, 1))[2]
 
 
-def test_tau_zero_keeps_nothing_that_the_target_never_says() -> None:
-    """Top-k and top-p may give a draft no probability: then no path through it is kept."""
-    scores = torch.tensor([0.0, -1.0, -2.0])
-    impossible = torch.tensor([0.0, -1.0, -torch.inf])
-    assert int(accept_joint(impossible, scores, torch.arange(3), 0.0)) == 1
+def test_j2_tau_zero_keeps_even_what_the_target_never_says() -> None:
+    """Top-k and top-p may give a draft no probability: any other tau keeps no path through it."""
+    scores = torch.tensor([-torch.inf, 0.0, -1.0, -2.0]).roll(-1)
+    impossible = torch.tensor([0.0, -1.0, -torch.inf, -torch.inf])
+    depths = torch.tensor([0, 1, 2, 2])
+    assert int(accept_joint(impossible, scores, depths, 0.0)) == 2  # node 3 is none
+    assert int(accept_joint(impossible, scores, depths, 1e-9)) == 1
 
 
 def test_j3_a_larger_tau_keeps_no_more() -> None:

@@ -17,6 +17,7 @@ from model.serve import check, load, parse
 from model.serve import main as serve
 from tests.support.serving import running
 from tests.support.tiny_export import export_tiny
+from tests.support.written_texts import output, printed_ids
 
 PROMPTS = ["--prompt", "ab", "--prompt", "é"]
 MTAD = ["--decoder", "mtad", "--ids", "--max-new-tokens", "12"]
@@ -36,17 +37,6 @@ def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("joint") / "smaller"
     export_tiny(directory, layers=3, future_tokens=1)
     return directory
-
-
-def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command prints."""
-    assert main(list(arguments)) == 0
-    return capsys.readouterr().out
-
-
-def printed_ids(text: str) -> list[list[int]]:
-    """The lines that --ids adds."""
-    return [list(map(int, line.split()[1:])) for line in text.splitlines() if line[:4] == "ids:"]
 
 
 def test_heads_draft(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
