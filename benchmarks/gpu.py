@@ -7,6 +7,7 @@ same commit, so that a call that was cut off goes on. The tables come from what 
 
 import argparse
 import functools
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ if __name__ == "__main__" and not __package__:
 
 from benchmarks.gpu_points import SIZES, Point
 from benchmarks.gpu_tables import line, tables
-from benchmarks.tables import replace_section
+from benchmarks.tables import machine_line, replace_section
 
 ROOT = Path(__file__).resolve().parent.parent
 Found = dict[str, Any]
@@ -37,7 +38,7 @@ MICRO = {"0.3b": 8, "1b": 4, "3b": 2, "tiny": 2}
 def points(piece: str, size: str) -> list[Point]:
     """The points of a piece that trains; `size` is the one that its variations are of."""
     base = Point(size, micro=MICRO[size])
-    sizes = [size] if size == "tiny" else ["1b", "0.3b", "3b"]
+    sizes = [size] if size == "tiny" else ["1b", "3b", "0.3b"]
     found = {
         "heads": [Point(s, heads=n, micro=MICRO[s]) for s in sizes for n in (4, 1, 2, 8)],
         "joint": [replace(base, heads=n, backward="joint", micro=1) for n in (1, 4)]
@@ -87,15 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", choices=PIECES, metavar="PIECE", help=f"of {', '.join(PIECES)}"
     )
+    parser.add_argument(
+        "--tables",
+        action="store_true",
+        help="measure nothing: write the tables of the results that are there, of whatever commit",
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", metavar="DIR")
     options = parser.parse_args(arguments)
     folder = options.output / "results" / f"gpu-{options.device}"
     folder.mkdir(parents=True, exist_ok=True)
     size = "tiny" if options.tiny else "1b"
     budget = Budget(options.minutes)
-    for name in options.only or PIECES:
+    wanted = [] if options.tables else options.only or PIECES
+    for name in wanted:
         path = folder / f"{name}.json"
-        found = _earlier(path)
+        found = _of_this_commit(path)
         if found.get("complete"):
             print(f"{name}: measured before on this commit", flush=True)
             continue
@@ -103,10 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if budget.left_s() < 20:
             print(f"{name}: no time is left; call again to go on", flush=True)
             continue
-        PIECES[name](options.device, size, budget, found, functools.partial(_write, path))
+        keep = functools.partial(_write, path, machine_line(options.device))
+        PIECES[name](options.device, size, budget, found, keep)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    results = {name: _earlier(folder / f"{name}.json") for name in PIECES}
-    section = tables(results, options.device)
+    read = _found if options.tables else _of_this_commit
+    results = {name: read(folder / f"{name}.json") for name in PIECES}
+    section = tables(results)
     print(section)
     if options.device == "cuda":
         replace_section(options.output / "README.md", "gpu", section)
@@ -120,18 +129,23 @@ def _commit() -> str:
     return done.stdout.strip() or "not a clone"
 
 
-def _earlier(path: Path) -> Found:
-    """What was found before on this commit."""
+def _found(path: Path) -> Found:
     try:
         found: Found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found
+
+
+def _of_this_commit(path: Path) -> Found:
+    found = _found(path)
     return found if found.get("commit") == _commit() else {}
 
 
-def _write(path: Path, found: Found) -> None:
+def _write(path: Path, machine: str, found: Found) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found | {"commit": _commit()}, indent=1) + "\n", "utf-8")
+    told = found | {"commit": _commit(), "machine": machine}
+    partial.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
     partial.replace(path)
 
 
@@ -167,7 +181,9 @@ def _call(command: Sequence[str], limit_s: float, **variables: str) -> Called:
 
 def _run_tests(device: str, _: str, budget: Budget, found: Found, keep: Keep) -> None:
     """tests/gpu, as many as the time allows."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--durations=5", "tests/gpu"]
+    if importlib.util.find_spec("xdist") is not None:  # most of their time is a CPU's
+        command += ["-n", str(min(os.cpu_count() or 1, 8))]
     done = _call(command, min(240, budget.left_s()), HEADWAY_TEST_DEVICE=device)
     code, lines = done.code, done.output.splitlines()
     print("\n".join(lines[-15:]), flush=True)
@@ -184,53 +200,75 @@ def _train(piece: str) -> Callable[[str, str, Budget, Found, Keep], None]:
     def run(device: str, size: str, budget: Budget, found: Found, keep: Keep) -> None:
         rows: dict[str, Found] = dict(found.get("rows", {}))
         wanted = points(piece, size)
-        for point in wanted:
-            if str(point) in rows:
-                continue
+        to_do = [point for point in wanted if str(point) not in rows]
+        following = Waiting(device)
+        for number, point in enumerate(to_do, 1):
             if budget.left_s() < 20:
-                return
+                break
+            ready = following
+            if number < len(to_do):
+                following = Waiting(device)
             is_traced = piece == "heads" and point == wanted[0]
-            rows[str(point)] = in_own_process(point, device, is_traced, budget.left_s())
+            rows[str(point)] = ready.measure(point, is_traced, budget.left_s())
             print(line(rows[str(point)]), flush=True)
             failures = [f"{name}: {row['error']}" for name, row in rows.items() if "error" in row]
             keep({"rows": rows, "failures": failures, "complete": len(rows) == len(wanted)})
+        following.end()
 
     return run
 
 
-def in_own_process(point: Point, device: str, trace: bool, timeout_s: float) -> Found:
-    """Measure a point in a fresh process; its error instead, when it fails."""
-    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_child, args=(sender, point, device, trace)
-    )
-    process.start()
-    sender.close()
-    try:
-        if receiver.poll(min(timeout_s, 150)):
-            answer: Found = receiver.recv()
-        else:
-            answer = vars(point) | {"error": "took too long"}
-    except EOFError:
-        answer = vars(point) | {"error": "its process ended"}
-    process.kill()
-    process.join()
-    return answer
+class Waiting:
+    """A fresh process that has imported what it needs, and measures one point when it is told.
+
+    It waits while the one before it measures: what an import takes, which leaves the device alone,
+    passes beside it.
+
+    Args:
+        device: what it will measure.
+    """
+
+    def __init__(self, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_child, args=(theirs, device), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def measure(self, point: Point, trace: bool, timeout_s: float) -> Found:
+        """What it measures; the error instead, when it fails. It ends."""
+        try:
+            self._pipe.send((point, trace))
+            if self._pipe.poll(min(timeout_s, 150)):
+                answer: Found = self._pipe.recv()
+            else:
+                answer = vars(point) | {"error": "took too long"}
+        except (EOFError, OSError):
+            answer = vars(point) | {"error": "its process ended"}
+        self.end()
+        return answer
+
+    def end(self) -> None:
+        """Without an answer."""
+        self._process.kill()
+        self._process.join()
 
 
-def _child(sender: Any, point: Point, device: str, trace: bool) -> None:
+def _child(pipe: Any, device: str) -> None:
     import logging
     import warnings
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    from benchmarks.gpu_points import measure
+    from benchmarks.gpu_points import measure, prepare
 
+    prepare(device)
+    point, trace = pipe.recv()
     try:
-        sender.send(measure(point, device, trace))
+        pipe.send(measure(point, device, trace))
     except BaseException as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
-        sender.send(vars(point) | {"error": f"{type(error).__name__}: {first_line}"[:300]})
+        pipe.send(vars(point) | {"error": f"{type(error).__name__}: {first_line}"[:300]})
 
 
 def _script(name: str, *options: str) -> Callable[[str, str, Budget, Found, Keep], None]:

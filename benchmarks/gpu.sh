@@ -24,7 +24,7 @@ if ! "$python" -W ignore -c "$needed" >/dev/null 2>&1; then
     grep -v '^torch==' constraints.txt >.venv-gpu/constraints.txt
     echo "torch==$torch" >>.venv-gpu/constraints.txt
     DS_BUILD_OPS=0 .venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary \
-      -c .venv-gpu/constraints.txt -e . pytest hypothesis ||
+      -c .venv-gpu/constraints.txt -e . pytest pytest-xdist hypothesis ||
       { echo "gpu.sh: the packages could not be installed; install them by hand and call again" >&2; exit 1; }
     touch .venv-gpu/.installed
   fi

@@ -83,6 +83,13 @@ class Point:
         }
 
 
+def prepare(device_type: str) -> None:
+    """Import what `measure` needs, without touching the device."""
+    os.environ["DS_ACCELERATOR"] = device_type
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    import pipeline.engine.build  # noqa: F401
+
+
 def measure(point: Point, device_type: str, trace: bool = False) -> dict[str, Any]:
     """Train a few steps; call in a fresh process.
 
@@ -95,8 +102,7 @@ def measure(point: Point, device_type: str, trace: bool = False) -> dict[str, An
         The point, `tokens_per_s`, `step_s` (median), `mfu` (None where the device's peak is not
         known), `peak_gib`, and with `trace` the `kernels`.
     """
-    os.environ["DS_ACCELERATOR"] = device_type
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    prepare(device_type)
     import torch
     import torch.distributed as dist
 
@@ -163,7 +169,7 @@ def _resident_gib() -> float:
 
 
 def _kernels(step: Any, is_gpu: bool) -> list[dict[str, Any]]:
-    """The operations that take most of a step's time on the device, at most 25."""
+    """The kernels (on a CPU operations) that take most of a step's time, at most 40."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_gpu else [])
@@ -171,7 +177,9 @@ def _kernels(step: Any, is_gpu: bool) -> list[dict[str, Any]]:
         step().head_losses.tolist()
     rows = []
     for event in profiler.key_averages():
+        if is_gpu and event.device_type.name != "CUDA":
+            continue  # an operation, whose kernels have rows of their own
         time_us = event.self_device_time_total if is_gpu else event.self_cpu_time_total
         if time_us > 0:
-            rows.append({"kernel": event.key[:100], "ms": time_us / 1000, "calls": event.count})
-    return sorted(rows, key=lambda row: -row["ms"])[:25]
+            rows.append({"kernel": event.key[:160], "ms": time_us / 1000, "calls": event.count})
+    return sorted(rows, key=lambda row: -row["ms"])[:40]

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from benchmarks.tables import machine_line
-
 Found = dict[str, Any]
 
 
@@ -18,46 +16,38 @@ def line(row: Found) -> str:
     )
 
 
-def tables(results: dict[str, Found], device: str) -> str:
+def tables(results: dict[str, Found]) -> str:
     """Everything that was found, as Markdown."""
-    parts = [machine_line(device)]
+    machines = list(dict.fromkeys(found["machine"] for found in results.values() if found))
+    parts = [machine if len(machines) == 1 else "" for machine in machines[:1]]
+
+    def title(name: str) -> str:
+        """With the machine, where they are several."""
+        return f"*{name}*" + (f" ({results[name]['machine']})" if len(machines) > 1 else "")
+
     tests = results.get("tests", {})
     if tests:
-        parts.append(f"`tests/gpu`: {tests['summary']}")
+        parts.append(f"{title('tests')}\n\n`tests/gpu`: {tests['summary']}")
         parts += [f"- {failure}" for failure in tests.get("failures", ())]
-    for name in ("run", "loss", "training"):
-        if "summary" in results.get(name, {}):
-            parts.append(f"*{name}*\n\n{results[name]['summary']}")
+    parts += [
+        f"{title(name)}\n\n{results[name]['summary']}"
+        for name in ("run", "loss", "training")
+        if "summary" in results.get(name, {})
+    ]
     for name, found in results.items():
         rows = list(found.get("rows", {}).values())
         if not rows:
             continue
         lines = [
-            f"*{name}*",
+            title(name),
             "",
             "| size | n | ZeRO | micro-batch | recomputation | backward | attention | compiled | V "
             "| chunk | documents | tokens/s | MFU | peak, GiB |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        lines += [_row(row) for row in rows]
-        parts.append("\n".join(lines))
-    kernels = [
-        row["kernels"]
-        for row in results.get("heads", {}).get("rows", {}).values()
-        if "kernels" in row
-    ]
-    if kernels:
-        lines = [
-            "*Where a step's time goes, by kernel*",
-            "",
-            "| kernel | ms | calls |",
-            "|---|---|---|",
-        ]
-        for kernel in kernels[0][:15]:
-            name = kernel["kernel"].replace("|", "/")[:80]
-            lines.append(f"| `{name}` | {kernel['ms']:.1f} | {kernel['calls']} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        parts.append("\n".join(lines + [_row(row) for row in rows]))
+        parts += [_kernel_table(row) for row in rows if "kernels" in row]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _row(row: Found) -> str:
@@ -73,10 +63,11 @@ def _row(row: Found) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _kernel_table(kernels: list[Found]) -> str:
-    lines = ["*Where a step's time goes, by kernel*", ""]
+def _kernel_table(row: Found) -> str:
+    what = f"{row['size']}, n = {row['heads']}"
+    lines = [f"*Where a step's time goes, by kernel: {what}*", ""]
     lines += ["| kernel | ms | calls |", "|---|---|---|"]
-    for kernel in kernels[:15]:
+    for kernel in row["kernels"][:15]:
         name = kernel["kernel"].replace("|", "/")[:80]
         lines.append(f"| `{name}` | {kernel['ms']:.1f} | {kernel['calls']} |")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ way of storing the weights and may not change them.
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -49,16 +50,17 @@ def initial_weight(
     if name.endswith(f".{UP}"):
         return torch.zeros(local_shape)
     placement = placement_of(name)
-    shape = global_shape(local_shape, placement, tensor_size)
+    rows, columns = global_shape(local_shape, placement, tensor_size)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * num_layers)
+    spans = [(0, rows)]
+    if placement.dim != 1:
+        spans = _row_spans(rows, placement, tensor_rank, tensor_size)
+    values = torch.empty(sum(stop - start for start, stop in spans), columns)
+    _fill_normal(values, spans, name, seed)
     if placement.dim == 1:
-        rows = _normal_rows(name, 0, shape[0], shape[1], seed)
-        part = take_slice(rows, placement, tensor_rank, tensor_size)
-    else:
-        spans = _row_spans(shape[0], placement, tensor_rank, tensor_size)
-        part = torch.cat([_normal_rows(name, a, b, shape[1], seed) for a, b in spans])
-    return part.mul(std).contiguous()
+        values = take_slice(values, placement, tensor_rank, tensor_size).contiguous()
+    return values.mul_(std)
 
 
 def _row_spans(rows: int, placement: Placement, rank: int, size: int) -> list[tuple[int, int]]:
@@ -71,15 +73,29 @@ def _row_spans(rows: int, placement: Placement, rank: int, size: int) -> list[tu
     return [(start, start + part) for start in starts]
 
 
-def _normal_rows(name: str, start: int, stop: int, columns: int, seed: int) -> Tensor:
-    """Rows start .. stop of the whole standard-normal matrix that belongs to (seed, name)."""
-    first, last = start // _ROWS_PER_BLOCK, (stop - 1) // _ROWS_PER_BLOCK
-    blocks = [_normal_block(name, index, columns, seed) for index in range(first, last + 1)]
-    offset = first * _ROWS_PER_BLOCK
-    return torch.cat(blocks)[start - offset : stop - offset]
+def _fill_normal(out: Tensor, spans: list[tuple[int, int]], name: str, seed: int) -> None:
+    """Spans of rows of the whole standard-normal matrix that belongs to (seed, name).
 
+    Blocks are independent and torch makes each without the interpreter's lock, so that as many
+    threads as torch may use share the work: a billion numbers take seconds.
+    """
+    parts = []
+    for start, stop in spans:
+        for block in range(start // _ROWS_PER_BLOCK, (stop - 1) // _ROWS_PER_BLOCK + 1):
+            first = block * _ROWS_PER_BLOCK
+            wanted = slice(max(start - first, 0), min(stop - first, _ROWS_PER_BLOCK))
+            parts.append((block, wanted))
+    sizes = [wanted.stop - wanted.start for _, wanted in parts]
 
-def _normal_block(name: str, index: int, columns: int, seed: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(_ROWS_PER_BLOCK, columns, generator=generator)
+    def fill(part: tuple[int, slice], rows: Tensor) -> None:
+        block, wanted = part
+        digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        whole = rows if len(rows) == _ROWS_PER_BLOCK else rows.new_empty(_ROWS_PER_BLOCK, columns)
+        torch.randn(whole.shape, generator=generator, out=whole)
+        if whole is not rows:
+            rows.copy_(whole[wanted])
+
+    columns = out.shape[1]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(fill, parts, out.split(sizes)))
