@@ -14,11 +14,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 needed="import torch, deepspeed, megatron.core, pydantic, xxhash, pyarrow, tokenizers, transformers, pytest"
-if ! "$python" -W ignore -c "$needed" >/dev/null 2>&1; then
+if ! lacking=$("$python" -W ignore -c "$needed" 2>&1 >/dev/null); then
   "$python" -c 'import torch' 2>/dev/null ||
     { echo "gpu.sh: $python has no torch; install the build for this GPU, or name an interpreter: PYTHON=..." >&2; exit 1; }
   if [ ! -e .venv-gpu/.installed ]; then
-    echo "gpu.sh: installing what is missing into .venv-gpu; torch stays the machine's"
+    echo "gpu.sh: installing what is missing into .venv-gpu; torch stays the machine's" \
+      "($(tail -n 1 <<<"$lacking"))"
     "$python" -m venv --system-site-packages .venv-gpu
     torch=$("$python" -c 'import torch; print(torch.__version__.partition("+")[0])')
     grep -v '^torch==' constraints.txt >.venv-gpu/constraints.txt
