@@ -181,9 +181,10 @@ def _call(command: Sequence[str], limit_s: float, **variables: str) -> Called:
 
 def _run_tests(device: str, _: str, budget: Budget, found: Found, keep: Keep) -> None:
     """tests/gpu, as many as the time allows."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--durations=5", "tests/gpu"]
+    longest_first = ["tests/gpu/test_runs.py", "tests/gpu/test_stages.py", "tests/gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--durations=5", *longest_first]
     if importlib.util.find_spec("xdist") is not None:  # most of their time is a CPU's
-        command += ["-n", str(min(os.cpu_count() or 1, 8))]
+        command += ["-n", str(min(os.cpu_count() or 1, 16)), "--dist", "worksteal"]
     done = _call(command, min(240, budget.left_s()), HEADWAY_TEST_DEVICE=device)
     code, lines = done.code, done.output.splitlines()
     print("\n".join(lines[-15:]), flush=True)

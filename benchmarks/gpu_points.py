@@ -30,7 +30,7 @@ class Point:
         backward: of the heads.
         attention: kernel.
         chunk: tokens whose logits exist at once; 0 = auto.
-        compiled: whether torch.compile makes the kernels of norms and activations.
+        compiled: whether torch.compile makes kernels; auto = on a GPU.
         documents: whether documents are kept apart.
         steps: that are timed, after two that warm up.
     """
@@ -46,7 +46,7 @@ class Point:
     backward: str = "sequential"
     attention: str = "auto"
     chunk: int = 0
-    compiled: bool = False
+    compiled: bool | str = "auto"
     documents: bool = False
     steps: int = 3
 

@@ -53,7 +53,7 @@ def tables(results: dict[str, Found]) -> str:
 def _row(row: Found) -> str:
     cells = [row["size"], row["heads"], row["zero"], f"{row['micro']} x {row['sequence']}"]
     cells += [row["checkpointing"], row["backward"], row["attention"]]
-    cells += ["yes" if row["compiled"] else "-", row["vocabulary"]]
+    cells += [{True: "yes", False: "no"}.get(row["compiled"], "auto"), row["vocabulary"]]
     cells += [row["chunk"] or "auto", "apart" if row["documents"] else "-"]
     if "error" in row:
         cells += [row["error"].replace("|", "/"), "", ""]

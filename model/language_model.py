@@ -32,7 +32,10 @@ from model.operations.documents import (
     positions_within,
     visible_within,
 )
+from model.operations.rms_norm import RMSNorm
 from model.operations.rotary import RotaryTable
+from model.operations.self_attention import SelfAttention
+from model.operations.swiglu import SwiGLU
 from model.structure.initialization import initial_weight
 from model.structure.parameter_shapes import layer_shapes
 from model.structure.part import ModelPart
@@ -54,7 +57,12 @@ class MultiTokenModel(nn.Module):
             recomputes the core attention alone.
         transformer_engine: build the layers from Transformer Engine's modules (GPU only).
         part: what to hold of the model, in a run with pipeline stages; None = all of it.
+
+    Attributes:
+        compiles_loss: whether torch.compile makes the kernels of the loss.
     """
+
+    compiles_loss = False
 
     def __init__(
         self,
@@ -233,6 +241,13 @@ class MultiTokenModel(nn.Module):
         for attention in self._attentions:
             attention.backend = backend
         return backend
+
+    def compile_kernels(self) -> None:
+        """Let torch.compile make the kernels of norms, rotation, activation and loss."""
+        self.compiles_loss = True
+        for module in self.modules():
+            if isinstance(module, RMSNorm | SwiGLU | SelfAttention):
+                module.compile_kernel()
 
     def initial_weight(self, name: str, local_shape: torch.Size, seed: int) -> Tensor:
         """This rank's part of a parameter's initial value, see `model.structure.initialization`."""

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.operations.compiled import compiled
+
 IGNORED = -100
 
 
@@ -68,6 +70,7 @@ def loss_and_gradients(
     weight_gradient: Tensor | None,
     chunk_tokens: int,
     token_losses: Tensor | None = None,
+    is_compiled: bool = False,
 ) -> LossAndGradient:
     """Cross-entropy of `hidden @ weight.T` against labels, with both gradients.
 
@@ -81,15 +84,17 @@ def loss_and_gradients(
             the unembedding is frozen.
         chunk_tokens: tokens whose logits exist at once.
         token_losses: `[T]`, filled with the loss of each token, 0 where it is ignored; or None.
+        is_compiled: the softmax by kernels that torch.compile makes.
 
     Returns:
         The loss sum and the hidden gradient, equal on all ranks of the group.
     """
+    chunk = _compiled_chunk if is_compiled else _chunk
     hidden_gradient = torch.empty_like(hidden)
     loss_sum = hidden.new_zeros((), dtype=_softmax_dtype(hidden))
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        losses, logit_gradient = _chunk(hidden[part], weight, labels[part], shard, scale)
+        losses, logit_gradient = chunk(hidden[part], weight, labels[part], shard, scale)
         loss_sum += losses.sum()
         if token_losses is not None:
             token_losses[part] = losses
@@ -154,6 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         shard: VocabularyShard,
         chunk_tokens: int,
+        is_compiled: bool,
     ) -> Tensor:
         weight_gradient = None
         if ctx.needs_input_grad[1]:
@@ -166,6 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale=1.0,
             weight_gradient=weight_gradient,
             chunk_tokens=chunk_tokens,
+            is_compiled=is_compiled,
         )
         if weight_gradient is not None:
             weight_gradient = weight_gradient.to(weight.dtype)
@@ -185,18 +192,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, shard: VocabularyShard, chunk_tokens: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    shard: VocabularyShard,
+    chunk_tokens: int,
+    is_compiled: bool = False,
 ) -> Tensor:
     """Differentiable sum of token losses; arguments as in `loss_and_gradients`.
 
     Returns:
         Scalar; divide by the global count of valid targets for a mean.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, shard, chunk_tokens)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, labels, shard, chunk_tokens, is_compiled
+    )
     return loss
 
 
@@ -282,6 +298,59 @@ def _softmax(logits: Tensor, largest: Tensor, labels: Tensor, shard: VocabularyS
     total, target = shard.reduce(torch.stack((exponentials.sum(dim=-1), target))).unbind()
     losses = (total.log() - target).where(labels != IGNORED, total.new_zeros(()))
     return _Softmax(losses, exponentials, total)
+
+
+def _compiled_chunk(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """`_chunk` by two compiled kernels: the logits are read in each and written once."""
+    logits = hidden @ weight.t()
+    owned, local = _owned(labels, shard)
+    mine, total, target = compiled(plain_softmax_sums)(logits, local)
+    largest = shard.reduce(mine.clone(), dist.ReduceOp.MAX)
+    total, target = shard.reduce(
+        torch.stack((total * (mine - largest).exp(), (target - largest) * owned))
+    ).unbind()
+    valid = labels != IGNORED
+    losses = (total.log() - target).where(valid, total.new_zeros(()))
+    taken = scale * valid.to(total.dtype)
+    compiled(plain_logit_gradient_)(logits, largest, taken / total, taken * owned, local)
+    return losses, logits
+
+
+def plain_softmax_sums(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What this shard adds to a softmax, to be compiled.
+
+    Args:
+        logits: `[t, V']`.
+        local: `[t]` the row of each label.
+
+    Returns:
+        `[t]` each: the largest logit, the sum of the exponentials of logits less that one, and the
+        label's logit; at least float32.
+    """
+    wide = logits.to(_softmax_dtype(logits))
+    largest = wide.amax(dim=-1)
+    total = (wide - largest.unsqueeze(1)).exp().sum(dim=-1)
+    return largest, total, wide.gather(1, local.unsqueeze(1)).squeeze(1)
+
+
+def plain_logit_gradient_(
+    logits: Tensor, largest: Tensor, factor: Tensor, taken: Tensor, local: Tensor
+) -> None:
+    """Turn logits into the gradient of the loss by them, in place; to be compiled.
+
+    Args:
+        logits: `[t, V']`.
+        largest: `[t]` logit over all shards.
+        factor: `[t]`, on the exponentials.
+        taken: `[t]`, off the label's own; 0 where another shard has it.
+        local: `[t]` the row of each label.
+    """
+    wide = logits.to(_softmax_dtype(logits))
+    gradient = (wide - largest.unsqueeze(1)).exp() * factor.unsqueeze(1)
+    is_label = torch.arange(logits.shape[1], device=logits.device) == local.unsqueeze(1)
+    logits.copy_(torch.where(is_label, gradient - taken.unsqueeze(1), gradient))
 
 
 def _owned(labels: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:

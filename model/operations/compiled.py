@@ -6,6 +6,7 @@ operations go through memory several times. In exchange every process compiles a
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from model.errors import ConfigError
 
 
 @functools.cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled when it is first called."""
     # In this process: a pool of compilers in every rank would outlive their little work.
     return torch.compile(function, options={"compile_threads": 1})

@@ -1,15 +1,15 @@
 """Which kernels a model computes with on this device; chosen once, before training."""
 
 import logging
+from typing import Literal
 
 import torch
 
+from model.errors import ConfigError
 from model.language_model import MultiTokenModel
 from model.loss import product_adds_in_float32
 from model.operations.attention_backend import BackendChoice
 from model.operations.compiled import check_compiler
-from model.operations.rms_norm import RMSNorm
-from model.operations.swiglu import SwiGLU
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def choose_kernels(
     attention: BackendChoice,
     device: torch.device,
     *,
-    compile_elementwise: bool = False,
+    compile_elementwise: bool | Literal["auto"] = False,
 ) -> None:
     """Choose, try what has to be tried, and say what came out.
 
@@ -27,16 +27,19 @@ def choose_kernels(
         model: this rank's part of the model.
         attention: what the run asks for.
         device: where it runs.
-        compile_elementwise: let torch.compile make the kernels of norms and activations.
+        compile_elementwise: let torch.compile make the kernels of norms, rotation, activation and
+            loss; auto = on a GPU where it can.
 
     Raises:
         ConfigError: the attention asked for cannot be used here, or nothing can be compiled.
     """
-    if compile_elementwise:
+    if compile_elementwise == "auto":
+        compile_elementwise = device.type == "cuda" and _can_compile(device)
+    elif compile_elementwise:
         check_compiler(device)
-        for module in model.modules():
-            if isinstance(module, RMSNorm | SwiGLU):
-                module.compile_kernel()
+    if compile_elementwise:
+        model.compile_kernels()
+        logger.info("kernels       of norms, rotation, activation and loss by torch.compile")
     backend = model.choose_attention(attention, device)
     if backend is None:
         logger.info("attention     by torch's own choice, as on every CPU")
@@ -48,3 +51,14 @@ def choose_kernels(
             "product that does both",
             torch.__version__,
         )
+
+
+def _can_compile(device: torch.device) -> bool:
+    try:
+        check_compiler(device)
+    except ConfigError as error:
+        logger.warning(
+            "torch.compile cannot be used, so that a step takes up to a fifth longer: %s", error
+        )
+        return False
+    return True

@@ -11,16 +11,24 @@ dimension; A and G are this tensor-parallel rank's share.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.operations.compiled import compiled
 from model.operations.documents import AttentionMask
 from model.operations.rotary import Rotation
 
 
 class SelfAttention(MegatronSelfAttention):
     """Product, rotation, core attention, projection; weights and their names are megatron's."""
+
+    _compiled = False
+
+    def compile_kernel(self) -> None:
+        """Split and rotate with a kernel that torch.compile makes."""
+        self._compiled = True
 
     def forward(
         self,
@@ -41,7 +49,9 @@ class SelfAttention(MegatronSelfAttention):
             `[S, B, H]`, and a bias that is None.
         """
         mixed, _bias = self.linear_qkv(hidden_states)
-        heads = split_and_rotate(mixed, rotary_pos_emb, self.num_query_groups_per_partition)
+        heads = split_and_rotate(
+            mixed, rotary_pos_emb, self.num_query_groups_per_partition, self._compiled
+        )
         projected: tuple[Tensor, Tensor | None] = self.linear_proj(
             self.core_attention(*heads, attention_mask)
         )
@@ -49,7 +59,7 @@ class SelfAttention(MegatronSelfAttention):
 
 
 def split_and_rotate(
-    mixed: Tensor, rotation: Rotation, groups: int
+    mixed: Tensor, rotation: Rotation, groups: int, is_compiled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values from the one product that holds them; the first two rotated.
 
@@ -57,13 +67,49 @@ def split_and_rotate(
         mixed: `[S, B, G * (R + 2) * D]`: for each key-value head its R queries, its key, its value.
         rotation: of the positions, in the dtype of `mixed`.
         groups: G.
+        is_compiled: by a kernel that torch.compile makes, with one rounding at the end.
 
     Returns:
         `[S, B, A, D]`, and twice `[S, B, G, D]`; none of them is a view of `mixed`.
     """
     assert mixed.dtype == rotation.cos.dtype, (mixed.dtype, rotation.cos.dtype)
-    heads: tuple[Tensor, Tensor, Tensor] = _SplitAndRotate.apply(mixed, *rotation, groups)
+    heads: tuple[Tensor, Tensor, Tensor] = _SplitAndRotate.apply(
+        mixed, *rotation, groups, is_compiled
+    )
     return heads
+
+
+def plain_split_and_rotate(
+    mixed: Tensor, cos: Tensor, sin: Tensor, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_and_rotate` as it is defined, to be compiled."""
+    parts = mixed.unflatten(-1, (groups, -1, 2 * cos.shape[-1]))  # [S, B, G, R + 2, D]
+    query, key = (_turned(part, cos, sin) for part in (parts[..., :-2, :], parts[..., -2:-1, :]))
+    value = parts[..., -1, :].clone(memory_format=torch.contiguous_format)
+    return query.flatten(2, 3), key.squeeze(3), value
+
+
+def plain_turn_back_and_join(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """The gradient of `split_and_rotate` from those of its results, to be compiled."""
+    per_group = query.shape[2] // key.shape[2]
+    # Padded and added rather than concatenated: one kernel, which writes nothing in between.
+    joined = (
+        F.pad(query.unflatten(2, (-1, per_group)), (0, 0, 0, 2))
+        + F.pad(key.unsqueeze(3), (0, 0, per_group, 1))
+        + F.pad(value.unsqueeze(3), (0, 0, per_group + 1, 0))
+    )
+    turned = _turned(joined, cos, -sin)
+    is_value = torch.arange(per_group + 2, device=key.device).unsqueeze(1) == per_group + 1
+    return torch.where(is_value, joined, turned).flatten(2)
+
+
+def _turned(source: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The pairs (i, i + D/2) of `[S, B, G, R, D]`, turned."""
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    swapped = source.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return source * cos.unsqueeze(3) + swapped * sin.unsqueeze(3)
 
 
 class _SplitAndRotate(torch.autograd.Function):
@@ -71,9 +117,15 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, groups: int
+        ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, groups: int, is_compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
+        ctx.is_compiled = is_compiled
+        if is_compiled:
+            heads: tuple[Tensor, Tensor, Tensor] = compiled(plain_split_and_rotate)(
+                mixed, cos, sin, groups
+            )
+            return heads
         parts = mixed.unflatten(-1, (groups, -1, 2 * cos.shape[-1]))  # [S, B, G, R + 2, D]
         queries, keys = parts[..., :-2, :], parts[..., -2:-1, :]
         query = torch.empty(queries.shape, dtype=mixed.dtype, device=mixed.device)
@@ -88,6 +140,9 @@ class _SplitAndRotate(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         query, key, value = grad_outputs
+        if ctx.is_compiled:
+            joined = compiled(plain_turn_back_and_join)(query, key, value, cos, sin)
+            return joined, None, None, None, None
         length, batch, groups, width = key.shape
         per_group = query.shape[2] // groups
         shape = (length, batch, groups, per_group + 2, width)
@@ -95,7 +150,7 @@ class _SplitAndRotate(torch.autograd.Function):
         _rotate(query.unflatten(2, (groups, -1)), cos, sin, out=mixed[..., :-2, :], sign=-1)
         _rotate(key.unsqueeze(3), cos, sin, out=mixed[..., -2:-1, :], sign=-1)
         mixed[..., -1, :].copy_(value)
-        return mixed.flatten(2), None, None, None
+        return mixed.flatten(2), None, None, None, None
 
 
 def _rotate(source: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor, sign: int = 1) -> None:

@@ -21,6 +21,7 @@ from pipeline.distributed.agreement import judged_by_main
 from pipeline.distributed.topology import Topology
 from pipeline.engine.deepspeed_config import deepspeed_config, optimizer_level
 from pipeline.engine.deepspeed_internals import (
+    add_gradients_in_one_pass,
     fp32_sums_at_level_1,
     gather_weights_within,
     keep_off_shared_memory,
@@ -66,7 +67,7 @@ def build_engine(
         model,
         config.train.attention,
         topology.device,
-        compile_elementwise=config.train.compile,
+        compile_elementwise=config.train.compile_choice,
     )
     with fp32_sums_at_level_1():
         wrapped, *_ = deepspeed.initialize(
@@ -76,6 +77,7 @@ def build_engine(
             config=settings,
             dist_init_required=False,
         )
+    add_gradients_in_one_pass(wrapped)
     share = share_of(
         wrapped,
         level=optimizer_level(config.parallel.zero, precision),

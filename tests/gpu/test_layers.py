@@ -15,10 +15,11 @@ from model.operations.attention_backend import (
     can_use_on,
     choose_backend,
 )
-from model.operations.rms_norm import rms_norm
+from model.operations.compiled import compiled
+from model.operations.rms_norm import plain_rms_norm, rms_norm
 from model.operations.rotary import RotaryTable
 from model.operations.self_attention import split_and_rotate
-from model.operations.swiglu import swiglu
+from model.operations.swiglu import plain_swiglu, swiglu
 from pipeline.data.batch_order import BatchPosition, StepBatches
 from pipeline.data.device_copies import batches_on
 from tests.support.parity_runs import relative_difference
@@ -41,7 +42,10 @@ def assert_same(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_and_norm_follow_float64(device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_swiglu_and_norm_follow_float64(
+    device: torch.device, dtype: torch.dtype, is_compiled: bool
+) -> None:
     """Outputs and gradients, against the same functions of the same inputs by autograd."""
     gate_and_up = made(LENGTH, BATCH, 2 * HIDDEN, dtype=dtype)
     hidden, weight = made(LENGTH, BATCH, HIDDEN, dtype=dtype), made(HIDDEN, dtype=dtype, seed=2)
@@ -50,8 +54,12 @@ def test_swiglu_and_norm_follow_float64(device: torch.device, dtype: torch.dtype
     def run(where: torch.device, kind: torch.dtype, ours: bool) -> list[Tensor]:
         inputs = [t.to(where, kind).requires_grad_() for t in (gate_and_up, hidden, weight)]
         gate, up = inputs[0].chunk(2, dim=-1)
-        activated = swiglu(inputs[0]) if ours else F.silu(gate) * up
-        norm = rms_norm if ours else lambda h, w, eps: F.rms_norm(h, (HIDDEN,), w, eps)
+        activate, norm = swiglu, rms_norm
+        if ours and is_compiled:
+            activate, norm = compiled(plain_swiglu), compiled(plain_rms_norm)
+        elif not ours:
+            norm = plain_rms_norm
+        activated = activate(inputs[0]) if ours else F.silu(gate) * up
         normed = norm(inputs[1], inputs[2], 1e-5)
         torch.autograd.backward([activated, normed], [upstream.to(where, kind)] * 2)
         gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
@@ -66,8 +74,9 @@ def test_swiglu_and_norm_follow_float64(device: torch.device, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows_differ", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
 def test_rotation_follows_float64(
-    device: torch.device, dtype: torch.dtype, rows_differ: bool
+    device: torch.device, dtype: torch.dtype, rows_differ: bool, is_compiled: bool
 ) -> None:
     """Against a CPU in float64, which test_self_attention.py holds to a Llama's."""
     groups, per_group = 2, 3
@@ -77,15 +86,16 @@ def test_rotation_follows_float64(
         positions = torch.stack((positions, positions % 100))
     table = RotaryTable(WIDTH, 10000.0)
 
-    def run(where: torch.device, kind: torch.dtype) -> list[Tensor]:
+    def run(where: torch.device, kind: torch.dtype, is_compiled: bool = False) -> list[Tensor]:
         product = mixed.to(where, kind).requires_grad_()
-        parts = split_and_rotate(product, table.rotation(positions.to(where), kind), groups)
+        rotation = table.rotation(positions.to(where), kind)
+        parts = split_and_rotate(product, rotation, groups, is_compiled)
         torch.autograd.backward(parts, [part.detach().square() for part in parts])
         assert product.grad is not None
         return [*parts, product.grad]
 
     expected = run(torch.device("cpu"), torch.float64)
-    for found, wanted in zip(run(device, dtype), expected, strict=True):
+    for found, wanted in zip(run(device, dtype, is_compiled), expected, strict=True):
         # The cosines are of dtype, too; the gradient's upstream has been rounded before.
         assert_same(found, wanted, 4 * TOLERANCE[dtype])
 

@@ -10,8 +10,9 @@ from tests.support.parity_runs import relative_difference
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("chunk", [333, 4096])
+@pytest.mark.parametrize("is_compiled", [False, True])
 def test_loss_and_both_gradients(
-    device: torch.device, dtype: torch.dtype, tolerance: float, chunk: int
+    device: torch.device, dtype: torch.dtype, tolerance: float, chunk: int, is_compiled: bool
 ) -> None:
     """Against float32 logits of the same rounded inputs."""
     tokens, hidden, vocabulary = (1024, 512, 131_072) if device.type == "cuda" else (64, 32, 4096)
@@ -30,6 +31,7 @@ def test_loss_and_both_gradients(
         scale=scale,
         weight_gradient=gradient,
         chunk_tokens=chunk,
+        is_compiled=is_compiled,
     )
     wide_x, wide_weight = x.float().requires_grad_(), weight.float().requires_grad_()
     loss = F.cross_entropy(wide_x @ wide_weight.t(), labels, ignore_index=-100, reduction="sum")

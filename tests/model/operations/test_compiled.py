@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from model.errors import ConfigError
+from model.loss import IGNORED, VocabularyShard, loss_and_gradients
 from model.operations.compiled import check_compiler, compiled
 from model.operations.rms_norm import plain_rms_norm, rms_norm
+from model.operations.rotary import RotaryTable
+from model.operations.self_attention import split_and_rotate
 from model.operations.swiglu import plain_swiglu, swiglu
 
 CPU = torch.device("cpu")
@@ -45,6 +48,64 @@ def test_a_compiled_kernel_computes_the_same(kind: str, dtype: torch.dtype) -> N
         assert mine.dtype == theirs.dtype == dtype
         error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
         assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "per_group", "batch"), [(2, 3, 2), (4, 1, 1)])
+def test_compiled_rotation_is_the_same(
+    dtype: torch.dtype, groups: int, per_group: int, batch: int
+) -> None:
+    """Queries, keys, values and the gradient, whatever strides the gradients come in."""
+    length, width = 6, 8
+    generator = torch.Generator().manual_seed(5)
+    mixed = torch.randn(length, batch, groups * (per_group + 2) * width, generator=generator)
+    positions = torch.randint(9, (batch, length), generator=generator)  # of documents kept apart
+    rotation = RotaryTable(width, 100.0).rotation(positions, dtype)
+    results = []
+    for is_compiled in (True, False):
+        leaf = mixed.to(dtype).requires_grad_()
+        heads = split_and_rotate(leaf, rotation, groups, is_compiled)
+        upstream = [
+            torch.linspace(-1, 1, part.numel(), dtype=dtype).view(part.permute(1, 2, 0, 3).shape)
+            for part in heads
+        ]
+        torch.autograd.backward(heads, [one.permute(2, 0, 1, 3) for one in upstream])
+        assert leaf.grad is not None
+        results.append([*(part.detach() for part in heads), leaf.grad])
+        assert all(part.is_contiguous() for part in heads)
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.dtype == theirs.dtype == dtype
+        assert (mine.float() - theirs.float()).norm() / theirs.float().norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_loss_is_the_same(dtype: torch.dtype) -> None:
+    """Losses and both gradients, with ignored labels, a last chunk, large logits."""
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(21, 16, generator=generator).to(dtype)
+    weight = torch.randn(50, 16, generator=generator).mul(8).to(dtype)
+    labels = torch.randint(50, (21,), generator=generator)
+    labels[[0, 9, 20]] = IGNORED
+    results = []
+    for is_compiled in (True, False):
+        total, losses = torch.zeros(50, 16), torch.empty(21)
+        found = loss_and_gradients(
+            hidden,
+            weight,
+            labels,
+            shard=VocabularyShard(0, 50, None),
+            scale=torch.tensor(0.125),
+            weight_gradient=total,
+            chunk_tokens=8,
+            token_losses=losses,
+            is_compiled=is_compiled,
+        )
+        results.append([found.loss_sum, found.hidden_gradient, total, losses])
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.dtype == theirs.dtype
+        error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < 4 * TOLERANCE[dtype]
+    assert results[0][3][9] == 0
 
 
 def test_without_a_compiler_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
