@@ -6,11 +6,13 @@ same commit, so that a call that was cut off goes on. The tables come from what 
 """
 
 import argparse
+import collections
 import functools
 import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,19 +182,35 @@ def _call(command: Sequence[str], limit_s: float, **variables: str) -> Called:
 
 
 def _run_tests(device: str, _: str, budget: Budget, found: Found, keep: Keep) -> None:
-    """tests/gpu, as many as the time allows."""
+    """tests/gpu, as many as the time allows; the next call runs the others."""
+    earlier: dict[str, str] = found.get("outcomes", {})
     longest_first = ["tests/gpu/test_runs.py", "tests/gpu/test_stages.py", "tests/gpu"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--durations=5", *longest_first]
+    command = [sys.executable, "-m", "pytest", "-v", "-rs", "--durations=5", *longest_first]
     if importlib.util.find_spec("xdist") is not None:  # most of their time is a CPU's
         command += ["-n", str(min(os.cpu_count() or 1, 16)), "--dist", "worksteal"]
+    for name, outcome in earlier.items():
+        command += ["--deselect", name] if outcome == "PASSED" else []
     done = _call(command, min(240, budget.left_s()), HEADWAY_TEST_DEVICE=device)
-    code, lines = done.code, done.output.splitlines()
+    lines = done.output.splitlines()
     print("\n".join(lines[-15:]), flush=True)
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if code not in (0, None) and not failures:
+    outcomes = earlier | outcomes_of_tests(done.output)
+    failures = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
+    if done.code not in (0, None) and not failures:
         failures = lines[-1:]
-    summary = lines[-1] if lines and code is not None else "cut off by the time limit"
-    keep(found | {"summary": summary, "failures": failures, "complete": code is not None})
+    counts = collections.Counter(outcome.lower() for outcome in outcomes.values())
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    if done.code is None:
+        summary += "; the others had no time"
+    told = {"summary": summary, "outcomes": outcomes, "failures": failures}
+    keep(found | told | {"complete": done.code is not None})
+
+
+def outcomes_of_tests(output: str) -> dict[str, str]:
+    """Each test that ended and how, from what `pytest -v` wrote, on one worker or many."""
+    words = "PASSED|FAILED|ERROR|SKIPPED"
+    alone = re.findall(rf"^(tests/\S+?\.py::.+?) ({words})", output, re.MULTILINE)
+    workers = re.findall(rf"^\[gw\d+\].*? ({words}) (tests/\S+?\.py::.+?) *$", output, re.MULTILINE)
+    return dict(alone) | {name: outcome for outcome, name in workers}
 
 
 def _train(piece: str) -> Callable[[str, str, Budget, Found, Keep], None]:

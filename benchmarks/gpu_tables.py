@@ -19,11 +19,12 @@ def line(row: Found) -> str:
 def tables(results: dict[str, Found]) -> str:
     """Everything that was found, as Markdown."""
     machines = list(dict.fromkeys(found["machine"] for found in results.values() if found))
-    parts = [machine if len(machines) == 1 else "" for machine in machines[:1]]
+    parts = [*machines] if len(machines) == 1 else []
 
     def title(name: str) -> str:
-        """With the machine, where they are several."""
-        return f"*{name}*" + (f" ({results[name]['machine']})" if len(machines) > 1 else "")
+        """With the commit, and with the machine where they are several."""
+        machine = f"; {results[name]['machine']}" if len(machines) > 1 else ""
+        return f"*{name}* (commit {results[name]['commit'][:7]}{machine})"
 
     tests = results.get("tests", {})
     if tests:
@@ -68,6 +69,9 @@ def _kernel_table(row: Found) -> str:
     lines = [f"*Where a step's time goes, by kernel: {what}*", ""]
     lines += ["| kernel | ms | calls |", "|---|---|---|"]
     for kernel in row["kernels"][:15]:
-        name = kernel["kernel"].replace("|", "/")[:80]
+        name = kernel["kernel"].replace("|", "/")
+        for noise in ("void ", "at::native::", "(anonymous namespace)::"):
+            name = name.replace(noise, "")
+        name = name[:110]
         lines.append(f"| `{name}` | {kernel['ms']:.1f} | {kernel['calls']} |")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ operations go through memory several times. In exchange every process compiles a
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from model.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -33,9 +36,19 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # torch has no common class for what can go wrong here
         what = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"train.compile=true, but torch.compile fails on this machine ({what}); install a C++ "
-            "compiler (for a GPU, Triton as well), or set train.compile=false"
+            f"torch.compile fails on this machine ({what}); install a C++ compiler (for a GPU, "
+            "Triton as well), or set train.compile=false"
         ) from None
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether something can be compiled for this device; the log says why not."""
+    try:
+        check_compiler(device)
+    except ConfigError as error:
+        logger.warning("torch.compile cannot be used, so that steps are slower: %s", error)
+        return False
+    return True
 
 
 def _double(numbers: Tensor) -> Tensor:

@@ -5,11 +5,10 @@ from typing import Literal
 
 import torch
 
-from model.errors import ConfigError
 from model.language_model import MultiTokenModel
 from model.loss import product_adds_in_float32
 from model.operations.attention_backend import BackendChoice
-from model.operations.compiled import check_compiler
+from model.operations.compiled import can_compile, check_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def choose_kernels(
         ConfigError: the attention asked for cannot be used here, or nothing can be compiled.
     """
     if compile_elementwise == "auto":
-        compile_elementwise = device.type == "cuda" and _can_compile(device)
+        compile_elementwise = device.type == "cuda" and can_compile(device)
     elif compile_elementwise:
         check_compiler(device)
     if compile_elementwise:
@@ -51,14 +50,3 @@ def choose_kernels(
             "product that does both",
             torch.__version__,
         )
-
-
-def _can_compile(device: torch.device) -> bool:
-    try:
-        check_compiler(device)
-    except ConfigError as error:
-        logger.warning(
-            "torch.compile cannot be used, so that a step takes up to a fifth longer: %s", error
-        )
-        return False
-    return True

@@ -106,3 +106,29 @@ def test_the_whole_script_on_a_cpu(tmp_path: Path) -> None:
         timeout=2400,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("options", [[], ["-n", "2"]])
+def test_outcomes_of_tests_are_read_whether_they_ended_or_not(
+    tmp_path: Path, options: list[str]
+) -> None:
+    """From one worker or several, of a run that was killed too."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('case', ['a b', 'c, zero 3'])\n"
+        "def test_good(case): pass\n"
+        "def test_bad(): assert 0\n"
+        "def test_left_out(): pytest.skip('for a reason')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "tests"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    wanted = {
+        "tests/test_some.py::test_good[a b]": "PASSED",
+        "tests/test_some.py::test_good[c, zero 3]": "PASSED",
+        "tests/test_some.py::test_bad": "FAILED",
+        "tests/test_some.py::test_left_out": "SKIPPED",
+    }
+    assert gpu.outcomes_of_tests(done.stdout) == wanted
+    cut_off = done.stdout[: done.stdout.index("test_bad")]
+    assert gpu.outcomes_of_tests(cut_off).items() <= wanted.items()

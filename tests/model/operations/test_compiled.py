@@ -1,6 +1,7 @@
 """Kernels that torch.compile makes, against the functions that are there without it."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from model.errors import ConfigError
 from model.loss import IGNORED, VocabularyShard, loss_and_gradients
-from model.operations.compiled import check_compiler, compiled
+from model.operations.compiled import can_compile, check_compiler, compiled
 from model.operations.rms_norm import plain_rms_norm, rms_norm
 from model.operations.rotary import RotaryTable
 from model.operations.self_attention import split_and_rotate
@@ -108,8 +109,9 @@ def test_compiled_loss_is_the_same(dtype: torch.dtype) -> None:
     assert results[0][3][9] == 0
 
 
-def test_without_a_compiler_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its start, in one line, with the way out."""
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine where nothing can be compiled."""
 
     def broken(*_: Any, **__: Any) -> Any:
         def run(_: Tensor) -> Tensor:
@@ -119,9 +121,24 @@ def test_without_a_compiler_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "compile", broken)
     compiled.cache_clear()
+    yield
+    compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_left_to_itself_a_run_goes_on_without_a_compiler(caplog: pytest.LogCaptureFixture) -> None:
+    """With torch's own kernels, and a line that says so."""
+    with caplog.at_level(logging.WARNING):
+        assert not can_compile(CPU)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("torch.compile cannot be used, so that steps are slower")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_the_run_is_refused() -> None:
+    """At its start, in one line, with the way out."""
     with pytest.raises(ConfigError) as caught:
         check_compiler(CPU)
-    compiled.cache_clear()
     message = str(caught.value)
     assert "No working C++ compiler found in $PATH" in message
     assert message.endswith("or set train.compile=false")

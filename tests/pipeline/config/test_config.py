@@ -440,3 +440,13 @@ def test_attention_has_no_effect_on_a_cpu(small: Path) -> None:
     assert lines("cuda") == []
     (line,) = refusal(small, "train.attention=fast")
     assert "use one of: auto, cudnn, flash, efficient or math" in line
+
+
+def test_a_deterministic_run_compiles_nothing_unless_it_is_told_to(small: Path) -> None:
+    """Compiled kernels are chosen by timing them."""
+    deterministic = "train.deterministic=true"
+    assert load_config(small).train.compile_choice == "auto"
+    assert load_config(small, [deterministic]).train.compile_choice is False
+    assert load_config(small, [deterministic, "train.compile=true"]).train.compile_choice is True
+    with pytest.raises(ConfigError, match=r"train\.compile"):
+        load_config(small, ["train.compile=sometimes"])
