@@ -132,8 +132,8 @@ class BeamDecoder:
         self._searches = [_Search(settings, seed, network.device) for seed in seeds]
         self._sampling = RowSampling([settings.sampling], network.device)
         longest = max(map(len, prompts)) + settings.max_new_tokens
-        self._reader = BeamReader(network, len(prompts) * settings.width, longest)
-        self._grow(self._reader.read(prompts)[0])
+        self.reader = BeamReader(network, len(prompts) * settings.width, longest)
+        self._grow(self.reader.read(prompts)[0])
 
     @property
     def going(self) -> bool:
@@ -143,7 +143,7 @@ class BeamDecoder:
     def round(self) -> None:
         """Read the last token of every beam, and let all texts grow by a layer."""
         live = [beam for search in self._searches for beam in search.text.live]
-        self._grow(self._reader.next([beam.tokens[-1] for beam in live]))
+        self._grow(self.reader.next([beam.tokens[-1] for beam in live]))
 
     def _grow(self, logits: Tensor) -> None:
         """The next layer of each text, from logits `[beams of all texts, V]`."""
@@ -155,12 +155,12 @@ class BeamDecoder:
                 rows += [first + parent for parent in search.grow(said)]
             first += live
         if rows:
-            self._reader.take(rows)
+            self.reader.take(rows)
 
     def generation(self) -> BeamGeneration:
         """What came out."""
         return BeamGeneration(
             [search.text.ranked() for search in self._searches],
-            self._reader.forwards,
+            self.reader.forwards,
             [search.widths for search in self._searches],
         )
