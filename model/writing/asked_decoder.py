@@ -113,6 +113,7 @@ def checked(
             f"{asked.decoder} needs somebody who drafts, and one head alone does not; use more "
             "heads, or another decoder",
         )
+    _check_types(whole)
     _check_ranges(whole, most_width)
     _check_sampling(whole, sampling)
     return whole
@@ -130,6 +131,15 @@ def check_names(settings: dict[str, object], decoder: str | None) -> None:
         owners = " or ".join(other for other, names in _SETTINGS.items() if name in names)
         instead = f"which {decoder} does not have" if decoder else "and none is asked for"
         raise SettingError(name, f"is of the decoder {owners}, {instead}; leave {name} out")
+
+
+def _check_types(asked: AskedDecoder) -> None:
+    """A whole number may stand for any, and nothing else for another kind."""
+    for name, usual in _DEFAULTS.items():
+        value = getattr(asked, name)
+        if type(value) is not type(usual) and not (type(value) is int and type(usual) is float):
+            kind = {bool: "true or false", int: "a whole number"}.get(type(usual), "a number")
+            raise SettingError(name, f"{printable(repr(value))} must be {kind}")
 
 
 def _check_ranges(asked: AskedDecoder, most_width: int) -> None:

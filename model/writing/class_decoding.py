@@ -16,6 +16,7 @@ from transformers import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MinPLogitsWarper,
+    PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -95,10 +96,12 @@ def custom_generate(
         arguments.pop("draft_model", None),
         arguments.pop("drafts", _DRAFTS),
     )
-    if not 0 <= wanted.seed < _SEEDS:
-        raise ValueError(f"seed={wanted.seed} must be from 0 to 2^63 - 1")
-    if not 1 <= wanted.drafts <= _MOST_DRAFTS:
-        raise ValueError(f"drafts={wanted.drafts} must be from 1 to {_MOST_DRAFTS}")
+    if type(wanted.seed) is not int or not 0 <= wanted.seed < _SEEDS:
+        raise ValueError(f"seed={wanted.seed} must be a whole number from 0 to 2^63 - 1")
+    if type(wanted.drafts) is not int or not 1 <= wanted.drafts <= _MOST_DRAFTS:
+        raise ValueError(f"drafts={wanted.drafts} must be a whole number from 1 to {_MOST_DRAFTS}")
+    if not isinstance(wanted.draft_model, PreTrainedModel | None):
+        raise ValueError("draft_model must be a model that transformers has loaded; load it first")
     if not wanted.asked.drafts and (wanted.draft_model is not None or num_heads is not None):
         raise ValueError(
             f"decoder={decoder!r} has no drafts, so it goes without num_heads and draft_model"
@@ -163,7 +166,7 @@ def _tokens(
             )
     seeds = [(wanted.seed + row) % _SEEDS for row in range(len(input_ids))]
     eos_ids, room = _ends(config), int(config.max_length) - input_ids.shape[1]
-    prompts = _prompts(input_ids, mask)
+    prompts = _prompts(input_ids, mask, network.config.vocab_size)
     if asked.of_beams:
         beams = beam_decoder(
             asked,
@@ -238,10 +241,16 @@ def _pad(config: Any, eos_ids: frozenset[int]) -> int:
     return min(eos_ids, default=0)
 
 
-def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+def _prompts(input_ids: Tensor, mask: Tensor | None, vocab_size: int) -> list[list[int]]:
     """The tokens of each row without its padding."""
     seen = torch.ones_like(input_ids) if mask is None else mask
     prompts = [row[shown.bool()].tolist() for row, shown in zip(input_ids, seen, strict=True)]
-    if not all(prompts):
-        raise SettingError("attention_mask", "hides a whole prompt; give each row a token")
+    if not prompts or not all(prompts):
+        raise SettingError("inputs", "have a row without a token, or no row; give each a token")
+    if outside := [token for row in prompts for token in row if not 0 <= token < vocab_size]:
+        raise SettingError(
+            "inputs",
+            f"have token {outside[0]}, and the model knows 0 to {vocab_size - 1}; encode them by "
+            "its own tokenizer",
+        )
     return prompts

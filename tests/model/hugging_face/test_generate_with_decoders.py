@@ -156,8 +156,15 @@ def test_returned_as_a_dictionary(model: HeadwayForCausalLM) -> None:
         ({"decoder": "dsbd", "num_heads": 1}, "decoder: dsbd needs somebody who drafts"),
         ({"decoder": "mtad", "num_heads": 5}, "num_heads=5 must be from 1 to 4"),
         ({"decoder": "beam", "num_heads": 2}, "decoder='beam' has no drafts, so it goes without"),
-        ({"decoder": "mtad", "drafts": 0}, "drafts=0 must be from 1 to 64"),
-        ({"decoder": "mtad", "seed": -1}, "seed=-1 must be from 0"),
+        ({"decoder": "mtad", "drafts": 0}, "drafts=0 must be a whole number from 1 to 64"),
+        ({"decoder": "mtad", "drafts": "2"}, "drafts=2 must be a whole number from 1 to 64"),
+        ({"decoder": "mtad", "seed": -1}, "seed=-1 must be a whole number from 0"),
+        ({"decoder": "mtad", "seed": None}, "seed=None must be a whole number from 0"),
+        ({"decoder": "mtad", "draft_model": "folder"}, "draft_model must be a model that"),
+        ({"decoder": "beam", "beam_width": "4"}, "beam_width: '4' must be a whole number"),
+        ({"decoder": "beam", "beam_width": True}, "beam_width: True must be a whole number"),
+        ({"decoder": "mtad", "tau": "all"}, "tau: 'all' must be a number"),
+        ({"decoder": "dsbd", "one_beam": 1}, "one_beam: 1 must be true or false"),
         ({"decoder": "beam", "num_beams": 2}, "what makes it beam_"),
         ({"decoder": "beam", "no_repeat_ngram_size": 2}, "what makes a NoRepeatNGramLogits"),
         ({"decoder": "beam", "output_scores": True}, "which output_scores does not go with"),
@@ -166,7 +173,11 @@ def test_returned_as_a_dictionary(model: HeadwayForCausalLM) -> None:
             {"decoder": "mtad", "logits_processor": [NoRepeatNGramLogitsProcessor(2)]},
             "what makes a NoRepeatNGramLogitsProcessor",
         ),
-        ({"decoder": "beam", "attention_mask": torch.tensor([[0, 0]])}, "attention_mask: hides"),
+        (
+            {"decoder": "beam", "attention_mask": torch.tensor([[0, 0]])},
+            "inputs: have a row without",
+        ),
+        ({"decoder": "dsbd", "max_new_tokens": 0}, "max_new_tokens"),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -178,6 +189,26 @@ def test_what_cannot_be_meant_is_refused(
     with pytest.raises(ValueError, match=words.replace("(", r"\(")) as raised:
         model.generate(torch.tensor([[5, 6]]), **settings)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("decoder", ["beam", "dsbd", "mtad"])
+def test_odd_inputs(model: HeadwayForCausalLM, decoder: str) -> None:
+    """Each has its text, or one clear error."""
+    settings = {"decoder": decoder, "pad_token_id": 0, **DRAWN}
+    one = model.generate(torch.tensor([[5, 6]]), max_new_tokens=1, **settings)
+    assert one.shape == (1, 3)
+    ends = list(range(VOCABULARY))
+    first = model.generate(torch.tensor([[5, 6]]), max_new_tokens=9, eos_token_id=ends, **settings)
+    assert first.shape == (1, 3)
+    # The model was trained on 64 positions.
+    assert model.generate(torch.full((1, 64), 9), max_new_tokens=1, **settings).shape == (1, 65)
+    assert model.generate(torch.full((2, 70), 9), max_new_tokens=3, **settings).shape == (2, 73)
+    for inputs, words in (
+        (torch.zeros(1, 0, dtype=torch.long), "inputs: have a row without a token"),
+        (torch.tensor([[5, VOCABULARY]]), "inputs: have token 260, and the model knows 0 to 259"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(inputs, max_new_tokens=3, **settings)
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(

@@ -207,6 +207,21 @@ def test_a_failure_ends_its_text_alone(
     assert asked(server, decoder="beam", temperature=0)["choices"][0]["text"] == text
 
 
+@pytest.mark.parametrize("decoder", ["beam", "dsbd", "mtad"])
+def test_odd_requests_have_their_texts(server: RunningServer, decoder: str) -> None:
+    """No prompt, the longest one that there is room for, one token, more texts than beams."""
+    for fields, tokens in (
+        ({"prompt": "", "max_tokens": 3}, 3),
+        ({"prompt": "x" * 999, "max_tokens": 1}, 1),
+        ({"max_tokens": 1, "beam_width": 1}, 1),
+        ({"max_tokens": 2, "beam_width": 6, "n": 2}, 4),
+    ):
+        answer = asked(server, decoder=decoder, seed=1, **fields)
+        assert answer["usage"]["completion_tokens"] == tokens
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    assert server.metric("running_beams") == 0
+
+
 BEAM = {"decoder": "beam"}
 BAD: list[tuple[dict[str, object], str]] = [
     ({"decoder": "tree"}, "decoder: tree is none; give beam, dsbd or mtad, or leave it out"),
@@ -228,6 +243,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({**BEAM, "stream": True}, "stream: a text of the decoder beam is known when all its beams"),
     ({"decoder": "dsbd", "stream": True}, "stream: a text of the decoder dsbd is known when all"),
     ({**BEAM, "logprobs": 1}, "logprobs: of the decoder beam there are no likeliest other tokens"),
+    ({**BEAM, "max_tokens": 0}, "max_tokens: 0 must be from 1 to 1000"),
     ({**BEAM, "max_tokens": 1000}, "max_tokens: 2 tokens of the prompt and 1000 new ones are more"),
     ({**BEAM, "prompt": "x" * 1000}, "prompt: has 1000 tokens, and a text may have 1000 here"),
 ]
