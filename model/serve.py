@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         type=int,
         default=_BEAMS,
         metavar="W",
-        help=f"of texts whose requests ask for a decoder, together; 0 = they may not ({_BEAMS})",
+        help=f"beams of all texts whose requests ask for a decoder; 0 = none may ({_BEAMS})",
     )
     add("--queue", type=int, default=128, metavar="Q", help="texts that may wait for room (128)")
     add(

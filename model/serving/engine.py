@@ -69,7 +69,7 @@ class Engine:
 
     Args:
         new_batch: gives an empty batch; called again after a failure.
-        queue: rows that may wait for room.
+        queue: rows that may wait for room, of either kind.
         metrics: counts what happens.
         beams: of rows with a decoder of their own, at most.
     """
@@ -169,11 +169,12 @@ class Engine:
                 503, f"{self._refusing}; try another one or later", code="stopping", retry_after_s=5
             )
         with self._changed:
-            if self.waiting + len(requests) > self._queue + self._at_once(alone, len(requests)):
+            queue = self._waiting if alone is None else self._waiting_alone
+            if len(queue) + len(requests) > self._queue + self._at_once(alone):
                 self._metrics.count("refused_total")
                 raise ApiError(
                     429,
-                    f"{self.running} texts run and {self.waiting} wait, of {self._queue} "
+                    f"{self.running} texts run and {len(queue)} wait, of {self._queue} "
                     "that may wait; try again later",
                     code="queue_full",
                     retry_after_s=self._retry_after_s(),
@@ -181,11 +182,11 @@ class Engine:
             first = self._next_number
             self._next_number += len(requests)
             rows = [Row(first + place, request, alone) for place, request in enumerate(requests)]
-            (self._waiting if alone is None else self._waiting_alone).extend(rows)
+            queue.extend(rows)
             self._changed.notify()
         return rows
 
-    def _at_once(self, alone: Alone | None, count: int) -> int:
+    def _at_once(self, alone: Alone | None) -> int:
         """For how many rows more there is room now."""
         if alone is None:
             return max(self.most_rows - self._running - len(self._waiting), 0)

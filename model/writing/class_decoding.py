@@ -96,20 +96,7 @@ def custom_generate(
         arguments.pop("draft_model", None),
         arguments.pop("drafts", _DRAFTS),
     )
-    if type(wanted.seed) is not int or not 0 <= wanted.seed < _SEEDS:
-        raise ValueError(f"seed={wanted.seed} must be a whole number from 0 to 2^63 - 1")
-    if type(wanted.drafts) is not int or not 1 <= wanted.drafts <= _MOST_DRAFTS:
-        raise ValueError(f"drafts={wanted.drafts} must be a whole number from 1 to {_MOST_DRAFTS}")
-    if not isinstance(wanted.draft_model, PreTrainedModel | None):
-        raise ValueError("draft_model must be a model that transformers has loaded; load it first")
-    if not wanted.asked.drafts and (wanted.draft_model is not None or num_heads is not None):
-        raise ValueError(
-            f"decoder={decoder!r} has no drafts, so it goes without num_heads and draft_model"
-        )
-    if wanted.draft_model is not None and num_heads is not None:
-        raise ValueError(
-            "draft_model drafts instead of the heads; leave one of it and num_heads out"
-        )
+    _check_wanted(wanted)
 
     def decode(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
         config = prepared["generation_config"]
@@ -123,6 +110,23 @@ def custom_generate(
         return tokens
 
     return decode
+
+
+def _check_wanted(wanted: _Wanted) -> None:
+    if type(wanted.seed) is not int or not 0 <= wanted.seed < _SEEDS:
+        raise ValueError(f"seed={wanted.seed} must be a whole number from 0 to 2^63 - 1")
+    if type(wanted.drafts) is not int or not 1 <= wanted.drafts <= _MOST_DRAFTS:
+        raise ValueError(f"drafts={wanted.drafts} must be a whole number from 1 to {_MOST_DRAFTS}")
+    if not isinstance(wanted.draft_model, PreTrainedModel | None):
+        raise ValueError("draft_model must be a model that transformers has loaded; load it first")
+    of_model, of_heads = wanted.draft_model is not None, wanted.num_heads is not None
+    if not wanted.asked.drafts and (of_model or of_heads):
+        raise ValueError(
+            f"decoder={wanted.asked.decoder!r} has no drafts, so it goes without num_heads and "
+            "draft_model"
+        )
+    if of_model and of_heads:
+        raise ValueError("draft_model drafts instead of the heads; leave it or num_heads out")
 
 
 def network_of(model: Any, num_heads: int, name: str) -> Network:

@@ -217,6 +217,10 @@ def test_a_draft_model_of_another_vocabulary_is_refused(
     """It has another tokenizer, too."""
     config = model.config.to_dict() | {"vocab_size": VOCABULARY + 4, "future_tokens": 1}
     other = LlamaForCausalLM(type(model.config)(**config))
+    with pytest.raises(ValueError, match="draft_model drafts instead of the heads; leave it or"):
+        model.generate(
+            torch.tensor([[5, 6]]), decoder="mtad", draft_model=other, num_heads=2, **DRAWN
+        )
     with pytest.raises(ValueError, match="draft_model: has a vocabulary of 264, the model one of"):
         model.generate(
             torch.tensor([[5, 6]]), decoder="mtad", draft_model=other, max_new_tokens=3, **DRAWN

@@ -180,6 +180,7 @@ def test_a_queue_that_is_full_refuses_beams(export: Path) -> None:
             status, headers, answer = server.post("/v1/completions", content)
             assert (status, answer["error"]["code"]) == (429, "queue_full")
             assert int(headers["retry-after"]) >= 1
+            # That of others is another one.
             assert asked(server)["choices"][0]["text"]
 
 
