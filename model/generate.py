@@ -232,11 +232,13 @@ def _decoder(
         return joint_decoder(
             options,
             network,
-            way.drafter,
-            heads,
+            heads=heads,
+            drafter=way.drafter,
+            drafts=options.drafts,
             sampling=sampling,
             eos_ids=loaded.eos_ids,
             seeds=seeds,
+            logprobs=logprobs,
         )
     if way.drafter is not None:
         return DraftModelDecoder(

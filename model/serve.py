@@ -4,9 +4,10 @@ Texts of many clients are decoded as one batch that they join and leave; the hea
 """
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ _BODY_BYTES = 8 << 20
 _SIZES = (1, 4, 16, 64, 256)  # of batches for which a number of heads is chosen
 _MOST_ROWS = 1024
 _MOST_POSITIONS = 1 << 20
+_BEAMS = 8
 
 EPILOG = f"""\
 examples:
@@ -76,6 +78,13 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--beam-width", type=int, metavar="W", help="beams of drafts of mtad")
     add_joint_options(add)
     add("--max-batch", type=int, default=16, metavar="B", help="texts that run at once (16)")
+    add(
+        "--max-beams",
+        type=int,
+        default=_BEAMS,
+        metavar="W",
+        help=f"beams of all texts whose requests ask for a decoder; 0 = none may ({_BEAMS})",
+    )
     add("--queue", type=int, default=128, metavar="Q", help="texts that may wait for room (128)")
     add(
         "--max-model-len",
@@ -99,6 +108,7 @@ def check(options: argparse.Namespace) -> None:
     limits = {
         "port": (0, 65535),
         "max_batch": (1, _MOST_ROWS),
+        "max_beams": (0, _MOST_ROWS),
         "queue": (0, 1 << 20),
         "max_model_len": (2, _MOST_POSITIONS),
         "grace": (0, 86400),
@@ -142,6 +152,19 @@ def _serve(options: argparse.Namespace) -> None:
     print("stopped", flush=True)
 
 
+@contextlib.contextmanager
+def _memory_shortage_told(options: argparse.Namespace, positions: int) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"--max-batch {options.max_batch}, --max-beams {options.max_beams} and --max-model-len "
+            f"{positions}: no memory for the keys and values of so many tokens; lower one of them"
+        ) from error
+
+
 def _note(line: str) -> None:
     print(line, file=sys.stderr)
 
@@ -156,6 +179,7 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
     from model.joint_decoding.decoder import JointDecoder
     from model.serving.app import Served
     from model.serving.bodies import Limits
+    from model.serving.decoders import Decoders
     from model.serving.engine import Engine
     from model.serving.metrics import Metrics
     from model.serving.prompts import Prompts
@@ -194,23 +218,20 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
         )
 
     metrics = Metrics()
-    try:
-        engine = Engine(new_batch, options.queue, metrics)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
-            raise
-        raise ConfigError(
-            f"--max-batch {options.max_batch} and --max-model-len {positions}: no memory for the "
-            "keys and values of so many tokens; lower one of them"
-        ) from error
+    with _memory_shortage_told(options, positions):
+        engine = Engine(new_batch, options.queue, metrics, options.max_beams)
+        # Taken when such a text begins; here only to see that there is as much.
+        loaded.network.new_cache(options.max_beams, positions + 2 * heads * options.max_beams)
     served = Served(
         name=options.name or description.run,
         tokenizer=loaded.tokenizer,
         eos_ids=loaded.eos_ids,
         prompts=prompts,
         engine=engine,
+        decoders=Decoders(loaded.network, heads, loaded.eos_ids, options.max_beams),
         metrics=metrics,
         limits=Limits(_BODY_BYTES, positions, options.max_batch),
+        marks={"decoder": options.decoder, "lossy": True} if options.decoder else {},
         api_key=options.api_key,
     )
     lossy = "" if options.decoder is None else ", joint decoding, lossy"

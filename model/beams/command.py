@@ -3,12 +3,12 @@
 import argparse
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from model.beams.hypotheses import BeamSettings
 from model.beams.options import DRAFTED
-from model.beams.search import BeamGeneration, beam_search
-from model.beams.speculative import SpeculativeGeneration, speculative_beams
+from model.beams.search import BeamDecoder, BeamGeneration
+from model.beams.speculative import SpeculativeDecoder, SpeculativeGeneration
 from model.beams.speculative_text import Speculation
 from model.decoding.sampling import Sampling
 from model.decoding.stopping import StopStrings
@@ -57,6 +57,52 @@ class BeamRun(NamedTuple):
         return lines
 
 
+def beam_decoder(
+    options: Any,
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    settings: BeamSettings,
+    seeds: Sequence[int],
+    *,
+    drafts: int,
+    drafter: Network | None = None,
+) -> BeamDecoder | SpeculativeDecoder:
+    """What continues prompts by beams as options say.
+
+    Args:
+        options: of the command, checked, or what has attributes of the same names.
+        network: the model.
+        prompts: token ids, at least one in each prompt.
+        settings: of every text, see `beam_settings`.
+        seeds: one for each prompt.
+        drafts: layers that are drafted in a round, if anybody drafts.
+        drafter: a second model that does; None = the model's own heads do.
+    """
+    if options.decoder != DRAFTED:
+        return BeamDecoder(network, prompts, settings, seeds)
+    speculation = Speculation(drafts, options.width_threshold, options.min_width, options.one_beam)
+    return SpeculativeDecoder(network, prompts, settings, speculation, drafter, seeds)
+
+
+def beam_settings(
+    options: Any,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_ids: frozenset[int],
+    stop: StopStrings | None,
+) -> BeamSettings:
+    """How beams grow and end; options as of `beam_decoder`, the others as of `BeamSettings`."""
+    return BeamSettings(
+        options.beam_width,
+        max_new_tokens,
+        sampling,
+        options.distinct_beams,
+        options.length_penalty,
+        eos_ids,
+        stop,
+    )
+
+
 def run_beams(
     options: argparse.Namespace,
     network: Network,
@@ -80,29 +126,19 @@ def run_beams(
         seeds: one for each prompt.
         drafter: a second model that drafts; None = the model's own heads do, if anybody.
     """
-    settings = BeamSettings(
-        options.beam_width,
-        options.max_new_tokens,
-        sampling,
-        options.distinct_beams,
-        options.length_penalty,
-        eos_ids,
-        stop,
-    )
-    beams = "1 beam" if options.beam_width == 1 else f"{options.beam_width} beams"
-    start = time.perf_counter()
+    settings = beam_settings(options, options.max_new_tokens, sampling, eos_ids, stop)
+    drafts = options.drafts
+    if drafter is None:
+        drafts = (options.heads or network.num_heads) - 1
+    name = "1 beam" if options.beam_width == 1 else f"{options.beam_width} beams"
     if options.decoder == DRAFTED:
-        drafts = options.drafts
-        if drafter is None:
-            drafts = (options.heads or network.num_heads) - 1
-        speculation = Speculation(
-            drafts, options.width_threshold, options.min_width, options.one_beam
-        )
-        drafted = speculative_beams(
-            network, prompts, settings, speculation, drafter=drafter, seeds=seeds
-        )
-        by = "heads" if drafter is None else "a draft model"
-        return BeamRun(f"{beams}, drafted by {by}", drafted, time.perf_counter() - start)
-    found = beam_search(network, prompts, settings, seeds)
-    seconds = time.perf_counter() - start
-    return BeamRun(beams if sampling.greedy else f"{beams}, drawn", found, seconds)
+        name += ", drafted by heads" if drafter is None else ", drafted by a draft model"
+    elif not sampling.greedy:
+        name += ", drawn"
+    start = time.perf_counter()
+    decoder = beam_decoder(
+        options, network, prompts, settings, seeds, drafts=drafts, drafter=drafter
+    )
+    while decoder.going:
+        decoder.round()
+    return BeamRun(name, decoder.generation(), time.perf_counter() - start)

@@ -13,22 +13,22 @@ from model.errors import ConfigError
 DRAFTED = "dsbd"
 BEAM_DECODERS = ("beam", DRAFTED)
 
-_WIDTH = 4
-_MOST_WIDTH = 64
-_LENGTH_PENALTY = 1.0
-_MOST_LENGTH_PENALTY = 10.0
-_THRESHOLD = 0.9
-_MIN_WIDTH = 1
+WIDTH = 4
+MOST_WIDTH = 64
+LENGTH_PENALTY = 1.0
+MOST_LENGTH_PENALTY = 10.0
+THRESHOLD = 0.9
+MIN_WIDTH = 1
 
 
 def add_beam_options(add: Callable[..., Any]) -> None:
     """Add them to a parser."""
-    add("--beam-width", type=int, metavar="W", help=f"beams of a text, at most ({_WIDTH})")
+    add("--beam-width", type=int, metavar="W", help=f"beams of a text, at most ({WIDTH})")
     add(
         "--length-penalty",
         type=float,
         metavar="A",
-        help=f"the best beam has the greatest score / length^A ({_LENGTH_PENALTY:g})",
+        help=f"the best beam has the greatest score / length^A ({LENGTH_PENALTY:g})",
     )
     add(
         "--distinct-beams",
@@ -39,9 +39,9 @@ def add_beam_options(add: Callable[..., Any]) -> None:
         "--width-threshold",
         type=float,
         metavar="T",
-        help=f"dsbd: as many beams as drafts give with probability T ({_THRESHOLD:g})",
+        help=f"dsbd: as many beams as drafts give with probability T ({THRESHOLD:g})",
     )
-    add("--min-width", type=int, metavar="N", help=f"dsbd: but at least N ({_MIN_WIDTH})")
+    add("--min-width", type=int, metavar="N", help=f"dsbd: but at least N ({MIN_WIDTH})")
     add(
         "--one-beam",
         action="store_true",
@@ -59,15 +59,15 @@ def check_beams(options: argparse.Namespace) -> None:
     if options.decoder not in BEAM_DECODERS:
         return
     _set_defaults(options)
-    if not 1 <= options.beam_width <= _MOST_WIDTH:
+    if not 1 <= options.beam_width <= MOST_WIDTH:
         raise ConfigError(
-            f"--beam-width {printable(str(options.beam_width))} must be from 1 to {_MOST_WIDTH}; "
-            f"the default is {_WIDTH}, 1 keeps one beam"
+            f"--beam-width {printable(str(options.beam_width))} must be from 1 to {MOST_WIDTH}; "
+            f"the default is {WIDTH}, 1 keeps one beam"
         )
-    if not abs(options.length_penalty) <= _MOST_LENGTH_PENALTY:
+    if not abs(options.length_penalty) <= MOST_LENGTH_PENALTY:
         raise ConfigError(
-            f"--length-penalty {options.length_penalty:g} must be from -{_MOST_LENGTH_PENALTY:g} "
-            f"to {_MOST_LENGTH_PENALTY:g}; 0 compares sums, 1 means, more favours long texts"
+            f"--length-penalty {options.length_penalty:g} must be from -{MOST_LENGTH_PENALTY:g} "
+            f"to {MOST_LENGTH_PENALTY:g}; 0 compares sums, 1 means, more favours long texts"
         )
     if options.distinct_beams and options.temperature == 0:
         raise ConfigError(
@@ -118,13 +118,13 @@ def _refuse_without_decoder(options: argparse.Namespace) -> None:
 
 def _set_defaults(options: argparse.Namespace) -> None:
     if options.beam_width is None:
-        options.beam_width = _WIDTH
+        options.beam_width = WIDTH
     if options.length_penalty is None:
-        options.length_penalty = _LENGTH_PENALTY
+        options.length_penalty = LENGTH_PENALTY
     if options.width_threshold is None:
-        options.width_threshold = _THRESHOLD
+        options.width_threshold = THRESHOLD
     if options.min_width is None:
-        options.min_width = _MIN_WIDTH
+        options.min_width = MIN_WIDTH
 
 
 def _check_speculation(options: argparse.Namespace) -> None:
@@ -136,7 +136,7 @@ def _check_speculation(options: argparse.Namespace) -> None:
     if not 0 <= options.width_threshold <= 1:
         raise ConfigError(
             f"--width-threshold {options.width_threshold:g} must be from 0 to 1; less makes wider "
-            f"layers that fail more often, the default is {_THRESHOLD:g}"
+            f"layers that fail more often, the default is {THRESHOLD:g}"
         )
     if not 1 <= options.min_width <= options.beam_width:
         raise ConfigError(

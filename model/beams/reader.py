@@ -20,6 +20,7 @@ class BeamReader:
         network: the model.
         rows: how many beams of all texts there may be at once.
         capacity: tokens that a row may have, its prompt's among them.
+        heads: how many of the network's note keys and values.
 
     Attributes:
         network: as given.
@@ -27,9 +28,9 @@ class BeamReader:
         forwards: that were made.
     """
 
-    def __init__(self, network: Network, rows: int, capacity: int) -> None:
+    def __init__(self, network: Network, rows: int, capacity: int, heads: int = 1) -> None:
         self.network = network
-        self.cache = network.new_cache(rows, capacity)
+        self.cache = network.new_cache(rows, capacity, heads)
         self.forwards = 0
         self._used = 0
 

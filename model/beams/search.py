@@ -111,27 +111,56 @@ def beam_search(
         settings: of every text.
         seeds: one for each prompt; 0, 1, .. unless given.
     """
-    assert settings.sampling.repetition_penalty == 1, "beams have no repetition penalty"
     numbers = range(len(prompts)) if seeds is None else seeds
-    searches = [_Search(settings, seed, network.device) for seed in numbers]
-    longest = max(map(len, prompts)) + settings.max_new_tokens
-    reader = BeamReader(network, len(prompts) * settings.width, longest)
-    sampling = RowSampling([settings.sampling], network.device)
-    logits = reader.read(prompts)[0]
-    while True:
+    decoder = BeamDecoder(network, prompts, settings, numbers)
+    while decoder.going:
+        decoder.round()
+    return decoder.generation()
+
+
+class BeamDecoder:
+    """A batch of texts that grow by a layer in each round; arguments as of `beam_search`."""
+
+    def __init__(
+        self,
+        network: Network,
+        prompts: Sequence[Sequence[int]],
+        settings: BeamSettings,
+        seeds: Sequence[int],
+    ) -> None:
+        assert settings.sampling.repetition_penalty == 1, "beams have no repetition penalty"
+        self._searches = [_Search(settings, seed, network.device) for seed in seeds]
+        self._sampling = RowSampling([settings.sampling], network.device)
+        longest = max(map(len, prompts)) + settings.max_new_tokens
+        self.reader = BeamReader(network, len(prompts) * settings.width, longest)
+        self._grow(self.reader.read(prompts)[0])
+
+    @property
+    def going(self) -> bool:
+        """Whether any text goes on."""
+        return any(search.text.live for search in self._searches)
+
+    def round(self) -> None:
+        """Read the last token of every beam, and let all texts grow by a layer."""
+        live = [beam for search in self._searches for beam in search.text.live]
+        self._grow(self.reader.next([beam.tokens[-1] for beam in live]))
+
+    def _grow(self, logits: Tensor) -> None:
+        """The next layer of each text, from logits `[beams of all texts, V]`."""
         rows, first = [], 0
-        counts = [len(search.text.live) for search in searches]
-        for search, said in zip(searches, following(logits, sampling).split(counts), strict=True):
-            live = len(search.text.live)
+        counts = [len(search.text.live) for search in self._searches]
+        found = following(logits, self._sampling).split(counts)
+        for search, said, live in zip(self._searches, found, counts, strict=True):
             if live:
                 rows += [first + parent for parent in search.grow(said)]
             first += live
-        if not rows:
-            break
-        reader.take(rows)
-        logits = reader.next([b.tokens[-1] for search in searches for b in search.text.live])
-    return BeamGeneration(
-        [search.text.ranked() for search in searches],
-        reader.forwards,
-        [search.widths for search in searches],
-    )
+        if rows:
+            self.reader.take(rows)
+
+    def generation(self) -> BeamGeneration:
+        """What came out."""
+        return BeamGeneration(
+            [search.text.ranked() for search in self._searches],
+            self.reader.forwards,
+            [search.widths for search in self._searches],
+        )

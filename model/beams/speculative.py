@@ -113,12 +113,12 @@ class SpeculativeDecoder:
         # Nodes of a row that has fewer than another are followed by as many that stand for none.
         capacity = max(map(len, prompts)) + settings.max_new_tokens
         capacity += 2 * (1 + depth * settings.width)
-        self.reader = ForestReader(network, rows, capacity)
         self.drafter: Drafter = (
             HeadsDrafter(depth + 1)
             if drafter is None
             else ModelDrafter(drafter, rows, capacity, depth)
         )
+        self.reader = ForestReader(network, rows, capacity, self.drafter.heads)
         logits = self.reader.read(prompts, self.drafter.heads)
         self.drafter.read(prompts, logits)
         said = following(logits[0], self._sampling).split([1] * len(prompts))

@@ -120,7 +120,8 @@ class ChainDecoder:
 
     def open(self, rows: int, capacity: int) -> None:
         """Make room for `rows` rows at once of `capacity` tokens each; none is there yet."""
-        self.cache = self.network.new_cache(rows, capacity + self.most_pending)
+        capacity += self.most_pending
+        self.cache = self.network.new_cache(rows, capacity, self._most_heads)
         self.cache.lengths = self.cache.lengths[:0]
         self._rows, self._used = [], []
 

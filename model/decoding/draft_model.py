@@ -39,7 +39,7 @@ class BesideSecondModel(ChainDecoder):
     def open(self, rows: int, capacity: int) -> None:
         """Make room in both caches."""
         super().open(rows, capacity)
-        self.drafter_cache = self.drafter.new_cache(rows, capacity + self._spare)
+        self.drafter_cache = self.drafter.new_cache(rows, capacity + self._spare, heads=1)
         self.drafter_cache.lengths = self.drafter_cache.lengths[:0]
 
     @torch.inference_mode()

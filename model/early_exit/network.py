@@ -35,9 +35,9 @@ class EarlyExitNetwork(Network):
         self.layer = layer
         self._adapter = tuple(adapter)
 
-    def cache_sizes(self) -> list[int]:
+    def cache_sizes(self, heads: int) -> list[int]:
         """The model's buffers, then the adapter's."""
-        return super().cache_sizes() + [self.config.kv_heads] * len(self._adapter)
+        return super().cache_sizes(heads) + [self.config.kv_heads] * len(self._adapter)
 
     def lower(self, tokens: Tensor, cache: Cache, block: Block) -> Tensor:
         """The first layers over new tokens `[B, S]`; `[N, H]`."""
@@ -46,7 +46,7 @@ class EarlyExitNetwork(Network):
 
     def adapt(self, at_exit: Tensor, cache: Cache, block: Block) -> Tensor:
         """The adapter on what `lower` gave, `[N, H]`, ready for `logits`."""
-        first = len(super().cache_sizes())
+        first = len(cache.buffers) - len(self._adapter)
         return self.run_layers(at_exit, self._adapter, first, cache, block)
 
     def upper(self, at_exit: Tensor, cache: Cache, block: Block) -> Tensor:

@@ -11,7 +11,7 @@ from foundation.shown_text import printable, reason
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.operations.rope_scaling import RopeScaling
-from model.structure.head_kinds import HeadKind, LMHeadKind
+from model.structure.head_kinds import HeadKind, LMHeadKind, next_token_heads
 
 CONFIG_NAME = "config.json"
 # Ids of special tokens, and what transformers takes where config.json says nothing. An import that
@@ -64,6 +64,24 @@ class LlamaSizes(NamedTuple):
     keys: dict[str, Any]
     heads: dict[str, Any]
 
+    def model(self, num_heads: int) -> dict[str, Any]:
+        """Fields of a `ModelConfig`: of all heads, or of the next-token model as one of one head.
+
+        Args:
+            num_heads: of the file, or 1.
+        """
+        layers = self.layers
+        if num_heads > 1 and self.heads["head_kind"] != "linear":
+            others = num_heads - len(next_token_heads(self.heads["head_kind"], num_heads))
+            layers += others * self.heads["head_layers"]
+        return {
+            "layers": layers,
+            "future_tokens": num_heads,
+            "vocab_size": self.vocab_size,
+            **self.keys,
+            **self.heads,
+        }
+
 
 def llama_config(config: ModelConfig, *, sequence_length: int, dtype: str) -> dict[str, Any]:
     """`config.json` of the next-token model, without what concerns tokens and classes.
@@ -111,7 +129,19 @@ def read_llama_config(directory: Path) -> LlamaSizes:
             Llama; all reasons in one line.
     """
     path = directory / CONFIG_NAME
-    content = _read(path)
+    return llama_sizes(path, _read(path))
+
+
+def llama_sizes(path: Path, content: dict[str, Any]) -> LlamaSizes:
+    """The same of a `config.json` that was read already.
+
+    Args:
+        path: what errors call it.
+        content: of it.
+
+    Raises:
+        ConfigError: it is of a model that is not a plain Llama; all reasons in one line.
+    """
     if problems := _unsupported(content):
         raise ConfigError(
             f"{path} is not of a Llama that can be imported: {'; '.join(problems)}; give a model "

@@ -118,11 +118,8 @@ class LlamaFolder:
         Raises:
             ConfigError: its config.json has sizes that no model has.
         """
-        sizes = {**self.sizes.keys, **self.sizes.heads, "vocab_size": self.sizes.vocab_size}
         try:
-            return ModelConfig.model_validate(
-                {**sizes, "layers": self.sizes.layers, "future_tokens": 1}
-            )
+            return ModelConfig.model_validate(self.sizes.model(1))
         except ValidationError as error:
             fault = error.errors()[0]
             where = printable(".".join(map(str, fault["loc"])))

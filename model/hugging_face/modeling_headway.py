@@ -3,6 +3,7 @@
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.generate(...)                    # the next-token model, as a plain Llama
     model.generate(..., num_heads=4)       # the same text in fewer forwards, drafted by the heads
+    model.generate(..., decoder="dsbd")    # the best of beams; where Headway's packages are
     model.all_head_logits(input_ids)       # [batch, seq, heads, vocabulary]
     model(input_ids, labels=input_ids)     # the loss of all heads, for training on
 
@@ -23,6 +24,7 @@ travels with every export and is to be read before it is trusted. Part of Headwa
 import copy
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -302,6 +304,7 @@ class HeadwayForCausalLM(LlamaForCausalLM):
         stopping_criteria: Any = None,
         *args: Any,
         num_heads: int | None = None,
+        decoder: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """As of any model of transformers; heads 2 .. `num_heads` draft tokens for head 1.
@@ -312,17 +315,26 @@ class HeadwayForCausalLM(LlamaForCausalLM):
         they do without drafts. All rows of a batch go on together: the first draft that is wrong in
         any of them ends a block, so drafts are for few rows. The cache is always a dynamic one.
 
+        With `decoder`, which needs Headway's packages, texts are those of its command `python -m
+        model.generate --decoder`: "beam", "dsbd" or "mtad" (lossy), with the settings `beam_width`,
+        `length_penalty`, `distinct_beams`, `width_threshold`, `min_width`, `one_beam`, `tau` and
+        `candidates`; `seed` (0) of the first row, one more for each of the next; and another model
+        that drafts instead of the heads, `draft_model`, `drafts` (4) tokens.
+
         Args:
             inputs: `[batch, seq]` prompts, padded on the left.
             generation_config: as ever.
             logits_processor: as ever.
             stopping_criteria: as ever.
             args: further arguments by position.
-            num_heads: how many heads to use; None or 1 = no drafts.
-            kwargs: as ever.
+            num_heads: how many heads to use; None or 1 = no drafts, with `decoder` None = all.
+            decoder: a decoder of Headway's packages.
+            kwargs: as ever; settings of the decoder.
 
         Raises:
-            ValueError: there are not so many heads; or drafts do not go with another argument.
+            ValueError: there are not so many heads; or drafts or a decoder do not go with another
+                argument.
+            ImportError: there is a decoder, and Headway's packages are not installed.
         """
         heads = 1 if num_heads is None else num_heads
         if not isinstance(heads, int) or not 1 <= heads <= self.num_heads:
@@ -330,7 +342,9 @@ class HeadwayForCausalLM(LlamaForCausalLM):
                 f"num_heads={num_heads} must be from 1 to {self.num_heads}, the heads of this "
                 "model; 1 is plain decoding"
             )
-        if heads == 1:
+        if decoder is not None:
+            kwargs["custom_generate"] = _installed().custom_generate(decoder, num_heads, kwargs)
+        if heads == 1 or decoder is not None:
             return super().generate(
                 inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
             )
@@ -751,6 +765,18 @@ def _not_in_files(source: Any, index: Path, where: dict[str, Any]) -> set[str]:
         with safe_open(cached_file(source, file, **where), "pt") as tensors:
             names -= set(tensors.keys())
     return names
+
+
+def _installed() -> Any:
+    """Decoders that do not travel with exports."""
+    try:
+        return import_module("model.writing.class_decoding")
+    except ImportError as error:
+        raise ImportError(
+            f"decoder needs Headway's packages, which are not all here ({error}): install them "
+            "beside transformers (pip install -e CHECKOUT), or leave decoder out; num_heads and "
+            "num_beams need nothing"
+        ) from error
 
 
 def _refuse_cache(cache: Any) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from foundation.json_text import read_json
 from foundation.shown_text import printable
 from model.errors import CheckpointError
-from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS, LlamaSizes, read_llama_config
+from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS, read_llama_config
 from model.hugging_face.folder import (
     ALL_HEADS_INDEX_NAME,
     RECORD_NAME,
@@ -20,7 +20,6 @@ from model.hugging_face.folder import (
     ExportRecord,
     read_record,
 )
-from model.structure.head_kinds import next_token_heads
 
 _SETTINGS_NAME = "tokenizer_config.json"
 _POSITIONS = 2048  # what transformers takes where config.json says nothing
@@ -48,15 +47,8 @@ def read_any_record(directory: Path) -> ExportRecord:
             f"{path} has no number for eos_token_id, so no text would end; write the id there that "
             "ends a text"
         )
-    model = {
-        "layers": _layers(sizes, heads),
-        "future_tokens": heads,
-        "vocab_size": sizes.vocab_size,
-        **sizes.keys,
-        **sizes.heads,
-    }
     facts = {
-        "model": model,
+        "model": sizes.model(heads),
         "dtype": "bf16" if _dtype(config) == "bfloat16" else "fp32",
         "sequence_length": config.get("max_position_embeddings", _POSITIONS),
         "eos_token": _eos_token(directory),
@@ -74,13 +66,6 @@ def read_any_record(directory: Path) -> ExportRecord:
             "save it again"
         ) from error
     return ExportRecord(future_tokens=heads, description=description, files={})
-
-
-def _layers(sizes: LlamaSizes, heads: int) -> int:
-    """L of the model with all heads."""
-    kind = sizes.heads["head_kind"]
-    others = heads - len(next_token_heads(kind, heads))
-    return int(sizes.layers + others * (0 if kind == "linear" else sizes.heads["head_layers"]))
 
 
 def _dtype(config: dict[str, Any]) -> object:

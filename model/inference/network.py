@@ -71,23 +71,28 @@ class Network:
         device = device or torch.device("cpu")
         return cls(config, read_weights(config, tensor, dtype, device))
 
-    def new_cache(self, rows: int, capacity: int) -> Cache:
+    def new_cache(self, rows: int, capacity: int, heads: int | None = None) -> Cache:
         """An empty cache, for at least `capacity` positions.
 
         A whole number of steps of the width: kernels on GPUs want masks of even rows.
+
+        Args:
+            rows: how many there is room for.
+            capacity: of each.
+            heads: how many, from the first, are to be used; None = all.
         """
         capacity = -(-capacity // WIDTH_STEP) * WIDTH_STEP
-        sizes, dim = self.cache_sizes(), self.config.head_dim
+        sizes, dim = self.cache_sizes(heads or self.num_heads), self.config.head_dim
         return Cache.zeros(sizes, rows, capacity, dim, self.dtype, self.device)
 
-    def cache_sizes(self) -> list[int]:
-        """G of each buffer of a cache: those of the trunk's layers, then those of the heads."""
-        groups, heads = self.config.kv_heads, self.weights.heads
-        sizes = [groups] * self.config.trunk_layers
-        if isinstance(heads, HeadWeights):
-            sizes += [self.num_heads * groups]
-        elif isinstance(heads, SerialHeads):
-            sizes += [groups] * (self.num_heads * self.config.layers_per_head)
+    def cache_sizes(self, heads: int) -> list[int]:
+        """G of each buffer of a cache: those of the trunk's layers, then those of heads."""
+        groups, config = self.config.kv_heads, self.config
+        sizes = [groups] * config.trunk_layers
+        if isinstance(self.weights.heads, HeadWeights):
+            sizes += [heads * groups]
+        elif isinstance(self.weights.heads, SerialHeads):
+            sizes += [groups] * (max(heads, len(config.next_token_heads)) * config.layers_per_head)
         return sizes
 
     def block(

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from model.decoding.sampling import Sampling
 from model.inference.network import Network
@@ -11,37 +12,41 @@ from model.joint_decoding.options import rule_of
 
 
 def joint_decoder(
-    options: argparse.Namespace,
+    options: Any,
     network: Network,
-    drafter: Network | None,
-    heads: int,
     *,
+    heads: int,
+    drafter: Network | None,
+    drafts: int,
     sampling: Sampling,
     eos_ids: frozenset[int],
     seeds: Sequence[int],
+    logprobs: bool = False,
 ) -> JointDecoder:
-    """The decoder that the command's options ask for.
+    """The decoder that options ask for.
 
     Args:
-        options: of the command, checked.
+        options: of the command, checked, or what has attributes of the same names.
         network: the model.
-        drafter: a second one; None = the heads draft.
         heads: how many of the model's.
+        drafter: a second one; None = the heads draft.
+        drafts: how many tokens it drafts.
         sampling: how tokens are chosen.
         eos_ids: tokens that end a text.
         seeds: one for each prompt.
+        logprobs: whether to compute them.
     """
     rule = rule_of(options)
     if drafter is not None:
         return JointModelDecoder(
             network,
             drafter=drafter,
-            drafts=options.drafts,
+            drafts=drafts,
             rule=rule,
             eos_id=eos_ids,
             sampling=sampling,
             seeds=seeds,
-            logprobs=options.stats,
+            logprobs=logprobs,
         )
     return JointDecoder(
         network,
@@ -50,7 +55,7 @@ def joint_decoder(
         eos_id=eos_ids,
         sampling=sampling,
         seeds=seeds,
-        logprobs=options.stats,
+        logprobs=logprobs,
     )
 
 

@@ -13,7 +13,7 @@ from model.joint_decoding.rule import PUBLISHED, JointRule
 
 JOINT_DECODERS = ("mtad",)
 
-_MOST_WIDTH = 64
+MOST_WIDTH = 64
 
 
 def add_joint_options(add: Callable[..., Any]) -> None:
@@ -56,9 +56,9 @@ def check_rule(options: argparse.Namespace, *of_joint_decoding: str) -> None:
             )
         return
     _set_defaults(options)
-    if not 1 <= options.beam_width <= _MOST_WIDTH:
+    if not 1 <= options.beam_width <= MOST_WIDTH:
         raise ConfigError(
-            f"--beam-width {printable(str(options.beam_width))} must be from 1 to {_MOST_WIDTH}; "
+            f"--beam-width {printable(str(options.beam_width))} must be from 1 to {MOST_WIDTH}; "
             f"the default is {PUBLISHED.width}, 1 drafts one text"
         )
     if not 1 <= options.candidates <= options.beam_width:
@@ -86,8 +86,8 @@ def check_drafts(options: argparse.Namespace, heads: int, *, second_model: bool 
         )
 
 
-def rule_of(options: argparse.Namespace) -> JointRule:
-    """The rule of options that are checked."""
+def rule_of(options: Any) -> JointRule:
+    """The rule of options that are checked, or of what has attributes of the same names."""
     return JointRule(options.beam_width, options.candidates, options.tau)
 
 

@@ -3,7 +3,7 @@
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.serving.row_text import Delta, TokenNote
@@ -15,18 +15,20 @@ class Answer(ABC):
     Args:
         model: its name.
         with_notes: whether tokens' logarithmic probabilities are given.
+        marks: fields beside OpenAI's, of all its objects.
     """
 
     prefix: str
     whole_object: str
     piece_object: str
 
-    def __init__(self, model: str, with_notes: bool) -> None:
+    def __init__(self, model: str, with_notes: bool, marks: Mapping[str, Any]) -> None:
         self._with_notes = with_notes
         self._common = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
+            **marks,
         }
 
     def whole(self, rows: Sequence[Sequence[Delta]], usage: dict[str, int]) -> dict[str, Any]:
@@ -67,8 +69,8 @@ class CompletionAnswer(Answer):
     prefix = "cmpl"
     whole_object = piece_object = "text_completion"
 
-    def __init__(self, model: str, with_notes: bool) -> None:
-        super().__init__(model, with_notes)
+    def __init__(self, model: str, with_notes: bool, marks: Mapping[str, Any]) -> None:
+        super().__init__(model, with_notes, marks)
         self._offsets: dict[int, int] = {}
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:

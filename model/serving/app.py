@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,9 +21,11 @@ from model.decoding.chain import RowOptions
 from model.decoding.stopping import StopStrings
 from model.serving.answers import Answer, ChatAnswer, CompletionAnswer, usage
 from model.serving.bodies import ChatBody, CommonBody, CompletionBody, Limits, parse_body
+from model.serving.decoders import Decoders
 from model.serving.engine import Engine, Row
 from model.serving.errors import ApiError
 from model.serving.events import EventStream, read_body, while_connected
+from model.serving.lanes import Alone
 from model.serving.metrics import CONTENT_TYPE, Metrics
 from model.serving.prompts import Prompts
 from model.serving.row_text import Delta, RowText
@@ -43,8 +45,10 @@ class Served(NamedTuple):
         eos_ids: tokens that end a text.
         prompts: makes tokens of prompts.
         engine: runs rows.
+        decoders: that requests may ask for.
         metrics: counts.
         limits: of requests.
+        marks: what answers say of texts whose request asks for no decoder.
         api_key: what clients must know; empty = nothing.
         patience_s: how long a body, or a client that reads, may take for a part.
     """
@@ -54,8 +58,10 @@ class Served(NamedTuple):
     eos_ids: Collection[int]
     prompts: Prompts
     engine: Engine
+    decoders: Decoders
     metrics: Metrics
     limits: Limits
+    marks: Mapping[str, Any]
     api_key: str = ""
     patience_s: float = 60.0
 
@@ -64,6 +70,7 @@ class _Asked(NamedTuple):
     """A request that will be served."""
 
     requests: list[batch.Request]
+    alone: Alone | None
     answer: Answer
     prompt_tokens: int
     stream: bool
@@ -73,6 +80,7 @@ class _Asked(NamedTuple):
 def build_app(served: Served) -> Starlette:
     """The application."""
     served.metrics.watch("running", lambda: served.engine.running)
+    served.metrics.watch("running_beams", lambda: served.engine.running_beams)
     served.metrics.watch("waiting", lambda: served.engine.waiting)
     paths = _Paths(served)
     return Starlette(
@@ -140,10 +148,8 @@ class _Paths:
         body = await self._body(CompletionBody, request)
         most = self._served.limits.rows // (body.n or 1)
         prompts = await asyncio.to_thread(self._served.prompts.of_completion, body.prompt, most)
-        answer = CompletionAnswer(self._served.name, body.logprobs is not None)
-        return await self._answered(
-            request, self._asked(body, prompts, answer, _USUAL_TOKENS, body.logprobs)
-        )
+        asked = self._asked(CompletionAnswer, body, prompts, _USUAL_TOKENS, body.logprobs)
+        return await self._answered(request, asked)
 
     async def chat(self, request: Request) -> Response:
         """Answer in a chat."""
@@ -152,8 +158,8 @@ class _Paths:
         if body.max_completion_tokens is not None:
             body = body.model_copy(update={"max_tokens": body.max_completion_tokens})
         likeliest = (body.top_logprobs or 0) if body.logprobs else None
-        answer = ChatAnswer(self._served.name, bool(body.logprobs))
-        return await self._answered(request, self._asked(body, [prompt], answer, None, likeliest))
+        asked = self._asked(ChatAnswer, body, [prompt], None, likeliest)
+        return await self._answered(request, asked)
 
     def _check_key(self, request: Request) -> None:
         key = self._served.api_key
@@ -194,13 +200,15 @@ class _Paths:
 
     def _asked(
         self,
+        kind: type[Answer],
         body: CommonBody,
         prompts: Sequence[list[int]],
-        answer: Answer,
         usual_tokens: int | None,
         likeliest: int | None,
     ) -> _Asked:
         served = self._served
+        alone, marks = served.decoders.of(body, likeliest)
+        answer = kind(served.name, likeliest is not None, marks or served.marks)
         stop = StopStrings(served.tokenizer, body.stops) if body.stops else None
         seed = secrets.randbits(63) if body.seed is None else body.seed
         sampling = body.sampling()
@@ -212,7 +220,7 @@ class _Paths:
                 requests.append(batch.Request(prompt, room, served.eos_ids, stop, options))
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         counted = sum(map(len, prompts))
-        return _Asked(requests, answer, counted, bool(body.stream), with_usage)
+        return _Asked(requests, alone, answer, counted, bool(body.stream), with_usage)
 
     async def _answered(self, request: Request, asked: _Asked) -> Response:
         if not asked.stream:
@@ -224,7 +232,7 @@ class _Paths:
     async def _whole(self, asked: _Asked) -> Response:
         deltas: list[list[Delta]] = [[] for _ in asked.requests]
         texts = [self._row_text(request) for request in asked.requests]
-        with self._served.engine.rows(asked.requests) as rows:
+        with self._served.engine.rows(asked.requests, asked.alone) as rows:
             for row, text, found in zip(rows, texts, deltas, strict=True):
                 async for piece in row:
                     if not found:
@@ -237,7 +245,7 @@ class _Paths:
         """Objects of a stream; the first comes as soon as the rows have their places."""
         answer, start_s = asked.answer, time.monotonic()
         texts = [self._row_text(request) for request in asked.requests]
-        with self._served.engine.rows(asked.requests) as rows:
+        with self._served.engine.rows(asked.requests, asked.alone) as rows:
             yield answer.piece(answer.begin(len(rows)))
             async with aclosing(_merged(rows)) as pieces:
                 async for index, piece in pieces:

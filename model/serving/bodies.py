@@ -2,7 +2,7 @@
 
 A field that would change the text and is not built here is refused unless it has the value that
 changes nothing; so no client believes that it was obeyed. Beyond OpenAI's there are `top_k`,
-`min_p` and `repetition_penalty`.
+`min_p` and `repetition_penalty`, and `decoder` with its settings, see `model.serving.decoders`.
 """
 
 import json
@@ -39,8 +39,6 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
     "use_beam_search": (None, False),
     "num_beams": (None, 1),
-    "beam_width": (None, 1),
-    "length_penalty": (None, 1),
 }
 # Fields that change no text.
 _WITHOUT_EFFECT = (
@@ -78,6 +76,15 @@ class CommonBody(_Strict):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    decoder: str | None = None
+    beam_width: int | None = None
+    length_penalty: Finite | None = None
+    distinct_beams: bool | None = None
+    width_threshold: Finite | None = None
+    min_width: int | None = None
+    one_beam: bool | None = None
+    tau: Finite | None = None
+    candidates: int | None = None
 
     @property
     def stops(self) -> list[str]:

@@ -17,9 +17,13 @@ _HELP = {
     "forward_rows_total": "Rows of these forwards; tokens over rows are tokens per forward.",
     "request_seconds": "Seconds from a request to the end of its answer.",
     "first_token_seconds": "Seconds from a request to its first token.",
+    "decoder_texts_total": "Texts of decoders that requests asked for, by decoder; begun ones.",
+    "decoder_forwards_total": "Their forwards, which are among the others above, by decoder.",
     "running": "Texts that run.",
+    "running_beams": "Beams that texts with a decoder of their own have at most.",
     "waiting": "Texts that wait for room.",
 }
+_LABELLED = ("requests_total", "decoder_texts_total", "decoder_forwards_total")
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -29,7 +33,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str], float] = {
-            (name, ""): 0 for name in _HELP if name.endswith("_total") and name != "requests_total"
+            (name, ""): 0 for name in _HELP if name.endswith("_total") and name not in _LABELLED
         }
         self._seconds: dict[str, list[int]] = {
             name: [0] * (len(_BUCKETS) + 1) for name in _HELP if name.endswith("_seconds")

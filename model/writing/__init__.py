@@ -1,1 +1,1 @@
-"""How the command that writes text reads its options and prompts, and tells of its runs."""
+"""How what writes text reads what it is asked for: options, prompts, decoders; and tells of it."""

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from model.beams.hypotheses import BeamSettings
-from model.beams.search import beam_search
+from model.beams.search import BeamDecoder, beam_search
+from model.beams.speculative import SpeculativeDecoder
+from model.beams.speculative_text import Speculation
 from model.decoding.generation import generate
 from model.decoding.sampling import Sampling
 from model.hugging_face.importing import LlamaFolder
@@ -58,6 +60,21 @@ def test_it_finds_the_texts_of_transformers(
                 torch.tensor(scores), theirs.sequences_scores, rtol=1e-5, atol=1e-5
             )
     assert len(lengths) > 1 or not eos_ids or penalty > 1  # which favours texts of full length
+
+
+def test_heads_that_are_not_used_have_no_cache() -> None:
+    """Beams take the memory of the next-token model's; those that two heads draft, one more."""
+    many, settings = tiny_network(tiny_config()), BeamSettings(3, 9, Sampling(temperature=1.0))
+    one = tiny_network(tiny_config(future_tokens=1, layers=3))  # of the same trunk
+    found = BeamDecoder(many, tiny_prompts(), settings, range(5)).reader.cache
+    expected = BeamDecoder(one, tiny_prompts(), settings, range(5)).reader.cache
+    assert [b.shape for b in found.buffers] == [b.shape for b in expected.buffers]
+    for drafter, heads in ((None, 2), (one, 1)):
+        drafted = SpeculativeDecoder(
+            many, tiny_prompts(), settings, Speculation(1), drafter, range(5)
+        ).reader.cache
+        groups = [buffer.shape[3] for buffer in drafted.buffers]
+        assert groups == [2, 2, 2 * heads]
 
 
 def test_one_beam_is_greedy_decoding() -> None:

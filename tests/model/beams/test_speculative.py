@@ -60,7 +60,7 @@ def check_row(
     reader: ForestReader, row: int, tokens: Sequence[int], heads: int, places: int
 ) -> None:
     """The first places of a row, against a cache into which its tokens were read."""
-    fresh = reader.network.new_cache(1, len(tokens))
+    fresh = reader.network.new_cache(1, len(tokens), heads)
     lengths = torch.tensor([len(tokens)])
     with torch.no_grad():
         prefill(reader.network, fresh, torch.tensor([list(tokens)]), lengths, heads)

@@ -43,7 +43,12 @@ settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 texts = [m.generate(**prompt, **settings, pad_token_id=0) for m in (model, plain)]
 assert torch.equal(*texts)
 assert torch.equal(texts[0], model.generate(**prompt, **settings, pad_token_id=0, num_heads=4))
-torch.save({"heads": heads, "logits": logits, "text": texts[0]}, "result.pt")
+sys.modules["model"] = None  # also where the project is installed beside it
+try:
+    model.generate(**prompt, **settings, decoder="beam")
+except ImportError as error:
+    said = str(error)
+torch.save({"heads": heads, "logits": logits, "text": texts[0], "said": said}, "result.pt")
 """
 
 
@@ -96,6 +101,8 @@ def test_it_needs_nothing_but_transformers(export: Path, tmp_path: Path) -> None
     torch.testing.assert_close(found["heads"], _ours(export), rtol=0, atol=TOLERANCE)
     assert torch.equal(found["heads"][:, :, 0], found["logits"])
     assert found["text"].shape == (2, 17)
+    assert found["said"].startswith("decoder needs Headway's packages, which are not all here (")
+    assert "pip install -e CHECKOUT" in found["said"]
 
 
 @pytest.mark.parametrize("future_tokens", [1, 2])

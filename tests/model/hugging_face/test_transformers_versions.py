@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[3]
 # Loading, saving, drafting and training on, here and where only transformers is.
 CONTRACT = [
     f"tests/model/hugging_face/test_{name}.py"
-    for name in ("modeling_headway", "generate_with_heads", "loss_of_heads", "saved_folder")
+    for name in (
+        *("modeling_headway", "generate_with_heads", "generate_with_decoders"),
+        *("loss_of_heads", "saved_folder"),
+    )
 ]
 
 

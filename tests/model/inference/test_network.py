@@ -15,6 +15,7 @@ from model.hugging_face.modeling_headway import HeadwayForCausalLM
 from model.inference.loading import load_network
 from model.inference.network import Network
 from model.inference.prefill import prefill
+from tests.support.head_variants import VARIANTS
 from tests.support.tiny_export import export_tiny
 from tests.support.tiny_model import head_logits, tiny_config, tiny_model, tiny_network
 
@@ -79,13 +80,23 @@ def test_logits_are_those_of_training(sizes: dict[str, Any], piece: int) -> None
     assert errors(tiny_network(config), shifted, tokens(), piece) > 0.1
 
 
-def test_fewer_heads_compute_the_same() -> None:
-    """The heads that are not used leave no trace in those that are."""
-    network, rows = tiny_network(tiny_config()), tokens()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fewer_heads_compute_the_same(variant: str) -> None:
+    """The heads that are not used leave no trace in those that are, and need no cache."""
+    config = tiny_config(**{"layers": 10, **VARIANTS[variant]})
+    network, rows = tiny_network(config), tokens()
     lengths = torch.tensor([40, 40, 40])
     all_heads = prefill(network, network.new_cache(3, 40), rows, lengths, 4)
-    two = prefill(network, network.new_cache(3, 40), rows, lengths, 2)
-    torch.testing.assert_close(two, all_heads[:2])
+    sizes = []
+    for heads in range(1, 5):
+        cache = network.new_cache(3, 40, heads)
+        few = prefill(network, cache, rows, lengths, heads)
+        torch.testing.assert_close(few, all_heads[:heads])
+        sizes.append(sum(buffer.shape[3] for buffer in cache.buffers))
+    # An anticausal model's next token passes all heads; linear ones keep nothing.
+    each = 0 if config.head_kind in ("anticausal", "linear") else config.head_layers
+    assert [size - sizes[0] for size in sizes] == [each * config.kv_heads * k for k in range(4)]
+    assert sizes[0] == config.next_token_layers * config.kv_heads
 
 
 def test_fp32_and_bf16_are_as_near_as_their_rounding_allows() -> None:

@@ -188,7 +188,6 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"best_of": 3}, "best_of: is not supported here"),
     ({"use_beam_search": True}, "use_beam_search: is not supported here"),
     ({"num_beams": 4}, "num_beams: is not supported here"),
-    ({"beam_width": 4}, "beam_width: is not supported here"),
     ({"logprobs": 99}, "logprobs: 99 must be from 0 to 20"),
     ({"seed": 1 << 70}, "seed: 1180591620717411303424 must be from"),
     ({"nonsense": 1}, "nonsense: Extra inputs are not permitted"),
