@@ -239,6 +239,13 @@ class TrainSection(Section):
             f"{_GPU_CHUNK_TOKENS} on a GPU and {_CPU_CHUNK_TOKENS} on a CPU"
         )
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _is_a_choice(cls, choice: object) -> object:
+        if choice == "auto" or isinstance(choice, bool):
+            return choice
+        raise ValueError(f"compile={shown(choice)} must be auto, true or false")
+
     @field_validator("freeze")
     @classmethod
     def _freezes_what_was_trained(cls, freeze: str, info: ValidationInfo) -> str:
