@@ -1,6 +1,11 @@
 """The tables of `benchmarks/gpu.sh`, from whatever has been measured."""
 
+from dataclasses import fields
 from typing import Any
+
+from benchmarks.gpu_points import Point
+from pipeline.config.run_config import RunConfig
+from pipeline.planning.run_plan import run_memory
 
 Found = dict[str, Any]
 
@@ -43,8 +48,8 @@ def tables(results: dict[str, Found]) -> str:
             title(name),
             "",
             "| size | n | ZeRO | micro-batch | recomputation | backward | attention | compiled | V "
-            "| chunk | documents | tokens/s | MFU | peak, GiB |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| chunk | documents | tokens/s | MFU | peak, GiB | by the plan |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         parts.append("\n".join(lines + [_row(row) for row in rows]))
         parts += [_kernel_table(row) for row in rows if "kernels" in row]
@@ -57,11 +62,21 @@ def _row(row: Found) -> str:
     cells += [{True: "yes", False: "no"}.get(row["compiled"], "auto"), row["vocabulary"]]
     cells += [row["chunk"] or "auto", "apart" if row["documents"] else "-"]
     if "error" in row:
-        cells += [row["error"].replace("|", "/"), "", ""]
+        cells += [row["error"].replace("|", "/"), "", "", ""]
     else:
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
-        cells += [f"{row['tokens_per_s']:,.0f}", mfu, f"{row['peak_gib']:.2f}"]
+        cells += [f"{row['tokens_per_s']:,.0f}", mfu, f"{row['peak_gib']:.2f}", _planned(row)]
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _planned(row: Found) -> str:
+    """GiB that `pipeline.plan` says of the same run; on a GPU alone."""
+    if row["mfu"] is None:
+        return "-"
+    point = Point(**{field.name: row[field.name] for field in fields(Point)})
+    config = RunConfig.model_validate(point.configuration("cuda"))
+    (memory,) = run_memory(config, world_size=1, device="cuda", precision="bf16")
+    return f"{memory.total / 2**30:.2f}"
 
 
 def _kernel_table(row: Found) -> str:
