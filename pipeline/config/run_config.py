@@ -90,6 +90,15 @@ class RunConfig(Section):
         """What each pipeline stage holds of the model, first stage first."""
         return stage_plan(self.parallel.stages, self.model)
 
+    @property
+    def compile_choice(self) -> bool | Literal["auto"]:
+        """`train.compile`, but auto = false in a deterministic run and with several stages."""
+        # torch.compile times several kernels and takes the fastest; each adds up in its own order.
+        # A kernel is loaded at its first launch, which may wait for the whole GPU: for receives
+        # that a stage has posted ahead, whose sender waits for this stage.
+        unfit = self.train.deterministic or len(self.stage_plan) > 1
+        return False if self.train.compile == "auto" and unfit else self.train.compile
+
     def global_batch_size(self, data_parallel_size: int) -> int:
         """Samples of one optimizer step over all ranks."""
         return self.batch.micro_size * self.batch.accumulation * data_parallel_size

@@ -164,7 +164,7 @@ class TrainSection(Section):
             auto = the first of them that can be used. On a CPU torch chooses.
         compile: let torch.compile make the kernels of norms, rotation, activation and loss, in some
             seconds of every process's start; needs a C++ compiler, on a GPU Triton. auto = on a GPU
-            that has them, unless the run is deterministic.
+            that has them, unless the run is deterministic or has several stages.
         loss_chunk_tokens: tokens of a micro-batch whose logits exist at once; auto = 4096 on a GPU,
             1024 on a CPU.
         transformer_engine: use its layers on GPUs where it is installed.
@@ -216,12 +216,6 @@ class TrainSection(Section):
     init_from: FilePath | None = None
     init_heads: Literal["copy", "fresh"] = "copy"
     freeze: Freeze = "none"
-
-    @property
-    def compile_choice(self) -> bool | Literal["auto"]:
-        """`compile`, but auto = false in a deterministic run."""
-        # torch.compile times several kernels and takes the fastest; each adds up in its own order.
-        return False if self.compile == "auto" and self.deterministic else self.compile
 
     def chunk_tokens(self, device_type: str) -> int:
         """Tokens whose logits exist at once on a `cuda` or `cpu` device."""

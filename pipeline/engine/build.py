@@ -67,7 +67,7 @@ def build_engine(
         model,
         config.train.attention,
         topology.device,
-        compile_elementwise=config.train.compile_choice,
+        compile_elementwise=config.compile_choice,
     )
     with fp32_sums_at_level_1():
         wrapped, *_ = deepspeed.initialize(

@@ -442,11 +442,11 @@ def test_attention_has_no_effect_on_a_cpu(small: Path) -> None:
     assert "use one of: auto, cudnn, flash, efficient or math" in line
 
 
-def test_a_deterministic_run_compiles_nothing_unless_it_is_told_to(small: Path) -> None:
-    """Compiled kernels are chosen by timing them."""
-    deterministic = "train.deterministic=true"
-    assert load_config(small).train.compile_choice == "auto"
-    assert load_config(small, [deterministic]).train.compile_choice is False
-    assert load_config(small, [deterministic, "train.compile=true"]).train.compile_choice is True
+@pytest.mark.parametrize("setting", ["train.deterministic=true", "parallel.stages=auto:2"])
+def test_some_runs_compile_nothing_unless_they_are_told_to(small: Path, setting: str) -> None:
+    """Compiled kernels are chosen by timing them, and loaded when they are first launched."""
+    assert load_config(small).compile_choice == "auto"
+    assert load_config(small, [setting]).compile_choice is False
+    assert load_config(small, [setting, "train.compile=true"]).compile_choice is True
     (line,) = refusal(small, "train.compile=sometimes")
     assert 'compile="sometimes" must be auto, true or false' in line
