@@ -34,6 +34,7 @@ from benchmarks.tables import machine_line, replace_section
 ROOT = Path(__file__).resolve().parent.parent
 Found = dict[str, Any]
 
+_POINT_S = 150.0  # that a point may take
 MICRO = {"0.3b": 8, "1b": 4, "3b": 2, "tiny": 2}
 
 
@@ -228,8 +229,11 @@ def _train(piece: str) -> Callable[[str, str, Budget, Found, Keep], None]:
             if number < len(to_do):
                 following = Waiting(device)
             is_traced = piece == "heads" and point == wanted[0]
-            rows[str(point)] = ready.measure(point, is_traced, budget.left_s())
-            print(line(rows[str(point)]), flush=True)
+            row = ready.measure(point, is_traced, budget.left_s())
+            if row is None:
+                break
+            rows[str(point)] = row
+            print(line(row), flush=True)
             failures = [f"{name}: {row['error']}" for name, row in rows.items() if "error" in row]
             keep({"rows": rows, "failures": failures, "complete": len(rows) == len(wanted)})
         following.end()
@@ -254,13 +258,14 @@ class Waiting:
         self._process.start()
         theirs.close()
 
-    def measure(self, point: Point, trace: bool, timeout_s: float) -> Found:
-        """What it measures; the error instead, when it fails. It ends."""
+    def measure(self, point: Point, trace: bool, left_s: float) -> Found | None:
+        """What it measures, then it ends; the error, when it fails; None when no time was left."""
+        answer: Found | None = None
         try:
             self._pipe.send((point, trace))
-            if self._pipe.poll(min(timeout_s, 150)):
-                answer: Found = self._pipe.recv()
-            else:
+            if self._pipe.poll(min(left_s, _POINT_S)):
+                answer = self._pipe.recv()
+            elif left_s > _POINT_S:
                 answer = vars(point) | {"error": "took too long"}
         except (EOFError, OSError):
             answer = vars(point) | {"error": "its process ended"}

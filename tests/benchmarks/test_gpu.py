@@ -60,6 +60,7 @@ def test_a_call_goes_on_where_the_last_one_was_cut_off(
     assert row["peak_gib"] > 0
     assert "| tiny | 4 | 1 | 1 x 32 |" in capsys.readouterr().out
     before = path.stat().st_mtime_ns
+    assert gpu.Waiting("cpu").measure(two[0], False, left_s=0.1) is None  # not measured, no failure
     assert main([*arguments, "--minutes", "0"]) == 1
     assert path.stat().st_mtime_ns == before
     assert "measured before on this commit" in capsys.readouterr().out
