@@ -19,7 +19,9 @@ import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: E402
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, E402
 import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401, E402
 import torch._subclasses.schema_check_mode  # noqa: F401, E402
+import transformers.models.llama.modeling_llama  # noqa: F401, E402
 
+import pipeline.export  # noqa: E402
 import pipeline.job  # noqa: E402
 import pipeline.train  # noqa: F401, E402
 
