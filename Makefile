@@ -14,6 +14,8 @@ BASE_PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do 
 PIP_ARGS ?=
 # Job scripts that tests start read a variable of this name, too.
 unexport ARGS
+# Tests start hundreds of interpreters; where this is set, each would compile the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Given to pytest as it is, for example ARGS="-k resume".
 ARGS ?=
 # Tests that run at once; each starts ranks of its own, so one per two cores is enough on larger machines.

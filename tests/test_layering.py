@@ -75,12 +75,18 @@ def _module_files() -> dict[str, Path]:
 MODULES = _module_files()
 
 
-def _statements(node: ast.AST, type_checking: bool = False) -> Iterator[tuple[ast.AST, bool]]:
-    """All nodes below, each with whether only a type checker executes it."""
-    for child in ast.iter_child_nodes(node):
-        yield child, type_checking
-        is_block = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-        yield from _statements(child, type_checking or is_block)
+def _statements(module: ast.Module) -> Iterator[tuple[ast.AST, bool]]:
+    """All statements of a module, each with whether only a type checker executes it."""
+    pending: list[tuple[ast.AST, bool]] = [(module, False)]
+    while pending:
+        node, type_checking = pending.pop()
+        yield node, type_checking
+        is_block = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        pending += [
+            (child, type_checking or is_block)
+            for child in ast.iter_child_nodes(node)
+            if not isinstance(child, ast.expr)  # nothing is imported in an expression
+        ]
 
 
 def imports_of(name: str, path: Path) -> list[Import]:

@@ -138,9 +138,9 @@ def small_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parallel(parallel: dict[str, Any]) -> dict[str, Any]:
-    """One tensor-parallel rank; stages are two, whatever they were."""
+    """One tensor-parallel rank and at most ZeRO-1; stages are two, whatever they were."""
     stages = {"stages": "auto:2"} if parallel.get("stages", 1) != 1 else {}
-    return {"zero": parallel.get("zero", 3), "tensor": 1, **stages}
+    return {"zero": min(parallel.get("zero", 1), 1), "tensor": 1, **stages}
 
 
 def write_corpus(folder: Path) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
+from data_prep.shard import main as shard
+from model.generate import main as generate
 from pipeline.export import main as export
 from tests.support.training_runs import metrics_without_times, run_job
 
@@ -14,21 +16,13 @@ CONFIG = ROOT / "configs" / "bytes.yaml"
 HEADS = range(1, 9)
 
 
-def _command(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def test_bytes_from_source_code_to_eight_drafts(tmp_path: Path) -> None:
+def test_bytes_from_source_code_to_eight_drafts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Shards, training, bits per byte of every head, and decoding that drafts 8 bytes."""
     shards = tmp_path / "shards"
-    _command(
-        *("data_prep/shard.py", "--input", str(ROOT / "model"), "--tokenizer", "bytes"),
-        *("--validation-fraction", "0.2", "--output", str(shards)),
-    )
+    source = ["--input", str(ROOT / "model"), "--tokenizer", "bytes", "--workers", "1"]
+    assert shard([*source, "--validation-fraction", "0.2", "--output", str(shards)]) == 0
     settings = [
         *("train.steps=12", "eval.every_steps=6", "eval.samples=8", "batch.micro_size=4"),
         *("log.interval=1", "log.tensorboard=false", "train.device=cpu", "train.precision=fp32"),
@@ -47,9 +41,9 @@ def test_bytes_from_source_code_to_eight_drafts(tmp_path: Path) -> None:
     assert export([str(tmp_path / "run"), str(tmp_path / "export")]) == 0
     told = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (told["future_tokens"], told["lm_head"], told["vocab_size"]) == (8, "replicated", 264)
-    compared = _command(
-        *("-m", "model.generate", str(tmp_path / "export"), "--heads", "8", "--compare"),
-        *("--prompt", "def ", "--max-new-tokens", "40"),
-    )
+    capsys.readouterr()
+    decode = ["--heads", "8", "--compare", "--prompt", "def ", "--max-new-tokens", "40"]
+    assert generate([str(tmp_path / "export"), *decode]) == 0
+    compared = "".join(capsys.readouterr())
     assert "outputs are equal" in compared
     assert "8 heads: 40 tokens" in compared

@@ -26,6 +26,7 @@ TINY = [
     *("eval.samples=4", "checkpoint.every_steps=2", "log.tensorboard=false", "train.device=cpu"),
     *("train.precision=fp32", "data.sequence_length=32", "model.vocab_size=260"),
     "model.memory={segment: 8, summary: 4, sensory: 2, cache: 3, bptt: 1}",
+    "parallel.zero=1",
 ]
 
 

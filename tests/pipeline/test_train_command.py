@@ -85,6 +85,7 @@ def test_validation_does_not_touch_training(config: Path, tmp_path: Path) -> Non
     for every in (0, 1):
         run_dir = tmp_path / f"every_{every}"
         settings = [f"run.dir={run_dir}", f"eval.every_steps={every}", "batch.micro_size=2"]
+        settings += ["parallel.zero=3", "train.steps=6"]
         outcome = run_job(tmp_path, [str(config), "--set", *settings], world=2)
         assert outcome.codes == [0, 0], outcome.output
         records = metrics_without_times(run_dir)

@@ -23,7 +23,7 @@ LENGTH = 240
 # 16 samples a step in every layout.
 SETTINGS = ["train.steps=null", PHASES, "checkpoint.every_steps=0"]
 SETTINGS += ["eval.every_steps=0", "parallel.zero=0", f"data.sequence_length={LENGTH}"]
-ONE = ["batch.micro_size=4", "batch.accumulation=4"]
+ONE = ["batch.micro_size=16"]
 SAVING = ["checkpoint.every_steps=1", "checkpoint.keep=100"]
 TWO = ["batch.micro_size=4", "batch.accumulation=2"]
 STAGES = "parallel.stages=[{trunk: 0-1}, {heads: 1-3}]"
@@ -32,7 +32,7 @@ LAYOUTS = {
     "dp2_zero1": (2, [*TWO, "parallel.zero=1"]),
     "dp2_zero2": (2, [*TWO, "parallel.zero=2"]),
     "tp2": (2, ["batch.micro_size=8", "batch.accumulation=2", "parallel.tensor=2"]),
-    "stages2": (2, [*ONE, STAGES]),
+    "stages2": (2, ["batch.micro_size=4", "batch.accumulation=4", STAGES]),
     "dp8": (8, ["batch.micro_size=1", "batch.accumulation=2", "parallel.zero=1"]),
 }
 

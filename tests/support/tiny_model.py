@@ -91,13 +91,17 @@ def head_logits(model: MultiTokenModel, tokens: Tensor, documents: Tensor | None
     return model.all_logits(trunk_output, context).transpose(1, 2)
 
 
+@torch.no_grad()
 def greedy_continuation(
     model: MultiTokenModel, prompt: Sequence[int], num_tokens: int
 ) -> list[int]:
     """Plain greedy decoding with head 1: everything is recomputed for every token."""
     tokens = list(prompt)
     for _ in range(num_tokens):
-        tokens.append(int(head_logits(model, torch.tensor([tokens]))[0, 0, -1].argmax()))
+        inputs = torch.tensor([tokens])
+        outputs = model.heads.outputs(model(inputs), model.context(len(tokens), inputs.device))
+        hidden = next(hidden for head, hidden in outputs if head == 1)  # no other but it needs
+        tokens.append(int(model.logits(hidden)[-1, 0].argmax()))
     return tokens[len(prompt) :]
 
 

@@ -38,7 +38,7 @@ model:
   vocab_size: 260
   future_tokens: 3
 data: {shards: unset, sequence_length: 16}
-parallel: {zero: 3}
+parallel: {zero: 1}
 batch: {micro_size: 4}
 train: {steps: 12, precision: fp32, device: cpu, heartbeat_timeout_s: 10}
 optimizer: {learning_rate: 3.0e-3}

@@ -166,15 +166,15 @@ def test_a_corpus_without_documents_is_refused(tmp_path: Path, build_set: Build)
 def test_same_bytes_for_any_number_of_workers(
     tmp_path: Path, texts: list[str], write_jsonl: Write, build_set: Build, read_tree: ReadTree
 ) -> None:
-    """1, 2, 3 and 7 workers write the same files to the byte, tokenizer training included."""
+    """1, 2 and 5 workers write the same files to the byte, tokenizer training included."""
     path = write_jsonl(texts)
-    for workers in (1, 2, 3, 7):
+    for workers in (1, 2, 5):
         build_set(
             path, output=f"w{workers}", tokenizer="train:400", workers=workers, unit_bytes=3000
         )
-    trees = [read_tree(tmp_path / f"w{workers}") for workers in (1, 2, 3, 7)]
+    trees = [read_tree(tmp_path / f"w{workers}") for workers in (1, 2, 5)]
     assert len([name for name in trees[0] if name.endswith(".arrow")]) > 5
-    assert trees[0] == trees[1] == trees[2] == trees[3]
+    assert trees[0] == trees[1] == trees[2]
 
 
 def test_held_out_split_follows_the_text(

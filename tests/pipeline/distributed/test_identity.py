@@ -1,18 +1,14 @@
 """Ranks that would run something else than rank 0: refused by name before they meet the others."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.distributed.identity import Identity
-from tests.support.training_runs import free_port
+from tests.support.training_runs import start_job
 
-ROOT = Path(__file__).parents[3]
 MAIN = Identity("node1", {"train.steps": "10", "run.seed": "7"}, {"pipeline/job.py": "a"})
 
 
@@ -51,31 +47,12 @@ def test_this_process_is_its_values_and_its_files() -> None:
     assert json.loads(found.to_text())[1]["train.steps"] == "3"
 
 
-def test_a_rank_with_another_configuration_is_refused(config: Path) -> None:
+def test_a_rank_with_another_configuration_is_refused(config: Path, tmp_path: Path) -> None:
     """Both ranks end before the first step with the rank and the key."""
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "pipeline.train", str(config), "--set", f"train.steps={steps}"],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, steps in enumerate((10, 20))
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [2, 2], outputs
-    for output in outputs:
+    steps = {rank: ["--set", f"train.steps={steps}"] for rank, steps in enumerate((10, 20))}
+    outcome = start_job(tmp_path, [str(config)], world=2, more_arguments=steps).finish()
+    assert outcome.codes == [2, 2], outcome.output
+    for output in outcome.output:
         assert "rank 1/2" in output
         assert "train.steps is 20 there and 10 on rank 0" in output
         assert "Traceback" not in output

@@ -95,10 +95,16 @@ def _reference(documents: bool, freeze: str) -> Course:
     return train_in_ranks(reference, STEPS)
 
 
-# Four ranks once in `make test`; masked documents and frozen trunks on four in `make stress`, and
-# so are tiny buckets of one rank.
+# Four ranks once in `make test`; masked documents and frozen trunks on four in `make stress`. So
+# are tiny buckets of one rank, and cases of ZeRO-3 each pair of whose settings another case has.
+COVERED_CASES = [
+    Case(world=2, zero=3, accumulation=2),
+    Case(world=2, tensor=2, zero=3, accumulation=2, bucket=TINY_BUCKET),
+    Case(world=2, zero=3, accumulation=2, bucket=TINY_BUCKET),
+    Case(world=2, zero=3, accumulation=2, checkpointing="full", freeze="trunk"),
+]
 SLOW_CASES = [case for case in DOCUMENT_CASES + FROZEN_CASES + NEIGHBOR_CASES if case.world >= 4]
-SLOW_CASES += COMPILED_CASES
+SLOW_CASES += COMPILED_CASES + COVERED_CASES
 SLOW_CASES += [case for case in ZERO_CASES if case.world == 1 and case.bucket == TINY_BUCKET]
 CASES = [
     case

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_prep.loading.loader import Batch
-from pipeline.checkpoint.file_names import WEIGHTS
+from pipeline.checkpoint.file_names import FOLDER, WEIGHTS, committed
 from pipeline.checkpoint.files import checkpoint_path
 from pipeline.checkpoint.folder import read_config
 from pipeline.checkpoint.sharded_tensors import read_weights
@@ -121,7 +121,7 @@ def test_a_staged_run_that_was_killed_goes_on_bit_identically(
     killed = tmp_path / "killed"
     arguments = [str(config), "--set", f"run.dir={killed}", _micro_size(name), *settings]
     job = start_job(tmp_path, arguments, world=world)
-    job.wait_until(lambda: last_step(killed) >= 5)
+    job.wait_until(lambda: last_step(killed) >= 5 and bool(committed(killed / FOLDER)))
     for rank in range(world):
         job.kill(rank)
     assert all(code != 0 for code in job.finish().codes)
