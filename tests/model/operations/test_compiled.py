@@ -52,7 +52,10 @@ def test_a_compiled_kernel_computes_the_same(kind: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("groups", "per_group", "batch"), [(2, 3, 2), (4, 1, 1)])
+@pytest.mark.parametrize(
+    ("groups", "per_group", "batch"),
+    [(2, 3, 2), pytest.param(4, 1, 1, marks=pytest.mark.stress)],
+)
 def test_compiled_rotation_is_the_same(
     dtype: torch.dtype, groups: int, per_group: int, batch: int
 ) -> None:
