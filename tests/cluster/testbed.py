@@ -194,6 +194,11 @@ class Cluster:
             else:
                 self.boot(name)
         self.wait(lambda: not self.run("squeue", "--noheader"), "no job is left", 90)
+        # Slurm drains nodes whose tasks it counts as unkillable, such as those of a job that ended
+        # while there was no controller to tell.
+        for name in self.nodes:
+            if "DRAIN" in self.run("scontrol", "show", "node", name):
+                self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
         self.wait(lambda: self._usable("idle") == len(self.nodes), "all nodes are idle", 60)
 
     def processes_of(self, node: str, *words: str) -> list[int]:
