@@ -99,13 +99,17 @@ def test_a_warning_while_the_job_starts(
     cluster: Cluster, tmp_path: Path, pretrain: Pretrain, wait_s: float
 ) -> None:
     """Whenever it comes, the job is queued again and not failed."""
-    job = pretrain()
+    job = pretrain(steps=80)  # which outlast the longest wait
     cluster.wait(lambda: job.state == "RUNNING", "the job runs", poll_s=0.02)
+    # A signal that Slurm sends before there is a script reaches nobody.
+    host = job.field("BatchHost")
+    script = f"{cluster.folder}/spool/{host}/job{int(job.number):05d}/slurm_script"
+    cluster.wait(lambda: cluster.processes_of(host, script), "the script runs", poll_s=0.02)
     time.sleep(wait_s)
     job.signal("USR1")
     cluster.wait(lambda: job.field("Restarts") == "1", f"a restart\n{job.log}", 60)
     assert job.finish() == "COMPLETED", job.log
-    _assert_went_on(tmp_path, 30)
+    _assert_went_on(tmp_path, 80)
 
 
 @pytest.mark.stress
