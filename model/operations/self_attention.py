@@ -82,7 +82,7 @@ def split_and_rotate(
 def plain_split_and_rotate(
     mixed: Tensor, cos: Tensor, sin: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_and_rotate` as it is defined, to be compiled."""
+    """`split_and_rotate` as it is defined, to be compiled; arguments and results as there."""
     parts = mixed.unflatten(-1, (groups, -1, 2 * cos.shape[-1]))  # [S, B, G, R + 2, D]
     query, key = (_turned(part, cos, sin) for part in (parts[..., :-2, :], parts[..., -2:-1, :]))
     value = parts[..., -1, :].clone(memory_format=torch.contiguous_format)
@@ -92,7 +92,18 @@ def plain_split_and_rotate(
 def plain_turn_back_and_join(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """The gradient of `split_and_rotate` from those of its results, to be compiled."""
+    """The gradient of `split_and_rotate` from those of its results, to be compiled.
+
+    Args:
+        query: `[S, B, A, D]`.
+        key: `[S, B, G, D]`.
+        value: `[S, B, G, D]`.
+        cos: `[S, 1 or B, 1, D / 2]`.
+        sin: likewise.
+
+    Returns:
+        `[S, B, G * (R + 2) * D]`.
+    """
     per_group = query.shape[2] // key.shape[2]
     # Padded and added rather than concatenated: one kernel, which writes nothing in between.
     joined = (

@@ -77,7 +77,7 @@ def _fill_normal(out: Tensor, spans: list[tuple[int, int]], name: str, seed: int
     """Spans of rows of the whole standard-normal matrix that belongs to (seed, name).
 
     Blocks are independent and torch makes each without the interpreter's lock, so that as many
-    threads as torch may use share the work: a billion numbers take seconds.
+    threads as torch may use share the work.
     """
     parts = []
     for start, stop in spans:

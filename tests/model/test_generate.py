@@ -19,14 +19,6 @@ from tests.support.tiny_model import greedy_continuation, tiny_config, tiny_mode
 from tests.support.written_texts import output, printed_ids
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny export with four heads."""
-    directory = tmp_path_factory.mktemp("generate") / "export"
-    export_tiny(directory)
-    return directory
-
-
 def expected_ids(prompt: list[int], num_tokens: int) -> list[int]:
     """Plain greedy continuation, up to the end of text."""
     model = tiny_model(tiny_config(vocab_size=VOCABULARY), dtype=torch.float32)

@@ -14,17 +14,8 @@ import pytest
 from foundation.command_line import EXIT_USER_ERROR
 from model.serve import main
 from model.serving.running import listen
-from tests.support.tiny_export import export_tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny export with four heads."""
-    directory = tmp_path_factory.mktemp("serve") / "export"
-    export_tiny(directory)
-    return directory
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,6 @@ from tests.support.tiny_export import export_tiny
 from tests.support.written_texts import output, printed_ids
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny export with four heads."""
-    directory = tmp_path_factory.mktemp("beams") / "export"
-    export_tiny(directory)
-    return directory
-
-
 def test_it_prints_the_best_beams(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each prompt's text is that of its best beam; statistics say what was done."""
     arguments = [str(export), "--prompt", "ab", "--prompt", "é", "--max-new-tokens", "9", "--ids"]

@@ -18,14 +18,6 @@ DRAWN: dict[str, Any] = {"do_sample": True, "temperature": 1.2, "top_k": 30}
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny export with four heads."""
-    directory = tmp_path_factory.mktemp("decoders") / "export"
-    export_tiny(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def model(export: Path) -> HeadwayForCausalLM:
     """The same in transformers."""
     return HeadwayForCausalLM.from_pretrained(export).eval()

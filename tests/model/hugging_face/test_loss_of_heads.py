@@ -20,14 +20,6 @@ LABELS = torch.where(torch.arange(12) < torch.tensor([[0], [5], [12]]), -100, TE
 TOLERANCE = 1e-6  # fp32, gradients up to 0.5
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four heads."""
-    directory = tmp_path_factory.mktemp("exports") / "export"
-    export_tiny(directory)
-    return directory
-
-
 @pytest.fixture
 def model(export: Path) -> HeadwayForCausalLM:
     """Ready to train."""

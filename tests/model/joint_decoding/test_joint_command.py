@@ -24,14 +24,6 @@ MTAD = ["--decoder", "mtad", "--ids", "--max-new-tokens", "12"]
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny export with four heads."""
-    directory = tmp_path_factory.mktemp("joint") / "export"
-    export_tiny(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another one, of one head."""
     directory = tmp_path_factory.mktemp("joint") / "smaller"

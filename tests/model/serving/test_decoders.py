@@ -13,20 +13,11 @@ from model.decoding.sampling import Sampling
 from model.inference.loading import LoadedNetwork, load_network
 from tests.model.serving.test_server import offline, wait_for
 from tests.support.serving import RunningServer, running
-from tests.support.tiny_export import export_tiny
 from tests.support.written_texts import output, printed_ids
 
 LONG = 900
 MADE_BY = "model.serving.decoders.beam_decoder"
 DRAWN = {"temperature": 1.2, "top_k": 30}
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny export with four heads."""
-    directory = tmp_path_factory.mktemp("decoders") / "export"
-    export_tiny(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
