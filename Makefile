@@ -44,7 +44,7 @@ hooks: $(installed) ## install git hooks: ruff before each commit, mypy before e
 quickstart: $(installed) ## shards, training, kill, resume, export, generation, report: everything, in minutes
 	$(python) -m pipeline.quickstart
 
-test: $(installed) ## run the tests (a quarter of an hour on 2 cores)
+test: $(installed) ## run the tests (twelve minutes on 2 quiet cores)
 	$(python) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 test-cluster: $(installed) ## run the Slurm jobs on a real Slurm of 4 nodes on this machine (root; 4 minutes)
