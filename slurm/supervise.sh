@@ -15,7 +15,8 @@ run_dir="" # where the run leaves its verdict
 # sbatch --export=NONE would take away the tasks' environment, too.
 export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1
 
-say() { printf '%s %s: %s\n' "$(date '+%F %T')" "${SLURM_JOB_NAME:-job}" "$*"; }
+# Without another process, which a signal of Slurm's to all of them would end.
+say() { printf '%(%F %T)T %s: %s\n' -1 "${SLURM_JOB_NAME:-job}" "$*"; }
 
 # Ends the job with an error of the user's; the line is the log's last.
 refuse() {
@@ -200,6 +201,8 @@ finish_job() {
     node=${node:-$(verdict_value host)}
     [ -n "$message" ] || message="a task on $node was killed or could not be started"
     queue_again "$message" "$node"
+  elif ended_for_the_start_before; then
+    queue_again "the step was ended by nobody known, soon after the job was started again"
   elif [ "$status" = 75 ]; then
     # Preemption with a time of grace sends TERM to the tasks only.
     case $(job_field PreemptTime || true) in
@@ -218,6 +221,15 @@ finish_job() {
     echo "error: $message"
   fi
   exit "$status"
+}
+
+# Whether the step was signalled, but neither through this script nor with the job, soon after a new
+# start. Its step has the number of the start before, whose end Slurm may notice up to a minute late,
+# when a node hung, and take for that of this one. A person ends the job: `scancel JOB`.
+ended_for_the_start_before() {
+  [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$SECONDS" -lt 120 ] || return 1
+  case $status in 75 | 143) ;; *) return 1 ;; esac
+  [ "$(job_field JobState || true)" = RUNNING ]
 }
 
 # TERM came: from scancel, or because Slurm takes the job off its nodes and has queued it again.

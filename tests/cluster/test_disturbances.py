@@ -124,6 +124,17 @@ def test_a_fault_is_survived(
     run.ends_as(quiet)
 
 
+def test_a_step_that_is_ended_for_an_earlier_one(run: Disturbed, quiet: Path) -> None:
+    """TERM to the step alone, soon after a new start: as if Slurm took it for the one before."""
+    run.reach(REACHED)
+    run.job.signal("USR1")
+    run.job.wait_for("resumed from", START_S)
+    run.cluster.run("scancel", "--signal=TERM", f"{run.job.number}.0")
+    run.job.wait_for("run number 3", START_S)
+    assert "the step was ended by nobody known" in run.job.log
+    run.ends_as(quiet)
+
+
 def test_a_controller_that_is_started_again(run: Disturbed, quiet: Path) -> None:
     """Slurm's controller is killed and comes back ten seconds later; the run does not notice."""
     run.reach(REACHED)

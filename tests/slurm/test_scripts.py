@@ -39,6 +39,7 @@ FAKE_SCONTROL = """#!/bin/bash
 case "$1 $2" in
   "show hostnames") printf '%s\\n' alpha7 alpha8 beta1 ;;
   "show job") printf '   %s\\n' "StdOut=$RECORD/output" Restarts=0 \\
+    "JobState=${FAKE_STATE:-RUNNING}" \\
     "TimeLimit=${FAKE_LIMIT:-01:00:00}" "Command=${FAKE_COMMAND:-(null)}" ;;
   requeue*) echo "$2" > "$RECORD/requeued"; kill -KILL "$PPID" ;; # Slurm ends the script
 esac
@@ -266,6 +267,24 @@ def test_exit_status_of_the_step_is_the_jobs(pretrain: Job, step_status: int) ->
     status, output = pretrain.run(STEP_STATUS=str(step_status))
     assert status == step_status, output
     assert not (pretrain.record / "requeued").exists()
+
+
+@pytest.mark.parametrize("step_status", [75, 143])
+@pytest.mark.parametrize(
+    ("environment", "queued"),
+    [
+        ({"SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_RESTART_COUNT": "1", "FAKE_STATE": "CANCELLED"}, False),
+        ({"SLURM_RESTART_COUNT": "0"}, False),
+    ],
+)
+def test_a_late_end_of_the_start_before_does_not_end_this_one(
+    pretrain: Job, environment: dict[str, str], queued: bool, step_status: int
+) -> None:
+    """Steps of all starts have the same number: one that ends early is queued again."""
+    status, output = pretrain.run(STEP_STATUS=str(step_status), **environment)
+    assert (pretrain.record / "requeued").exists() == queued, output
+    assert status == (-signal.SIGKILL if queued else step_status)
 
 
 def test_time_limit_warning_reaches_the_tasks_and_queues_again(pretrain: Job) -> None:
