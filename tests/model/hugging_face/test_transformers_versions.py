@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-# Loading, saving, drafting and training on, here and where only transformers is.
+# Loading, saving, drafting and training on, here and where only transformers is; each kind of head.
 CONTRACT = [
-    f"tests/model/hugging_face/test_{name}.py"
+    f"tests/{name}.py"
     for name in (
-        *("modeling_headway", "generate_with_heads", "generate_with_decoders"),
-        *("loss_of_heads", "saved_folder"),
+        *("model/hugging_face/test_modeling_headway", "model/hugging_face/test_saved_folder"),
+        *("model/hugging_face/test_generate_with_heads", "model/hugging_face/test_loss_of_heads"),
+        *("model/hugging_face/test_generate_with_decoders", "pipeline/exporting/test_head_kinds"),
     )
 ]
 
