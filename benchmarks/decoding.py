@@ -334,11 +334,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = description.model
         intro = (
             f"{machine} {description.run}: {model.num_parameters() / 1e6:.1f} M parameters, "
-            f"{model.layers} layers, {model.future_tokens} of them heads, step {description.step}; "
-            f"{options.tokens} new tokens, best of {options.rounds} rounds."
+            f"{model.layers} layers, {model.future_tokens} of them heads, step {description.step}, "
+            f"in {description.dtype}; {options.tokens} new tokens, best of {options.rounds} rounds."
         )
-        small = "" if description.run == "quickstart" else f"{description.run} "
-        name = f"decoding {small}{options.device}"
+        run = "" if description.run == "quickstart" else f"{description.run} "
+        usual = {"cpu": "fp32", "cuda": "bf16"}[options.device]
+        dtype = "" if description.dtype == usual else f"{description.dtype} "
+        name = f"decoding {run}{dtype}{options.device}"
         replace_section(options.output / "README.md", name, f"{intro}\n\n{table(results)}")
         raw = options.output / "results" / f"{name.replace(' ', '-')}.json"
         raw.parent.mkdir(exist_ok=True)

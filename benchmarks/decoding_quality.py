@@ -180,19 +180,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     description = loaded.record.description
     machine = machine_line("cpu", ("torch",))
     size = description.model.num_parameters() / 1e6
-    small = task.drafter.config.num_parameters() / 1e6 if task.drafter is not None else None
+    drafter = task.drafter.config.num_parameters() / 1e6 if task.drafter is not None else None
     intro = (
         f"{machine} {description.run}: {size:.1f} M parameters, step {description.step}"
-        + ("" if small is None else f"; the draft model has {small:.2f} M")
+        + ("" if drafter is None else f"; the draft model has {drafter:.2f} M")
         + f". {options.texts} texts of at most {options.tokens} new tokens, {DRAFTS} drafts, "
         f"by heads {task.heads - 1}."
     )
     if questions is not None:
         intro += f" Right: of {options.questions} questions."
-    replace_section(
-        options.output / "README.md", "decoding_quality cpu", f"{intro}\n\n{table(rows)}"
-    )
-    raw = options.output / "results" / "decoding_quality-cpu.json"
+    small = "" if description.run == "bytes" else f"{description.run} "
+    name = f"decoding_quality {small}cpu"
+    replace_section(options.output / "README.md", name, f"{intro}\n\n{table(rows)}")
+    raw = options.output / "results" / f"{name.replace(' ', '-')}.json"
     content = {"machine": machine, "results": [row._asdict() for row in rows]}
     raw.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.inference.cache import WIDTH_STEP, Block, Cache
 from model.inference.norm import RMSNorm
+from model.inference.products import add_product, add_products, product, products
 from model.inference.weights import (
     HeadWeights,
     LayerWeights,
@@ -165,7 +166,7 @@ class Network:
             return self._run_serially(self.weights.heads, trunk_output, heads, cache, block)
         weights = self._heads(1, heads)
         normed = self._norm(trunk_output, weights.attention_norm)
-        new = torch.bmm(normed, weights.key_value)
+        new = products(normed, weights.key_value)
         new = new.view(heads, -1, 2, self.config.kv_heads, self.config.head_dim)
         self._rotate(new[:, :, 0], block)
         self._write_heads(new, cache, block)
@@ -190,12 +191,12 @@ class Network:
         if isinstance(self.weights.heads, SerialHeads):
             return trunk_output[first - 1 : last]
         if isinstance(self.weights.heads, LinearHeads):
-            return trunk_output @ self.weights.heads.maps[first - 1 : last]
+            return products(trunk_output, self.weights.heads.maps[first - 1 : last])
         weights = self._heads(first, last)
         num, rows = last - first + 1, block.rows
         groups, dim = self.config.kv_heads, self.config.head_dim
         hidden = trunk_output.expand(num, -1, -1)
-        query = torch.bmm(self._norm(trunk_output, weights.attention_norm), weights.query)
+        query = products(self._norm(trunk_output, weights.attention_norm), weights.query)
         query = query.view(num, hidden.shape[1], -1, dim)
         self._rotate(query, block)
         # [M, B, Q * R, G, D] to [B, Q * R, M * G, D]
@@ -205,20 +206,20 @@ class Network:
         )
         mixed = self._attend(query, key, value, block)
         mixed = mixed.reshape(hidden.shape[1], -1, num, groups, dim).permute(2, 0, 1, 3, 4)
-        hidden = torch.baddbmm(hidden, mixed.reshape(num, hidden.shape[1], -1), weights.output)
-        gate_up = torch.bmm(self._norm(hidden, weights.mlp_norm), weights.gate_up)
-        return torch.baddbmm(hidden, _swiglu(gate_up), weights.down)
+        hidden = add_products(hidden, mixed.reshape(num, hidden.shape[1], -1), weights.output)
+        gate_up = products(self._norm(hidden, weights.mlp_norm), weights.gate_up)
+        return add_products(hidden, _swiglu(gate_up), weights.down)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of outputs `[..., H]` of head 1."""
-        return self._norm(hidden, self.weights.norm) @ self.weights.unembedding
+        return product(self._norm(hidden, self.weights.norm), self.weights.unembedding)
 
     def head_logits(self, hidden: Tensor, first: int) -> Tensor:
         """Logits `[M, N, V]` of outputs `[M, N, H]` of the heads from `first` on."""
         if self.weights.own_unembeddings is None:
             return self.logits(hidden)
         unembeddings = self.weights.own_unembeddings[first - 1 : first - 1 + len(hidden)]
-        return self._norm(hidden, self.weights.norm) @ unembeddings
+        return products(self._norm(hidden, self.weights.norm), unembeddings)
 
     def _run_serially(
         self, weights: SerialHeads, hidden: Tensor, heads: int, cache: Cache, block: Block
@@ -243,15 +244,15 @@ class Network:
         """One layer of the trunk, `[N, H]` to `[N, H]`."""
         groups, dim = self.config.kv_heads, self.config.head_dim
         normed = self._norm(hidden, weights.attention_norm)
-        qkv = torch.mm(normed, weights.qkv).view(hidden.shape[0], -1, dim)
+        qkv = product(normed, weights.qkv).view(hidden.shape[0], -1, dim)
         self._rotate(qkv[:, :-groups], block)
         cache.write(index, block.slots, qkv[:, -2 * groups :].view(-1, 2, groups, dim))
         query = qkv[:, : -2 * groups].reshape(block.rows, -1, groups, dim)
         key, value = cache.read(index, block.width, 0, groups)
         mixed = self._attend(query, key, value, block)
-        hidden = torch.addmm(hidden, mixed.reshape(hidden.shape[0], -1), weights.output)
+        hidden = add_product(hidden, mixed.reshape(hidden.shape[0], -1), weights.output)
         normed = self._norm(hidden, weights.mlp_norm)
-        return torch.addmm(hidden, _swiglu(torch.mm(normed, weights.gate_up)), weights.down)
+        return add_product(hidden, _swiglu(product(normed, weights.gate_up)), weights.down)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> Tensor:
         """Attention; the R queries of a group are R more positions of one.

@@ -4,6 +4,8 @@ Queries are kept in the order (R, G) instead of Llama's (G, R), and the rows of 
 likewise: then the queries of a group are so many more positions of one attention, and keys and
 values need no copy for each of them.
 
+Matrices are as `model.inference.products` wants them, with their inputs as rows.
+
 Legend: H hidden, A attention heads, G key-value heads, R = A / G, D head dimension, F feed-forward,
 V vocabulary, n heads of the model.
 """
@@ -22,6 +24,7 @@ from model.hugging_face.names import (
     head_prefixes,
 )
 from model.inference.norm import RMSNorm
+from model.inference.products import Matrices, Matrix, pack, pack_each
 from model.memory.prompts import MemoryWeights
 from model.memory.sizes import MEMORY, memory_shapes
 
@@ -29,7 +32,7 @@ Read = Callable[[str], Tensor]
 
 
 class LayerWeights(NamedTuple):
-    """One layer of the trunk; matrices have their inputs as rows.
+    """One layer of the trunk.
 
     Attributes:
         attention_norm: `[H]`.
@@ -41,15 +44,15 @@ class LayerWeights(NamedTuple):
     """
 
     attention_norm: Tensor
-    qkv: Tensor
-    output: Tensor
+    qkv: Matrix
+    output: Matrix
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 class HeadWeights(NamedTuple):
-    """The n heads side by side, matrices likewise.
+    """The n heads side by side.
 
     Attributes:
         attention_norm: `[n, 1, H]`.
@@ -62,16 +65,25 @@ class HeadWeights(NamedTuple):
     """
 
     attention_norm: Tensor
-    query: Tensor
-    key_value: Tensor
-    output: Tensor
+    query: Matrices
+    key_value: Matrices
+    output: Matrices
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrices
+    down: Matrices
 
     def between(self, first: int, last: int) -> "HeadWeights":
         """Views of heads `first` .. `last`, from 1."""
-        return HeadWeights(*(part[first - 1 : last] for part in self))
+        some = slice(first - 1, last)
+        return HeadWeights(
+            attention_norm=self.attention_norm[some],
+            query=self.query[some],
+            key_value=self.key_value[some],
+            output=self.output[some],
+            mlp_norm=self.mlp_norm[some],
+            gate_up=self.gate_up[some],
+            down=self.down[some],
+        )
 
 
 class SerialHeads(NamedTuple):
@@ -88,10 +100,10 @@ class LinearHeads(NamedTuple):
     """Heads that are one matrix each.
 
     Attributes:
-        maps: `[n, H, H]`, inputs as rows.
+        maps: `[n, H, H]`.
     """
 
-    maps: Tensor
+    maps: Matrices
 
 
 AnyHeads = HeadWeights | SerialHeads | LinearHeads
@@ -114,8 +126,8 @@ class NetworkWeights(NamedTuple):
     trunk: tuple[LayerWeights, ...]
     heads: AnyHeads
     norm: Tensor
-    unembedding: Tensor
-    own_unembeddings: Tensor | None = None
+    unembedding: Matrix
+    own_unembeddings: Matrices | None = None
     memory: MemoryWeights | None = None
 
 
@@ -141,7 +153,7 @@ def read_weights(
         trunk=read_layers(config, read, prefixes, dtype, device),
         heads=_read_heads(config, norm, place),
         norm=norm.prepare(place("model.norm.weight")),
-        unembedding=place("lm_head.weight").t().contiguous(),
+        unembedding=pack(place("lm_head.weight").t().contiguous()),
         own_unembeddings=_read_unembeddings(config, place),
         memory=_read_memory(config, place),
     )
@@ -156,31 +168,32 @@ def read_layers(
 ) -> tuple[LayerWeights, ...]:
     """The layers whose tensors' names begin so; arguments as in `read_weights`."""
     norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
-    return tuple(
-        _layer(config, norm, lambda name: read(name).to(device, dtype), prefix)
-        for prefix in prefixes
-    )
+
+    def place(name: str) -> Tensor:
+        return read(name).to(device, dtype)
+
+    return tuple(_packed(_layer(config, norm, place, prefix)) for prefix in prefixes)
 
 
 def _read_heads(config: ModelConfig, norm: RMSNorm, place: Read) -> AnyHeads:
     numbers = range(1, config.future_tokens + 1)
     if config.head_kind == "linear":
         names = [LINEAR_HEAD_1 if head == 1 else f"{EXTRA_HEADS}.{head}.weight" for head in numbers]
-        return LinearHeads(torch.stack([place(name).t() for name in names]))
+        return LinearHeads(pack_each(torch.stack([place(name).t() for name in names])))
     layers = {
-        head: tuple(_layer(config, norm, place, prefix) for prefix in head_prefixes(head, config))
+        head: [_layer(config, norm, place, prefix) for prefix in head_prefixes(head, config)]
         for head in numbers
     }
     if config.head_kind == "parallel" and config.head_layers == 1:
         return _stack(config, [layers[head][0] for head in numbers])
-    return SerialHeads(layers)
+    return SerialHeads({head: tuple(map(_packed, layers[head])) for head in numbers})
 
 
-def _read_unembeddings(config: ModelConfig, place: Read) -> Tensor | None:
+def _read_unembeddings(config: ModelConfig, place: Read) -> Matrices | None:
     if config.lm_head == "shared":
         return None
     names = [f"{EXTRA_LM_HEADS}.{head}.weight" for head in range(2, config.future_tokens + 1)]
-    return torch.stack([place(name).t() for name in ("lm_head.weight", *names)])
+    return pack_each(torch.stack([place(name).t() for name in ("lm_head.weight", *names)]))
 
 
 def _read_memory(config: ModelConfig, place: Read) -> MemoryWeights | None:
@@ -190,7 +203,18 @@ def _read_memory(config: ModelConfig, place: Read) -> MemoryWeights | None:
     return MemoryWeights(*(place(f"{MEMORY}{name}") for name in names))
 
 
-def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> LayerWeights:
+class _Layer(NamedTuple):
+    """`LayerWeights` before its matrices are packed."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    output: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> _Layer:
     groups, dim, hidden = config.kv_heads, config.head_dim, config.hidden_size
     query = place(f"{prefix}.self_attn.q_proj.weight").view(groups, -1, dim, hidden)
     key = place(f"{prefix}.self_attn.k_proj.weight")
@@ -198,7 +222,7 @@ def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> Laye
     output = place(f"{prefix}.self_attn.o_proj.weight").view(hidden, groups, -1, dim)
     gate = place(f"{prefix}.mlp.gate_proj.weight")
     up = place(f"{prefix}.mlp.up_proj.weight")
-    return LayerWeights(
+    return _Layer(
         attention_norm=norm.prepare(place(f"{prefix}.input_layernorm.weight")),
         qkv=torch.cat([query.transpose(0, 1).reshape(-1, hidden), key, value]).t().contiguous(),
         output=output.permute(2, 1, 3, 0).reshape(-1, hidden).contiguous(),
@@ -208,14 +232,25 @@ def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> Laye
     )
 
 
-def _stack(config: ModelConfig, layers: list[LayerWeights]) -> HeadWeights:
+def _packed(layer: _Layer) -> LayerWeights:
+    return LayerWeights(
+        attention_norm=layer.attention_norm,
+        qkv=pack(layer.qkv),
+        output=pack(layer.output),
+        mlp_norm=layer.mlp_norm,
+        gate_up=pack(layer.gate_up),
+        down=pack(layer.down),
+    )
+
+
+def _stack(config: ModelConfig, layers: list[_Layer]) -> HeadWeights:
     width = config.attention_heads * config.head_dim
     return HeadWeights(
         attention_norm=torch.stack([layer.attention_norm for layer in layers]).unsqueeze(1),
-        query=torch.stack([layer.qkv[:, :width] for layer in layers]),
-        key_value=torch.stack([layer.qkv[:, width:] for layer in layers]),
-        output=torch.stack([layer.output for layer in layers]),
+        query=pack_each(torch.stack([layer.qkv[:, :width] for layer in layers])),
+        key_value=pack_each(torch.stack([layer.qkv[:, width:] for layer in layers])),
+        output=pack_each(torch.stack([layer.output for layer in layers])),
         mlp_norm=torch.stack([layer.mlp_norm for layer in layers]).unsqueeze(1),
-        gate_up=torch.stack([layer.gate_up for layer in layers]),
-        down=torch.stack([layer.down for layer in layers]),
+        gate_up=pack_each(torch.stack([layer.gate_up for layer in layers])),
+        down=pack_each(torch.stack([layer.down for layer in layers])),
     )

@@ -114,6 +114,22 @@ def test_fp32_and_bf16_are_as_near_as_their_rounding_allows() -> None:
     assert 1e-5 * size < ours < 2 * theirs
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_of_each_kind(variant: str) -> None:
+    """Its matrices may be packed ones: no farther from exact than twice what training's form is."""
+    config = tiny_config(**{"layers": 10, **VARIANTS[variant]})
+    lengths = torch.tensor([40, 40, 40])
+
+    def last_logits(dtype: torch.dtype) -> Tensor:
+        network = tiny_network(config, dtype=dtype)
+        return prefill(network, network.new_cache(3, 40), tokens(), lengths, 4).double()
+
+    exact = last_logits(torch.float64)
+    rounded = head_logits(tiny_model(config, dtype=torch.bfloat16), tokens())[:, :, -1].double()
+    allowed = 2 * (rounded - exact).abs().max()
+    assert 0 < (last_logits(torch.bfloat16) - exact).abs().max() < allowed
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_export_gives_the_logits_of_transformers(tmp_path: Path, dtype: str) -> None:
     """Loaded from the same files, head 1 is the plain Llama and all heads the class beside it."""
