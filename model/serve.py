@@ -21,11 +21,14 @@ from model.joint_decoding.options import (
     add_joint_options,
     check_drafts,
     check_rule,
-    rule_of,
 )
+from model.writing.draft_options import add_draft_options, check_draft_options
 from model.writing.options import AUTO, HEADS_HELP, choose_number, heads_option
 
 if TYPE_CHECKING:
+    from model.decoding.chain import ChainDecoder
+    from model.inference.loading import LoadedNetwork
+    from model.inference.network import Network
     from model.serving.app import Served
 
 KEY_VARIABLE = "HEADWAY_API_KEY"
@@ -40,6 +43,7 @@ EPILOG = f"""\
 examples:
   PROG export
   PROG export --port 8080 --heads 3 --max-batch 32
+  PROG export --draft smaller --drafts 4
   {KEY_VARIABLE}=secret PROG export --host 0.0.0.0
 
 SIGTERM or Ctrl-C: texts that run are finished, within --grace seconds; new ones are refused.
@@ -74,6 +78,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="0 = any free one (8000)")
     add("--name", metavar="NAME", help="of the model, for clients (name of the run)")
     add("--heads", type=heads_option, metavar="K", help=HEADS_HELP)
+    add_draft_options(add)
     add("--decoder", choices=JOINT_DECODERS, help="mtad: lossy, by joint probability (exact)")
     add("--beam-width", type=int, metavar="W", help="beams of drafts of mtad")
     add_joint_options(add)
@@ -119,6 +124,7 @@ def check(options: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {printable(f'{value}')} must be from {least} to {most}"
             )
+    check_draft_options(options, {"--heads": options.heads})
     check_rule(options, "--beam-width", "--tau", "--candidates")
     if options.decoder is not None and options.heads == AUTO:
         raise ConfigError(
@@ -134,9 +140,20 @@ def check(options: argparse.Namespace) -> None:
     options.api_key = key
 
 
-def _serve(options: argparse.Namespace) -> None:
+def used_heads(options: argparse.Namespace) -> int:
+    """How many of the model's heads are in use: where a second model drafts, head 1 alone.
+
+    Raises:
+        ConfigError: there are not so many, or nothing drafts what `--decoder` keeps.
+    """
     heads = choose_number(options.heads, read_any_record(options.directory).future_tokens)
-    check_drafts(options, heads)
+    second_model = options.draft_model is not None
+    check_drafts(options, heads, second_model=second_model)
+    return 1 if second_model else heads
+
+
+def _serve(options: argparse.Namespace) -> None:
+    heads = used_heads(options)
     try:
         # Here, so that --help and mistakes do not wait for torch.
         from model.serving.running import Server, address, listen
@@ -145,8 +162,8 @@ def _serve(options: argparse.Namespace) -> None:
             f"model.serve needs {error.name}, which is not installed; pip install 'headway[serve]'"
         ) from error
     with listen(options.host, options.port) as listening:
-        served, told_heads = load(options, heads)
-        where = f"serving {served.name} ({told_heads}) at {address(listening)}/v1"
+        served, drafting = load(options, heads)
+        where = f"serving {served.name} ({drafting}) at {address(listening)}/v1"
         server = Server(served, grace_s=options.grace, ready=lambda: print(where, flush=True))
         server.run_on(listening)
     print("stopped", flush=True)
@@ -170,13 +187,9 @@ def _note(line: str) -> None:
 
 
 def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
-    """Load what the options name; also what is said of its heads."""
+    """Load what the options name; also what is said of who drafts."""
     from model.decoding.batch import Batch
-    from model.decoding.chain import ChainDecoder
     from model.decoding.head_choice import HeadChoice, automatic_heads
-    from model.hugging_face.loading import DTYPES
-    from model.inference.loading import choose_device, limit_threads, load_network
-    from model.joint_decoding.decoder import JointDecoder
     from model.serving.app import Served
     from model.serving.bodies import Limits
     from model.serving.decoders import Decoders
@@ -184,17 +197,8 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
     from model.serving.metrics import Metrics
     from model.serving.prompts import Prompts
 
-    device = choose_device(options.device)
-    dtype = DTYPES[options.dtype] if options.dtype else None
-    loaded = load_network(options.directory, dtype, device)
+    loaded, drafter, positions = _models(options)
     description = loaded.record.description
-    limit_threads(loaded.network)
-    positions = options.max_model_len or description.sequence_length
-    if positions > description.sequence_length:
-        _note(
-            f"note: --max-model-len {positions} passes position {description.sequence_length}, the "
-            "last one the model was trained on; texts may get worse from there"
-        )
     begin = first_token(options.directory, description.model.vocab_size)
     prompts = Prompts(
         options.directory, loaded.tokenizer, description.model.vocab_size, begin, positions
@@ -206,36 +210,83 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
         choice = automatic_heads(options.directory, loaded.network, sizes, _note)
 
     def new_batch() -> Batch:
-        if options.decoder is None:
-            decoder = ChainDecoder(loaded.network, heads=choice.most)
-        else:
-            rule = rule_of(options)
-            decoder = JointDecoder(
-                loaded.network, heads=choice.most, rule=rule, eos_id=loaded.eos_ids
-            )
+        decoder = _decoder(options, loaded, choice.most, drafter)
         return Batch(
             decoder, options.max_batch, positions, lambda n: decoder.use_heads(choice.of(n))
         )
 
     metrics = Metrics()
+    if drafter is not None:
+        metrics.watch("draft_forwards_total", lambda: drafter.forwards)
+    decoders = Decoders(
+        loaded.network, heads, loaded.eos_ids, options.max_beams, drafter, options.drafts
+    )
     with _memory_shortage_told(options, positions):
         engine = Engine(new_batch, options.queue, metrics, options.max_beams)
-        # Taken when such a text begins; here only to see that there is as much.
-        loaded.network.new_cache(options.max_beams, positions + 2 * heads * options.max_beams)
+        decoders.see_room(positions)
     served = Served(
         name=options.name or description.run,
         tokenizer=loaded.tokenizer,
         eos_ids=loaded.eos_ids,
         prompts=prompts,
         engine=engine,
-        decoders=Decoders(loaded.network, heads, loaded.eos_ids, options.max_beams),
+        decoders=decoders,
         metrics=metrics,
         limits=Limits(_BODY_BYTES, positions, options.max_batch),
         marks={"decoder": options.decoder, "lossy": True} if options.decoder else {},
         api_key=options.api_key,
     )
+    drafting = choice.told() if drafter is None else f"draft model, {options.drafts} drafts"
     lossy = "" if options.decoder is None else ", joint decoding, lossy"
-    return served, choice.told() + lossy
+    return served, drafting + lossy
+
+
+def _models(options: argparse.Namespace) -> "tuple[LoadedNetwork, Network | None, int]":
+    """The model, a second one that drafts if there is one, and positions that a text may have."""
+    from model.hugging_face.loading import DTYPES
+    from model.inference.loading import choose_device, limit_threads, load_drafter, load_network
+
+    device = choose_device(options.device)
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    loaded = load_network(options.directory, dtype, device)
+    limit_threads(loaded.network)
+    trained = loaded.record.description.sequence_length
+    positions = options.max_model_len or trained
+    drafter = None
+    if options.draft_model is not None:
+        drafter = load_drafter(options.draft_model, loaded, min(positions, trained))
+    if positions > trained:
+        _note(
+            f"note: --max-model-len {positions} passes position {trained}, the last one the model "
+            "was trained on; texts may get worse from there"
+        )
+    return loaded, drafter, positions
+
+
+def _decoder(
+    options: argparse.Namespace,
+    loaded: "LoadedNetwork",
+    heads: int,
+    drafter: "Network | None",
+) -> "ChainDecoder":
+    """What decodes the batch."""
+    from model.decoding.chain import ChainDecoder
+    from model.decoding.draft_model import DraftModelDecoder
+    from model.joint_decoding.command import joint_decoder
+
+    network, drafts = loaded.network, options.drafts
+    if options.decoder is not None:
+        return joint_decoder(
+            options,
+            network,
+            heads=heads,
+            drafter=drafter,
+            drafts=drafts,
+            eos_ids=loaded.eos_ids,
+        )
+    if drafter is not None:
+        return DraftModelDecoder(network, drafter=drafter, drafts=drafts)
+    return ChainDecoder(network, heads=heads)
 
 
 if __name__ == "__main__":

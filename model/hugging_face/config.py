@@ -18,6 +18,9 @@ CONFIG_NAME = "config.json"
 # says nothing is kept so: once said, such an id would become a default of generate().
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
+DEFAULT_POSITIONS = 2048  # what transformers takes where config.json says nothing
+_POSITIONS = range(1, 1 << 31)
+
 # A model with linear heads or with a memory: no loader shall take it for a Llama.
 LINEAR_MODEL_TYPE = "headway"
 
@@ -54,6 +57,7 @@ class LlamaSizes(NamedTuple):
         layers: all of them; the last ones are what the next token passes of heads.
         vocab_size: rows of the embedding.
         tied: whether the embedding also is the unembedding.
+        positions: it was trained on; None = its file has something else there.
         keys: the keys of `ModelConfig` whose values it fixes.
         heads: those that say what its heads are, where it has some beside the next token's.
     """
@@ -61,6 +65,7 @@ class LlamaSizes(NamedTuple):
     layers: int
     vocab_size: int
     tied: bool
+    positions: int | None
     keys: dict[str, Any]
     heads: dict[str, Any]
 
@@ -166,9 +171,16 @@ def llama_sizes(path: Path, content: dict[str, Any]) -> LlamaSizes:
         layers=values["num_hidden_layers"],
         vocab_size=values["vocab_size"],
         tied=bool(values.get("tie_word_embeddings", False)),
+        positions=positions_of(content),
         keys=keys | {"rope_theta": theta, "rope_scaling": scaling},
         heads=_heads(path, content),
     )
+
+
+def positions_of(content: dict[str, Any]) -> int | None:
+    """Positions that the model of a `config.json` was trained on; None = no number of them."""
+    positions = content.get("max_position_embeddings", DEFAULT_POSITIONS)
+    return positions if type(positions) is int and positions in _POSITIONS else None
 
 
 def _heads(path: Path, content: dict[str, Any]) -> dict[str, Any]:

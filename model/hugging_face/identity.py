@@ -29,7 +29,7 @@ from foundation.bounded_files import read_bounded
 from foundation.json_text import read_json
 from foundation.shown_text import printable, reason
 from model.errors import CheckpointError
-from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS
+from model.hugging_face.config import CONFIG_NAME, DEFAULT_POSITIONS, TOKEN_IDS, positions_of
 from model.hugging_face.early_exit import EarlyExit
 from model.hugging_face.folder import TOKENIZER_NAME
 
@@ -45,8 +45,6 @@ _TOKENIZER_FILES = (
 # What holds the vocabulary itself, beside tokenizer.json, which comes from the shards.
 _VOCABULARY_FILES = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 _TEMPLATES = "additional_chat_templates"
-_DEFAULT_POSITIONS = 2048
-_POSITIONS = range(1, 1 << 31)
 _NO_ID = -1  # how some older models write that there is none
 
 TokenizerOrigin = Literal["same", "larger", "unknown"]
@@ -181,10 +179,9 @@ def read_identity(
     """
     content = read_json(directory / CONFIG_NAME)
     config, left_out = _config_keys(content, vocab_size)
-    positions = content.get("max_position_embeddings", _DEFAULT_POSITIONS)
-    if type(positions) is not int or positions not in _POSITIONS:
+    positions = positions_of(content)
+    if positions is None:
         left_out["max_position_embeddings"] = "not a number of positions"
-        positions = _DEFAULT_POSITIONS
     files = {}
     for name, found in _found_files(directory, tokenizer):
         if isinstance(found, str):
@@ -193,7 +190,7 @@ def read_identity(
             files[name] = KeptFile(sha256=hashlib.sha256(found).hexdigest(), content=found)
     return ImportedIdentity(
         source=printable(directory.name),
-        positions=positions,
+        positions=positions or DEFAULT_POSITIONS,
         tokenizer=tokenizer,
         config=config,
         files=files,

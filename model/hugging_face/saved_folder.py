@@ -12,7 +12,12 @@ from pydantic import ValidationError
 from foundation.json_text import read_json
 from foundation.shown_text import printable
 from model.errors import CheckpointError
-from model.hugging_face.config import CONFIG_NAME, TOKEN_IDS, read_llama_config
+from model.hugging_face.config import (
+    CONFIG_NAME,
+    DEFAULT_POSITIONS,
+    TOKEN_IDS,
+    read_llama_config,
+)
 from model.hugging_face.folder import (
     ALL_HEADS_INDEX_NAME,
     RECORD_NAME,
@@ -22,7 +27,6 @@ from model.hugging_face.folder import (
 )
 
 _SETTINGS_NAME = "tokenizer_config.json"
-_POSITIONS = 2048  # what transformers takes where config.json says nothing
 
 
 def read_any_record(directory: Path) -> ExportRecord:
@@ -50,7 +54,7 @@ def read_any_record(directory: Path) -> ExportRecord:
     facts = {
         "model": sizes.model(heads),
         "dtype": "bf16" if _dtype(config) == "bfloat16" else "fp32",
-        "sequence_length": config.get("max_position_embeddings", _POSITIONS),
+        "sequence_length": config.get("max_position_embeddings", DEFAULT_POSITIONS),
         "eos_token": _eos_token(directory),
         "eos_id": eos_id,
         "run": directory.name,

@@ -70,15 +70,16 @@ def load_network(
     return LoadedNetwork(network, export.tokenizer, export.record, frozenset(eos_ids))
 
 
-def load_drafter(directory: Path, loaded: LoadedNetwork) -> Network:
+def load_drafter(directory: Path, loaded: LoadedNetwork, positions: int = 0) -> Network:
     """Load head 1 of a second model, which drafts for a first one.
 
     Args:
         directory: an export, or another Llama as transformers saves it.
         loaded: the first model; it has the same tokenizer and vocabulary.
+        positions: on which the second must have been trained, at least.
 
     Raises:
-        ConfigError: it is no Llama, or does not fit the first model.
+        ConfigError: it is no Llama, does not fit the first model, or was trained on fewer.
         CheckpointError: a file or a tensor is missing, or one is damaged.
     """
     folder = LlamaFolder(directory)
@@ -89,6 +90,12 @@ def load_drafter(directory: Path, loaded: LoadedNetwork) -> Network:
         raise ConfigError(
             f"--draft-model {directory} has a vocabulary of {sizes.vocab_size}, the model one of "
             f"{vocab_size}; they must be equal, give a draft model of the same family"
+        )
+    if sizes.positions is not None and sizes.positions < positions:
+        raise ConfigError(
+            f"--draft-model {directory} was trained on {sizes.positions} positions, and texts may "
+            f"have {positions} here; give --max-model-len {sizes.positions}, or a draft model of "
+            "more"
         )
     config = folder.next_token_config()
     folder.check(config)

@@ -46,6 +46,7 @@ class Network:
         num_heads: n.
         dtype: of weights and results.
         device: where they are.
+        forwards: of its trunk over new tokens, that were made.
     """
 
     def __init__(self, config: ModelConfig, weights: NetworkWeights) -> None:
@@ -54,6 +55,7 @@ class Network:
         self.num_heads = config.future_tokens
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
+        self.forwards = 0
         self._norm = RMSNorm(config.hidden_size, config.norm_eps, self.dtype, self.device)
         self._some_heads: dict[tuple[int, int], HeadWeights] = {}
         self._per_group = config.attention_heads // config.kv_heads
@@ -128,6 +130,7 @@ class Network:
 
     def trunk(self, tokens: Tensor, cache: Cache, block: Block) -> Tensor:
         """Run the trunk over new tokens `[B, S]` and fill its part of the cache; z `[N, H]`."""
+        self.forwards += 1
         hidden = F.embedding(tokens.flatten(), self.weights.embedding)
         return self.transform(hidden, cache, block)
 

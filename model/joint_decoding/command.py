@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from model.decoding.sampling import Sampling
+from model.decoding.sampling import GREEDY, Sampling
 from model.inference.network import Network
 from model.joint_decoding.decoder import JointDecoder
 from model.joint_decoding.draft_model import JointModelDecoder
@@ -18,9 +18,9 @@ def joint_decoder(
     heads: int,
     drafter: Network | None,
     drafts: int,
-    sampling: Sampling,
     eos_ids: frozenset[int],
-    seeds: Sequence[int],
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
     logprobs: bool = False,
 ) -> JointDecoder:
     """The decoder that options ask for.
@@ -31,10 +31,10 @@ def joint_decoder(
         heads: how many of the model's.
         drafter: a second one; None = the heads draft.
         drafts: how many tokens it drafts.
-        sampling: how tokens are chosen.
         eos_ids: tokens that end a text.
-        seeds: one for each prompt.
-        logprobs: whether to compute them.
+        sampling: how tokens are chosen, in rows whose own options are not given.
+        seeds: of these, one for each; 0, 1, .. unless given.
+        logprobs: whether to compute them for these.
     """
     rule = rule_of(options)
     if drafter is not None:

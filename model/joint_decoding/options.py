@@ -82,7 +82,7 @@ def check_drafts(options: argparse.Namespace, heads: int, *, second_model: bool 
     if options.decoder in JOINT_DECODERS and heads == 1 and not second_model:
         raise ConfigError(
             f"--decoder {options.decoder}, but of this export one head is used, which drafts "
-            "nothing; use more heads, or give python -m model.generate a second model by --draft"
+            "nothing; use more heads, or give a second model by --draft"
         )
 
 

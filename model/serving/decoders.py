@@ -5,12 +5,12 @@ from typing import Any
 
 from model.beams.command import beam_decoder, beam_settings
 from model.beams.hypotheses import Beam
+from model.beams.options import MOST_WIDTH
 from model.decoding.batch import Batch, Piece, Request
 from model.decoding.sampling import Sampling
 from model.decoding.stopping import Ending
 from model.inference.network import Network
-from model.joint_decoding.decoder import JointDecoder
-from model.joint_decoding.options import rule_of
+from model.joint_decoding.command import joint_decoder
 from model.serving.bodies import CommonBody
 from model.serving.errors import refused
 from model.serving.lanes import Alone, Forwards
@@ -27,15 +27,40 @@ class Decoders:
         heads: how many of its heads are used; all but the first draft.
         eos_ids: tokens that end a text.
         most_beams: of a text; 0 = no request may ask for a decoder.
+        drafter: a second model that drafts instead; None = the heads do.
+        drafts: how many tokens it drafts.
     """
 
     def __init__(
-        self, network: Network, heads: int, eos_ids: Collection[int], most_beams: int
+        self,
+        network: Network,
+        heads: int,
+        eos_ids: Collection[int],
+        most_beams: int,
+        drafter: Network | None = None,
+        drafts: int = 0,
     ) -> None:
         self._network = network
         self._heads = heads
         self._eos_ids = frozenset(eos_ids)
         self._most_beams = most_beams
+        self._drafter = drafter
+        self._drafts = heads - 1 if drafter is None else drafts
+
+    def see_room(self, positions: int) -> None:
+        """See that there is memory for as many beams as there may be, drafts among them.
+
+        It is taken when a text begins, and here only for a moment.
+
+        Args:
+            positions: that a text may have.
+        """
+        rows, widest = self._most_beams, min(self._most_beams, MOST_WIDTH)
+        capacity = positions + 2 * (1 + self._drafts) * widest
+        # Both at once, as a text has them.
+        caches = [self._network.new_cache(rows, capacity, self._heads)]
+        if self._drafter is not None:
+            caches.append(self._drafter.new_cache(rows, capacity))
 
     def of(self, body: CommonBody, likeliest: int | None) -> tuple[Alone | None, dict[str, Any]]:
         """What a request asks for, and what its answer says of it.
@@ -86,7 +111,7 @@ class Decoders:
         return checked(
             AskedDecoder(**settings),
             sampling,
-            drafts=self._heads - 1,
+            drafts=self._drafts,
             most_width=self._most_beams,
         )
 
@@ -99,7 +124,8 @@ class Decoders:
                 [request.prompt],
                 beam_settings(asked, request.max_new_tokens, sampling, self._eos_ids, request.stop),
                 [seed],
-                drafts=self._heads - 1,
+                drafts=self._drafts,
+                drafter=self._drafter,
             )
             while decoder.going:
                 yield []
@@ -111,8 +137,13 @@ class Decoders:
 
     def _joint(self, asked: AskedDecoder) -> Callable[[int, Request], Forwards]:
         def forwards(number: int, request: Request) -> Forwards:
-            decoder = JointDecoder(
-                self._network, heads=self._heads, rule=rule_of(asked), eos_id=self._eos_ids
+            decoder = joint_decoder(
+                asked,
+                self._network,
+                heads=self._heads,
+                drafter=self._drafter,
+                drafts=self._drafts,
+                eos_ids=self._eos_ids,
             )
             batch = Batch(decoder, 1, len(request.prompt) + request.max_new_tokens)
             yield batch.join({number: request})

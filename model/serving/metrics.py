@@ -19,6 +19,7 @@ _HELP = {
     "first_token_seconds": "Seconds from a request to its first token.",
     "decoder_texts_total": "Texts of decoders that requests asked for, by decoder; begun ones.",
     "decoder_forwards_total": "Their forwards, which are among the others above, by decoder.",
+    "draft_forwards_total": "Forwards of a draft model, those that read prompts among them.",
     "running": "Texts that run.",
     "running_beams": "Beams that texts with a decoder of their own have at most.",
     "waiting": "Texts that wait for room.",
@@ -28,7 +29,7 @@ _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """Counters, histograms of seconds, and gauges that are looked up when asked."""
+    """Counters, histograms of seconds, and values that are looked up when asked."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -39,7 +40,7 @@ class Metrics:
             name: [0] * (len(_BUCKETS) + 1) for name in _HELP if name.endswith("_seconds")
         }
         self._sums = dict.fromkeys(self._seconds, 0.0)
-        self._gauges: dict[str, Callable[[], float]] = {}
+        self._watched: dict[str, Callable[[], float]] = {}
 
     def count(self, name: str, amount: float = 1, labels: str = "") -> None:
         """Add to a counter; labels as Prometheus writes them, without braces."""
@@ -54,8 +55,8 @@ class Metrics:
             self._sums[name] += seconds
 
     def watch(self, name: str, value: Callable[[], float]) -> None:
-        """Show a value that is asked for each time."""
-        self._gauges[name] = value
+        """Show a value that is asked for each time; it is a counter if its name says so."""
+        self._watched[name] = value
 
     def text(self) -> str:
         """All of it."""
@@ -63,6 +64,7 @@ class Metrics:
             samples = [
                 (name, "counter", f"{{{labels}}}" if labels else "", value)
                 for (name, labels), value in sorted(self._counts.items())
+                if name not in self._watched
             ]
             for name, counts in self._seconds.items():
                 total = 0
@@ -71,7 +73,8 @@ class Metrics:
                     samples.append((name, "histogram", f'_bucket{{le="{bound}"}}', total))
                 samples.append((name, "histogram", "_sum", self._sums[name]))
                 samples.append((name, "histogram", "_count", total))
-        samples += [(name, "gauge", "", value()) for name, value in self._gauges.items()]
+        for name, look in self._watched.items():
+            samples.append((name, "counter" if name.endswith("_total") else "gauge", "", look()))
         lines: list[str] = []
         for name, kind, rest, value in samples:
             head = f"# TYPE {_PREFIX}{name} {kind}"

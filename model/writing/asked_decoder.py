@@ -111,7 +111,7 @@ def checked(
         raise SettingError(
             "decoder",
             f"{asked.decoder} needs somebody who drafts, and one head alone does not; use more "
-            "heads, or another decoder",
+            "heads or a draft model, or another decoder",
         )
     _check_types(whole)
     _check_ranges(whole, most_width)

@@ -11,14 +11,13 @@ from foundation.shown_text import printable
 from model.beams.options import BEAM_DECODERS, DRAFTED, add_beam_options, check_beams
 from model.errors import ConfigError
 from model.joint_decoding.options import JOINT_DECODERS, add_joint_options, check_joint
+from model.writing.draft_options import MOST_DRAFTS, add_draft_options, check_draft_options
 
 EXIT_DIFFERENT = 3
 
 _MOST_NEW_TOKENS = 1 << 20
 _WIDEST_TREE = 8
 _MOST_TOP_K = 1000
-_DRAFTS = 4
-_MOST_DRAFTS = 64
 _EXIT_STEPS = 6
 _EXIT_THRESHOLD = 0.6
 
@@ -71,14 +70,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         metavar="RULE",
         help="keep drafts that head 1 would not have chosen: top-K, such as top-2, or typical",
     )
-    add(
-        "--draft-model",
-        "--draft",
-        type=Path,
-        metavar="DIR",
-        help="a smaller model of the same tokenizer drafts, instead of the heads",
-    )
-    add("--drafts", type=int, metavar="N", help=f"tokens it drafts per forward ({_DRAFTS})")
+    add_draft_options(add)
     add(
         "--early-exit",
         type=Path,
@@ -160,7 +152,8 @@ def check(options: argparse.Namespace) -> None:
         ConfigError: naming the first option that does not.
     """
     _check_numbers(options)
-    _check_draft_model(options)
+    heads, tree, lossy = options.heads, options.tree, options.lossy
+    check_draft_options(options, {"--heads": heads, "--tree": tree, "--lossy": lossy})
     _check_early_exit(options)
     _check_sampling(options)
     check_joint(options)
@@ -195,25 +188,6 @@ def _check_numbers(options: argparse.Namespace) -> None:
         )
 
 
-def _check_draft_model(options: argparse.Namespace) -> None:
-    if options.draft_model is None and options.drafts is not None:
-        raise ConfigError(
-            f"--drafts {options.drafts} is of a --draft-model, and none is given; heads draft one "
-            "token each, so give --heads instead"
-        )
-    options.drafts = _DRAFTS if options.drafts is None else options.drafts
-    if not 1 <= options.drafts <= _MOST_DRAFTS:
-        raise ConfigError(
-            f"--drafts {printable(str(options.drafts))} must be from 1 to {_MOST_DRAFTS}; the "
-            f"default is {_DRAFTS}"
-        )
-    if options.draft_model is not None and (options.heads or options.tree or options.lossy):
-        raise ConfigError(
-            "--draft-model drafts instead of the heads, so it goes without --heads, --tree and "
-            "--lossy; leave these out"
-        )
-
-
 def _check_early_exit(options: argparse.Namespace) -> None:
     given = {"--exit-threshold": options.exit_threshold, "--exit-steps": options.exit_steps}
     if options.early_exit is None and (named := [n for n, v in given.items() if v is not None]):
@@ -230,9 +204,9 @@ def _check_early_exit(options: argparse.Namespace) -> None:
             f"--exit-threshold {options.exit_threshold:g} must be from 0 to 1; 0 always drafts "
             f"--exit-steps tokens, 1 drafts one, the default is {_EXIT_THRESHOLD:g}"
         )
-    if not 1 <= options.exit_steps <= _MOST_DRAFTS:
+    if not 1 <= options.exit_steps <= MOST_DRAFTS:
         raise ConfigError(
-            f"--exit-steps {printable(str(options.exit_steps))} must be from 1 to {_MOST_DRAFTS}; "
+            f"--exit-steps {printable(str(options.exit_steps))} must be from 1 to {MOST_DRAFTS}; "
             f"the default is {_EXIT_STEPS}"
         )
     others = (options.heads, options.tree, options.lossy, options.draft_model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 
-from model.serve import check, load, parse
+from model.serve import check, load, parse, used_heads
 from model.serving.running import Server, address, listen
 
 TEMPLATE = (
@@ -75,7 +75,7 @@ def running(export: Path, *arguments: str) -> Iterator[RunningServer]:
     """A server of an export with these options."""
     options = parse([str(export), "--port", "0", *arguments], "serve")
     check(options)
-    served, _ = load(options, options.heads or 4)
+    served, _ = load(options, used_heads(options))
     ready = threading.Event()
     with listen(options.host, options.port) as listening:
         host, port = listening.getsockname()

@@ -123,7 +123,10 @@ def test_one_head_needs_a_second_model(smaller: Path, capsys: pytest.CaptureFixt
     """The model has nothing that drafts; the message says what to give."""
     assert main([str(smaller), "--prompt", "ab", *MTAD]) == EXIT_USER_ERROR
     err = capsys.readouterr().err
-    assert "one head is used, which drafts nothing; use more heads, or give python -m mod" in err
+    assert (
+        "one head is used, which drafts nothing; use more heads, or give a second model by --draft"
+        in err
+    )
     assert err.count("\n") == 1
 
 

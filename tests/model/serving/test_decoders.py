@@ -64,11 +64,28 @@ def test_texts_are_those_of_the_command(
     lossy: bool,
 ) -> None:
     """With its seed, for two texts of a request; the answer says what they are."""
+    answer = asked(server, seed=5, n=2, logprobs=0, **fields)
+    check_texts(answer, export, loaded, capsys, command_options(fields))
+    assert (answer["decoder"], answer["lossy"]) == (fields["decoder"], lossy)
+
+
+def command_options(fields: dict[str, Any]) -> list[str]:
+    """The command's options that mean the same as a request's fields."""
     options = []
     for name, value in fields.items():
         option = f"--{name.replace('_', '-')}"
         options += [option] if value is True else [option, str(value)]
-    answer = asked(server, seed=5, n=2, logprobs=0, **fields)
+    return options
+
+
+def check_texts(
+    answer: Any,
+    export: Path,
+    loaded: LoadedNetwork,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    """See that two texts of the seed 5 are those of the command, and have logprobs."""
     for choice, seed in zip(answer["choices"], ("5", "6"), strict=True):
         out = output(
             capsys,
@@ -81,7 +98,6 @@ def test_texts_are_those_of_the_command(
         assert choice["finish_reason"] == ("length" if ids == shown else "stop")
         assert len(choice["logprobs"]["token_logprobs"]) == len(shown)
         assert all(logprob <= 0 for logprob in choice["logprobs"]["token_logprobs"])
-    assert (answer["decoder"], answer["lossy"]) == (fields["decoder"], lossy)
 
 
 def test_a_stop_string_ends_a_beam(server: RunningServer) -> None:
