@@ -171,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.arithmetic is not None:
         questions = _questions(options.arithmetic, options.questions)
     rows = []
-    for way in ways(drafter=task.drafter is not None):
+    vocab_size = loaded.network.config.vocab_size
+    for way in ways(drafter=task.drafter is not None, vocab_size=vocab_size):
         rows.append(measure(way, task, options.rounds, questions))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))

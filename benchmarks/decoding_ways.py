@@ -24,6 +24,7 @@ from model.joint_decoding.rule import JointRule
 
 SAMPLED = Sampling(temperature=1.0)
 DRAFTS = 3
+_ENUMERATED = 512
 
 
 class Texts(NamedTuple):
@@ -79,8 +80,11 @@ class Way(NamedTuple):
     run: Callable[[Task], Texts]
 
 
-def ways(*, drafter: bool) -> list[Way]:
-    """All of them; with a second model also those that it drafts for."""
+def ways(*, drafter: bool, vocab_size: int) -> list[Way]:
+    """All of them; with a second model also those that it drafts for.
+
+    Blocks are enumerated of small vocabularies alone: each takes a forward of V rows.
+    """
     found = [
         Way("greedy", "greedy-exact", lambda task: _chain(task, 1, GREEDY)),
         Way("self-speculation", "greedy-exact", lambda task: _chain(task, None, GREEDY)),
@@ -91,9 +95,10 @@ def ways(*, drafter: bool) -> list[Way]:
         *(_drawn(width, distinct) for distinct in (False, True) for width in (2, 4)),
         *(_drafted(width, t, "heads") for width in (2, 4) for t in (0.5, 0.9)),
         *(_drafted(width, 1, "heads", least=width) for width in (2, 4)),
-        Way("likeliest blocks of 2", "MJGD", _blocks),
         *_every_joint("heads"),
     ]
+    if vocab_size <= _ENUMERATED:
+        found.append(Way("likeliest blocks of 2", "MJGD", _blocks))
     if drafter:
         found += [
             Way("speculative sampling, draft model", "exact", _draft_model),

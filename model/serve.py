@@ -207,7 +207,7 @@ def load(options: argparse.Namespace, heads: int) -> "tuple[Served, str]":
     sizes = [size for size in _SIZES if size < options.max_batch] + [options.max_batch]
     choice = HeadChoice(dict.fromkeys(sizes, heads))
     if options.heads == AUTO:
-        choice = automatic_heads(options.directory, loaded.network, sizes, _note)
+        choice = automatic_heads(options.directory, loaded.network, sizes, _note, joined=True)
 
     def new_batch() -> Batch:
         decoder = _decoder(options, loaded, choice.most, drafter)

@@ -30,6 +30,9 @@ def test_expected_tokens_per_second_decide() -> None:
     assert best_heads(often, [1.0, 1.8, 2.4, 2.5]) == 1
     assert best_heads(often, [1.0, 1.9, 2.0, 9.0]) == 3
     assert best_heads(Acceptance(agreed=(100, 0, 0)), [1.0, 1.0, 1.0]) == 1
+    # Where a quarter of what drafts add counts, forwards have to cost no more than that.
+    assert best_heads(often, [1.0, 1.2, 1.9, 2.9], 0.25) == 1
+    assert best_heads(often, [1.0, 1.1, 1.2, 1.3], 0.25) == 3
     assert best_heads(Acceptance(agreed=(7,)), [1.0]) == 1
 
 
@@ -76,7 +79,7 @@ def test_costs_are_measured_for_every_number_of_heads() -> None:
     assert len(seconds) == 4
     assert min(seconds) > 0
     assert seconds == sorted(seconds)
-    never = choose_heads(network, Acceptance(agreed=(50, 0, 0, 0)), [1, 4])
+    never = choose_heads(network, Acceptance(agreed=(50, 0, 0, 0)), [1, 4], joined=True)
     assert never.heads == {1: 1, 4: 1}
 
 
