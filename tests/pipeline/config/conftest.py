@@ -1,8 +1,11 @@
-"""A configuration with the fewest keys that a run needs."""
+"""A configuration with the fewest keys that a run needs, and what is wrong with others."""
 
 from pathlib import Path
 
 import pytest
+
+from model.errors import ConfigError
+from pipeline.config.run_config import load_config
 
 SMALL = """\
 run: {name: small}
@@ -21,3 +24,12 @@ def small(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     return path
+
+
+def refusal(path: Path, *overrides: str) -> list[str]:
+    """The lines of problems that loading is refused with, without the file name."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    first, *rest = str(caught.value).splitlines()
+    first = first.removeprefix(f"{path}")
+    return [line.removeprefix("  - ") for line in rest] or [first.removeprefix(": ")]
