@@ -220,15 +220,17 @@ def test_a_client_that_goes_away_frees_its_place(
     """Within a text; the next one finds all beams and has the text that it has alone."""
     short = {"decoder": "dsbd", "beam_width": 12, "seed": 9}
     alone = asked(server, **short)["choices"]
-    body = {"model": "tiny", "prompt": "x", "max_tokens": POSITIONS - 1} | fields
+    # Eight texts, since one may end before anybody has looked.
+    body = {"model": "tiny", "prompt": "x", "max_tokens": POSITIONS - 1, "n": 8} | fields
     content = json.dumps(body).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
     cancelled, forwards = server.metric("cancelled_total"), server.metric("forwards_total")
     with server.raw(head % len(content) + content):
         wait_for(lambda: server.metric("forwards_total") > forwards)
-        assert server.metric("running_beams") == beams
-    wait_for(lambda: server.metric("running") + server.metric("running_beams") == 0)
-    assert server.metric("cancelled_total") == cancelled + 1
+        wait_for(lambda: server.metric("running_beams") == beams)
+    used = ("running", "running_beams", "waiting")
+    wait_for(lambda: sum(map(server.metric, used)) == 0)
+    assert server.metric("cancelled_total") > cancelled
     assert asked(server, **short)["choices"] == alone
 
 
