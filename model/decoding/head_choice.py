@@ -21,8 +21,10 @@ _PROMPT_TOKENS = 32
 _ROUNDS = 4
 # Another number of heads has to promise so much more than fewer do: costs are measured in a moment.
 _LEAST_GAIN = 1.03
-# What drafts add to the slowest row of a batch, over what they add in the mean. In batches of 16
-# greedy texts of the benchmark it was from 0.03 to 0.15, of sampled ones 0.7.
+# What drafts add to the speed of rows that begin together, over what the mean row gains. In batches
+# of 16 texts of benchmarks/README.md, tokens/s times ms per forward over those of one head, less 1:
+# chains of greedy texts 0.04 to 0.13 (of the larger model in fp32 0.28 to 0.48), of sampled ones
+# 0.54 to 0.85.
 _SLOWEST = 0.25
 
 

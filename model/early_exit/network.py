@@ -17,6 +17,7 @@ from torch.nn.functional import embedding
 
 from model.inference.cache import Block, Cache
 from model.inference.network import Network
+from model.inference.products import Matrix
 from model.inference.weights import LayerWeights
 
 
@@ -29,7 +30,9 @@ class EarlyExitNetwork(Network):
         adapter: the adapter's layers.
     """
 
-    def __init__(self, network: Network, layer: int, adapter: Sequence[LayerWeights]) -> None:
+    def __init__(
+        self, network: Network, layer: int, adapter: Sequence[LayerWeights[Matrix]]
+    ) -> None:
         assert 1 <= layer <= network.config.trunk_layers, layer
         super().__init__(network.config, network.weights)
         self.layer = layer

@@ -20,7 +20,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.inference.cache import WIDTH_STEP, Block, Cache
 from model.inference.norm import RMSNorm
-from model.inference.products import add_product, add_products, product, products
+from model.inference.products import Matrix, add_product, add_products, product, products
 from model.inference.weights import (
     HeadWeights,
     LayerWeights,
@@ -141,7 +141,7 @@ class Network:
     def run_layers(
         self,
         hidden: Tensor,
-        layers: Sequence[LayerWeights],
+        layers: Sequence[LayerWeights[Matrix]],
         first: int,
         cache: Cache,
         block: Block,
@@ -242,7 +242,7 @@ class Network:
         return torch.stack([outputs[head] for head in sorted(outputs)])
 
     def _layer(
-        self, hidden: Tensor, index: int, weights: LayerWeights, cache: Cache, block: Block
+        self, hidden: Tensor, index: int, weights: LayerWeights[Matrix], cache: Cache, block: Block
     ) -> Tensor:
         """One layer of the trunk, `[N, H]` to `[N, H]`."""
         groups, dim = self.config.kv_heads, self.config.head_dim

@@ -14,7 +14,7 @@ class PackedMatrix:
     """A matrix in oneDNN's own layout, which only the products below can read.
 
     Args:
-        matrix: `[I, O]`, as `is_packed` wants it.
+        matrix: `[I, O]`, bf16 on a CPU whose oneDNN has products of bf16.
     """
 
     __slots__ = ("_packed",)

@@ -11,7 +11,7 @@ V vocabulary, n heads of the model.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,11 @@ from model.memory.prompts import MemoryWeights
 from model.memory.sizes import MEMORY, memory_shapes
 
 Read = Callable[[str], Tensor]
+AnyMatrix = TypeVar("AnyMatrix", Tensor, Matrix)
 
 
-class LayerWeights(NamedTuple):
-    """One layer of the trunk.
+class LayerWeights(NamedTuple, Generic[AnyMatrix]):
+    """One layer of the trunk; its matrices are tensors until they are packed.
 
     Attributes:
         attention_norm: `[H]`.
@@ -44,11 +45,11 @@ class LayerWeights(NamedTuple):
     """
 
     attention_norm: Tensor
-    qkv: Matrix
-    output: Matrix
+    qkv: AnyMatrix
+    output: AnyMatrix
     mlp_norm: Tensor
-    gate_up: Matrix
-    down: Matrix
+    gate_up: AnyMatrix
+    down: AnyMatrix
 
 
 class HeadWeights(NamedTuple):
@@ -93,7 +94,7 @@ class SerialHeads(NamedTuple):
         layers: by number of the head, its layers in the order in which they are computed.
     """
 
-    layers: dict[int, tuple[LayerWeights, ...]]
+    layers: dict[int, tuple[LayerWeights[Matrix], ...]]
 
 
 class LinearHeads(NamedTuple):
@@ -123,7 +124,7 @@ class NetworkWeights(NamedTuple):
     """
 
     embedding: Tensor
-    trunk: tuple[LayerWeights, ...]
+    trunk: tuple[LayerWeights[Matrix], ...]
     heads: AnyHeads
     norm: Tensor
     unembedding: Matrix
@@ -165,7 +166,7 @@ def read_layers(
     prefixes: Sequence[str],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[LayerWeights, ...]:
+) -> tuple[LayerWeights[Matrix], ...]:
     """The layers whose tensors' names begin so; arguments as in `read_weights`."""
     norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
 
@@ -203,18 +204,7 @@ def _read_memory(config: ModelConfig, place: Read) -> MemoryWeights | None:
     return MemoryWeights(*(place(f"{MEMORY}{name}") for name in names))
 
 
-class _Layer(NamedTuple):
-    """`LayerWeights` before its matrices are packed."""
-
-    attention_norm: Tensor
-    qkv: Tensor
-    output: Tensor
-    mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-
-
-def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> _Layer:
+def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> LayerWeights[Tensor]:
     groups, dim, hidden = config.kv_heads, config.head_dim, config.hidden_size
     query = place(f"{prefix}.self_attn.q_proj.weight").view(groups, -1, dim, hidden)
     key = place(f"{prefix}.self_attn.k_proj.weight")
@@ -222,7 +212,7 @@ def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> _Lay
     output = place(f"{prefix}.self_attn.o_proj.weight").view(hidden, groups, -1, dim)
     gate = place(f"{prefix}.mlp.gate_proj.weight")
     up = place(f"{prefix}.mlp.up_proj.weight")
-    return _Layer(
+    return LayerWeights(
         attention_norm=norm.prepare(place(f"{prefix}.input_layernorm.weight")),
         qkv=torch.cat([query.transpose(0, 1).reshape(-1, hidden), key, value]).t().contiguous(),
         output=output.permute(2, 1, 3, 0).reshape(-1, hidden).contiguous(),
@@ -232,7 +222,7 @@ def _layer(config: ModelConfig, norm: RMSNorm, place: Read, prefix: str) -> _Lay
     )
 
 
-def _packed(layer: _Layer) -> LayerWeights:
+def _packed(layer: LayerWeights[Tensor]) -> LayerWeights[Matrix]:
     return LayerWeights(
         attention_norm=layer.attention_norm,
         qkv=pack(layer.qkv),
@@ -243,7 +233,7 @@ def _packed(layer: _Layer) -> LayerWeights:
     )
 
 
-def _stack(config: ModelConfig, layers: list[_Layer]) -> HeadWeights:
+def _stack(config: ModelConfig, layers: list[LayerWeights[Tensor]]) -> HeadWeights:
     width = config.attention_heads * config.head_dim
     return HeadWeights(
         attention_norm=torch.stack([layer.attention_norm for layer in layers]).unsqueeze(1),
