@@ -14,6 +14,7 @@ from model.early_exit.decoder import EarlyExitDecoder, confidence
 from model.early_exit.network import EarlyExitNetwork
 from model.inference.network import Network
 from model.inference.prefill import prefill
+from model.inference.products import Matrix
 from model.inference.weights import LayerWeights, SerialHeads
 from tests.model.decoding.test_chain import chi_square
 from tests.model.decoding.test_draft_model import logits_after
@@ -29,13 +30,13 @@ def model() -> Network:
     return tiny_network(tiny_config(layers=8, future_tokens=2, head_kind="causal"))
 
 
-def rest_of(network: Network, layer: int) -> tuple[LayerWeights, ...]:
+def rest_of(network: Network, layer: int) -> tuple[LayerWeights[Matrix], ...]:
     """The model's own layers from the exit to head 1's: an adapter that is always right."""
     assert isinstance(network.weights.heads, SerialHeads)
     return (*network.weights.trunk[layer:], *network.weights.heads.layers[1])
 
 
-def stranger(vocab_size: int = 20) -> tuple[LayerWeights, ...]:
+def stranger(vocab_size: int = 20) -> tuple[LayerWeights[Matrix], ...]:
     """A layer of other weights, which seldom is."""
     config = tiny_config(vocab_size=vocab_size)
     return tiny_network(config, tiny_weights(config, seed=3)).weights.trunk[:1]
