@@ -271,7 +271,9 @@ def _pipeline_module(workload: Workload, config: RunConfig) -> Steps:
         config, data_parallel_size=data_size, precision="fp32", device="cpu"
     )
     del settings["managed_gradient_accumulation"]  # the pipeline does it itself
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
+    )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
 
     def step(number: int) -> float:

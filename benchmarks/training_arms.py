@@ -172,9 +172,7 @@ def _plain(arm: Arm, workload: Workload, device: torch.device) -> Iterator[Turn]
         ffn=workload.ffn,
         vocabulary=workload.vocabulary,
     ).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
     batches = _batches(workload, arm.heads, device)
 
     def steps() -> None:

@@ -72,7 +72,7 @@ def build_engine(
     with fp32_sums_at_level_1():
         wrapped, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_adamw(model, config.optimizer, fused=topology.device.type == "cuda"),
+            optimizer=build_adamw(model, config.optimizer),
             mpu=topology,
             config=settings,
             dist_init_required=False,

@@ -114,9 +114,8 @@ class OptimizerShare(MicroBatchesInFlight, abc.ABC):
         adam = self._adam()
         for tensor in self._stepped():
             if not adam.state[tensor]:
-                device = tensor.device if adam.defaults["fused"] else "cpu"
                 adam.state[tensor] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
                     **{kind: torch.zeros_like(tensor.data) for kind in MOMENTS},
                 }
         return adam.state

@@ -26,7 +26,6 @@ class Machine:
         memory_bytes: of a rank, that may be filled.
         element_bytes: of weights and activations.
         overlaps: whether ZeRO-3's traffic goes on while a rank computes.
-        fused_optimizer: whether Adam needs no room of its own, as its one kernel on a GPU.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Machine:
     memory_bytes: float
     element_bytes: int = 2
     overlaps: bool = True
-    fused_optimizer: bool = True
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ A step has three moments that may be its most:
 
     computing    these, the bucket that gradients are reduced in, activations, one chunk's logits
     reducing     at the end of the last backward: one layer's activations, what reducing copies
-    stepping     Adam on its share: a flat copy of its gradients (on a CPU temporaries, too)
+    stepping     Adam on its share: a flat copy of its gradients
 
 `benchmarks/plan.py` holds all this against the tensors of small runs.
 """
@@ -211,14 +211,13 @@ def _reducing(count: RankParameters, work: Work, layout: Layout, size: int) -> f
 
 
 def _stepping(count: RankParameters, work: Work, layout: Layout, machine: Machine) -> float:
-    """Gradients of the rank's share, their flat copy, Adam's temporaries, and what stays."""
+    """Gradients of the rank's share, their flat copy, and what stays."""
     level, size = _level(layout, machine.element_bytes), machine.element_bytes
     share = count.trained / layout.data * _FP32
     if level == 0:
-        largest = max(count.lm_head, count.layer / 2) * _FP32
-        return count.trained * _FP32 + (0 if machine.fused_optimizer else 2 * largest)
+        return count.trained * _FP32
     # DeepSpeed keeps the sums of bf16 gradients flat from the start below level 3.
     copies = 1 if level in (1, 2) and size < _FP32 else 2
     kept = level == 3 or (copies == 1 == level and layout.data > 1)
     stays = _bucket(work, layout, size) if kept else 0.0
-    return stays + share * (copies + (0 if machine.fused_optimizer else 2))
+    return stays + share * copies

@@ -129,7 +129,6 @@ def run_memory(
         optimizer_s=0.0,
         memory_bytes=float("inf"),
         element_bytes=ELEMENT_BYTES[precision],
-        fused_optimizer=device == "cuda",
     )
     return _of_stages(work_of(config, device), layout_of(config, world_size), machine)
 
