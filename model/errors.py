@@ -11,3 +11,8 @@ class CheckpointError(Exception):
 
 class TrainingError(Exception):
     """Training that cannot continue: the loss is not finite step after step."""
+
+
+def is_memory_shortage(error: Exception) -> bool:
+    """Whether Python or torch, on a CPU or a GPU, had no memory; torch says so in words alone."""
+    return isinstance(error, MemoryError) or "memory" in str(error)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from foundation.command_line import exit_status
 from model.beams.options import BEAM_DECODERS, check_drafting
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError, ConfigError, is_memory_shortage
 from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
 from model.joint_decoding.options import JOINT_DECODERS, check_drafts
@@ -136,7 +136,7 @@ def _memory_shortage_told(options: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        if not is_memory_shortage(error):
             raise
         raise ConfigError(
             f"--max-new-tokens {options.max_new_tokens}: no memory for the keys and values of so "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from foundation.command_line import exit_status
 from foundation.shown_text import printable
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError, ConfigError, is_memory_shortage
 from model.hugging_face.config import first_token
 from model.hugging_face.saved_folder import read_any_record
 from model.joint_decoding.options import (
@@ -174,7 +174,7 @@ def _memory_shortage_told(options: argparse.Namespace, positions: int) -> Iterat
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        if not is_memory_shortage(error):
             raise
         raise ConfigError(
             f"--max-batch {options.max_batch}, --max-beams {options.max_beams} and --max-model-len "

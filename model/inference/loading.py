@@ -1,5 +1,7 @@
 """Loads an export for decoding, straight from its safetensors files; and models that draft."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +10,8 @@ import torch
 
 from foundation.bounded_files import read_bounded
 from foundation.shown_text import reason
-from model.errors import ConfigError
+from model.config import ModelConfig
+from model.errors import ConfigError, is_memory_shortage
 from model.hugging_face.folder import TOKENIZER_NAME, ExportRecord
 from model.hugging_face.identity import ending_tokens
 from model.hugging_face.importing import LlamaFolder
@@ -53,7 +56,7 @@ def load_network(
 
     Raises:
         CheckpointError: a file, a head or a tensor is missing, or one is damaged.
-        ConfigError: it has a memory and may not.
+        ConfigError: it has a memory and may not, or there is no memory for its weights.
     """
     with open_export(directory) as export:
         description = export.record.description
@@ -63,9 +66,9 @@ def load_network(
                 "pipeline.evaluate alone run; use these, or an export of a model without "
                 "model.memory"
             )
-        network = Network.read(
-            description.model, export.tensor, dtype or DTYPES[description.dtype], device
-        )
+        dtype = dtype or DTYPES[description.dtype]
+        with _shortage_told(directory, description.model, dtype):
+            network = Network.read(description.model, export.tensor, dtype, device)
     eos_ids = ending_tokens(directory, description.model.vocab_size) | {description.eos_id}
     return LoadedNetwork(network, export.tokenizer, export.record, frozenset(eos_ids))
 
@@ -79,7 +82,8 @@ def load_drafter(directory: Path, loaded: LoadedNetwork, positions: int = 0) -> 
         positions: on which the second must have been trained, at least.
 
     Raises:
-        ConfigError: it is no Llama, does not fit the first model, or was trained on fewer.
+        ConfigError: it is no Llama, does not fit the first model, was trained on fewer, or has no
+            room in memory.
         CheckpointError: a file or a tensor is missing, or one is damaged.
     """
     folder = LlamaFolder(directory)
@@ -100,7 +104,22 @@ def load_drafter(directory: Path, loaded: LoadedNetwork, positions: int = 0) -> 
     config = folder.next_token_config()
     folder.check(config)
     network = loaded.network
-    return Network.read(config, folder.tensor, network.dtype, network.device)
+    with _shortage_told(directory, config, network.dtype):
+        return Network.read(config, folder.tensor, network.dtype, network.device)
+
+
+@contextlib.contextmanager
+def _shortage_told(directory: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_shortage(error):
+            raise
+        size = config.num_parameters() * dtype.itemsize / 2**30
+        raise ConfigError(
+            f"{directory}: no memory for its weights, {size:.2g} GiB in {dtype}; give --dtype "
+            "bf16, or a device or machine with more"
+        ) from error
 
 
 def _check_tokenizer(directory: Path, tokenizer: tokenizers.Tokenizer) -> None:
