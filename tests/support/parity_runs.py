@@ -42,7 +42,9 @@ class Course:
 
 def train_in_ranks(case: Case, num_steps: int) -> Course:
     """Train in the case's layout; gradients and weights are gathered from all its stages."""
-    courses = run_ranks(case.world, _train, case, num_steps)
+    # Where nothing is in torch's cache, compiling takes minutes on a busy machine.
+    timeout_s = 600.0 if case.compiled else 120.0
+    courses = run_ranks(case.world, _train, case, num_steps, timeout_s=timeout_s)
     steps = []
     for number, step in enumerate(courses[0].steps):
         gradients: dict[str, Tensor] = {}
