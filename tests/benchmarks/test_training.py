@@ -47,10 +47,16 @@ def test_the_plain_loop_trains() -> None:
     assert peak >= 0
 
 
+def test_an_arm_that_does_not_answer_is_ended() -> None:
+    """In time, and it is said."""
+    name = "plain PyTorch, n = 1"
+    assert measure(TINY, "cpu", 1, [name], limit_s=0.01) == ({}, {name: training.TOO_LONG})
+
+
 @pytest.mark.stress
 def test_every_arm_runs() -> None:
     """In turns, each in a process of its own."""
-    results, failures = measure(TINY, "cpu", 1)
+    results, failures = measure(TINY, "cpu", 1, list(ARMS))
     assert failures.keys() <= {"transformers.Trainer, n = 1, ZeRO-1"}, failures
     assert results.keys() | failures.keys() == ARMS.keys()
-    assert "| Headway, n = 4, ZeRO-1 |" in training._section(results, failures, TINY, "cpu")
+    assert "| Headway, n = 4, ZeRO-1 |" in training.section(results, failures, TINY, "cpu")
