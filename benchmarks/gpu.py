@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BlockingIOError:
             parser.error(f"another call measures into {folder}; wait until it ends")
         except OSError as error:
-            why = f"{folder} cannot be made ({error.strerror})"
+            why = f"{folder} cannot be written to ({error.strerror})"
             parser.error(f"{why}; --output DIR names another place")
         if options.tables:
             store, is_good = Store(folder, ""), True

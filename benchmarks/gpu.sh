@@ -63,16 +63,19 @@ lines = [f"import site; site.addsitedir({path!r})\n" for path in found]
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   fail "$python is not Python 3.11 or later; name an interpreter: PYTHON=..."
-why=$("$python" -P -W ignore -c 'import torch' 2>&1) ||
-  fail "$python has no torch; install the build for this GPU, or name an interpreter:" \
-    "PYTHON=... ($(tail -n 1 <<<"$why"))"
-lacking=$(missing "$python")
+lacking=$(missing "$python") || fail "$python does not run"
 if [ -n "$lacking" ]; then
+  why=$("$python" -P -W ignore -c 'import torch' 2>&1) ||
+    fail "$python has no torch; install the build for this GPU, or name an interpreter:" \
+      "PYTHON=... ($(tail -n 1 <<<"$why"))"
   [ -e "$root/.venv-gpu/.installed" ] || install "$lacking"
   exec 9>&-
   python=$root/.venv-gpu/bin/python
   lacking=$(missing "$python")
   [ -z "$lacking" ] || fail "$python lacks $lacking; install by hand, or remove .venv-gpu and call again"
 fi
+# They are there; what they need in their turn may not be, and no point could be measured.
+why=$("$python" -P -W ignore -c "import torch, $(tr -s ' \n' , <<<"$modules" | sed 's/,$//')" 2>&1 >/dev/null) ||
+  fail "$python cannot import all it needs: $(tail -n 1 <<<"$why")"
 export TOKENIZERS_PARALLELISM=false PYTHONUTF8=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -W ignore "$root/benchmarks/gpu.py" --spent "$SECONDS" "$@"

@@ -6,6 +6,7 @@ is git at all, and that a commit of the results alone makes none of them old.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -71,10 +72,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Keep other calls out of a folder of results, which is made.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made or written to.
         BlockingIOError: another call measures into it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     descriptor = os.open(folder, os.O_RDONLY)  # no process that is started inherits it
     try:
         try:

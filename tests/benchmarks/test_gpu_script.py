@@ -37,9 +37,13 @@ def test_it_is_bash() -> None:
     [
         ("exit 1", "is not Python 3.11 or later; name an interpreter: PYTHON=..."),
         (
-            "[ $1 = -c ] && exit 0; echo No module named torch >&2; exit 1",
+            "case $* in *find_spec*) echo yaml;; *torch*) echo No torch here >&2; exit 1;; esac",
             "has no torch; install the build for this GPU, or name an interpreter: PYTHON=... "
-            "(No module named torch)",
+            "(No torch here)",
+        ),
+        (
+            "case $* in *deepspeed,*) echo No module named hjson >&2; exit 1;; esac",
+            "cannot import all it needs: No module named hjson",
         ),
     ],
 )

@@ -95,6 +95,15 @@ def test_a_full_disk_leaves_the_tables_that_were_there(tmp_path: Path) -> None:
     assert readme.read_text() == text
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is measured."""
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError), alone_in(tmp_path):
+        pass
+
+
 def test_tables_where_no_file_is(tmp_path: Path) -> None:
     """It is made; a second call replaces them."""
     write_tables(tmp_path / "README.md", "first")
