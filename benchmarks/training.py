@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where README.md is")
     options = parser.parse_args(arguments)
     workload = TINY if options.tiny else WORKLOADS[options.device]
-    results, failures = {}, {}
+    results: dict[str, list[Turn]] = {}
+    failures: dict[str, str] = {}
     names = list(arms(options.device))
     for together in [names] if options.device == "cpu" else [[name] for name in names]:
         measured, went_wrong = measure(workload, options.device, options.turns, together)
@@ -116,9 +117,9 @@ def measure(
                     results[name].append(turn)
                     print(f"{number} {name}: {turn[0]:.3f} s", file=sys.stderr, flush=True)
     finally:
-        for _, process in children.values():
-            process.kill()
-            process.join(5)
+        for _, child in children.values():
+            child.kill()
+            child.join(5)
     return {name: found for name, found in results.items() if found}, failures
 
 
