@@ -130,6 +130,8 @@ def _timed(
     mask: AttentionMask | None,
     device: torch.device,
 ) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what was launched before is not this step's
     started = time.perf_counter()
     step(inputs, mask)
     if device.type == "cuda":

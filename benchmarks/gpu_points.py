@@ -32,7 +32,7 @@ class Point:
         chunk: tokens whose logits exist at once; 0 = auto.
         compiled: whether torch.compile makes kernels; auto = on a GPU.
         documents: whether documents are kept apart.
-        steps: that are timed, after two that warm up.
+        steps: that are timed, after two that warm up (kernels are compiled in the first).
     """
 
     size: str
@@ -99,8 +99,9 @@ def measure(point: Point, device_type: str, trace: bool = False) -> dict[str, An
         trace: also profile one step, by kernel.
 
     Returns:
-        The point, `tokens_per_s`, `step_s` (median), `mfu` (None where the device's peak is not
-        known), `peak_gib`, and with `trace` the `kernels`.
+        The point, what `auto` was (`compiled_used`, `attention_used`), `tokens_per_s`, `step_s`
+        (median), `mfu` (None where the device's peak is not known), `peak_gib` of the timed steps,
+        `start_peak_gib` of what was before them, and with `trace` the `kernels`, or `trace_error`.
     """
     prepare(device_type)
     import torch
@@ -122,10 +123,16 @@ def measure(point: Point, device_type: str, trace: bool = False) -> dict[str, An
     )
     batches = _batches(point)
     seconds = []
+    start_peak_gib = 0.0
     for number in range(2 + point.steps):
+        if number == 2:
+            start_peak_gib = _peak_gib(is_gpu)
+            if is_gpu:  # compilers try kernels in memory of their own
+                torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
-        result = engine.train_step(batches, 1e-4)
-        result.head_losses.tolist()  # waits for the step
+        engine.train_step(batches, 1e-4)
+        if is_gpu:
+            torch.cuda.synchronize(device)
         if number >= 2:
             seconds.append(time.perf_counter() - started)
     step_s = statistics.median(seconds)
@@ -133,14 +140,26 @@ def measure(point: Point, device_type: str, trace: bool = False) -> dict[str, An
     peak = peak_flops(torch.cuda.get_device_name(device)) if is_gpu else None
     found = asdict(point) | {
         "parameters": config.model.parameter_count().total,
+        "compiled_used": engine.model.compiles_loss,
+        "attention_used": _attention(engine.model),
         "tokens_per_s": tokens_per_s,
         "step_s": step_s,
         "mfu": tokens_per_s * config.flops_per_token / peak if peak else None,
-        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if is_gpu else _resident_gib(),
+        "peak_gib": _peak_gib(is_gpu),
+        "start_peak_gib": start_peak_gib,
     }
     if trace:
-        found["kernels"] = _kernels(lambda: engine.train_step(batches, 1e-4), is_gpu)
+        try:
+            found["kernels"] = _kernels(lambda: engine.train_step(batches, 1e-4), is_gpu)
+        except Exception as error:  # what was measured does not need it
+            found["trace_error"] = f"{type(error).__name__}: {error}"[:300]
     return found
+
+
+def _attention(model: Any) -> str | None:
+    """The kernel that attention computes with; None when torch chooses."""
+    backend = next((attention.backend for attention in model._attentions), None)
+    return None if backend is None else str(backend)
 
 
 def _batches(point: Point) -> list[Any]:
@@ -162,7 +181,11 @@ def _batches(point: Point) -> list[Any]:
     return batches
 
 
-def _resident_gib() -> float:
+def _peak_gib(is_gpu: bool) -> float:
+    if is_gpu:
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

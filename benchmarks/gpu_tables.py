@@ -29,10 +29,11 @@ def tables(results: dict[str, Found]) -> str:
     def title(name: str) -> str:
         """With the commit, and with the machine where they are several."""
         machine = f"; {results[name]['machine']}" if len(machines) > 1 else ""
-        return f"*{name}* (commit {results[name]['commit'][:7]}{machine})"
+        head, *changes = results[name]["commit"].split(maxsplit=1)
+        return f"*{name}* (commit {' '.join([head[:7], *changes])}{machine})"
 
     tests = results.get("tests", {})
-    if tests:
+    if "summary" in tests:
         parts.append(f"{title('tests')}\n\n`tests/gpu`: {tests['summary']}")
         parts += [f"- {failure}" for failure in tests.get("failures", ())]
     parts += [
@@ -58,8 +59,8 @@ def tables(results: dict[str, Found]) -> str:
 
 def _row(row: Found) -> str:
     cells = [row["size"], row["heads"], row["zero"], f"{row['micro']} x {row['sequence']}"]
-    cells += [row["checkpointing"], row["backward"], row["attention"]]
-    cells += [{True: "yes", False: "no"}.get(row["compiled"], "auto"), row["vocabulary"]]
+    cells += [row["checkpointing"], row["backward"]]
+    cells += [_chosen(row, "attention"), _chosen(row, "compiled"), row["vocabulary"]]
     cells += [row["chunk"] or "auto", "apart" if row["documents"] else "-"]
     if "error" in row:
         cells += [row["error"].replace("|", "/"), "", "", ""]
@@ -69,14 +70,28 @@ def _row(row: Found) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def _chosen(row: Found, name: str) -> str:
+    """A setting; and of `auto`, where it is known, what that was."""
+    asked, used = row[name], row.get(f"{name}_used")
+    words = {True: "yes", False: "no"}
+    if asked == "auto" and used is not None:
+        return f"auto: {words.get(used, used)}"
+    return str(words.get(asked, asked))
+
+
 def _planned(row: Found) -> str:
     """GiB that `pipeline.plan` says of the same run; on a GPU alone."""
     if row["mfu"] is None:
         return "-"
-    point = Point(**{field.name: row[field.name] for field in fields(Point)})
+    known = {field.name: row[field.name] for field in fields(Point) if field.name in row}
+    return f"{planned_gib(Point(**known)):.2f}"
+
+
+def planned_gib(point: Point) -> float:
+    """Peak memory of a point on a GPU, as `pipeline.plan` says."""
     config = RunConfig.model_validate(point.configuration("cuda"))
     (memory,) = run_memory(config, world_size=1, device="cuda", precision="bf16")
-    return f"{memory.total / 2**30:.2f}"
+    return memory.total / 2**30
 
 
 def _kernel_table(row: Found) -> str:

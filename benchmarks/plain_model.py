@@ -57,6 +57,12 @@ class PlainModel(nn.Module):
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
 
+    def compile_parts(self) -> None:
+        """Layers, which share their kernels, and the loss, by torch.compile."""
+        for layer in (*self.trunk, *self.heads):
+            layer.compile()
+        self.loss = torch.compile(self.loss)  # type: ignore[method-assign]
+
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Loss of tokens `[B, S]` with labels `[n, B, S]`."""
         cos, sin = self._rotation(tokens)
@@ -65,9 +71,13 @@ class PlainModel(nn.Module):
             z = layer(z, cos, sin)
         losses = []
         for layer, target in zip(self.heads, labels, strict=True):
-            logits = self.unembedding(self.norm(layer(z, cos, sin)))
-            losses.append(F.cross_entropy(logits.flatten(0, 1).float(), target.flatten()))
+            losses.append(self.loss(layer(z, cos, sin), target))
         return torch.stack(losses).sum()
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of one head, whose layer gave `[B, S, H]`, with labels `[B, S]`."""
+        logits = self.unembedding(self.norm(hidden))
+        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
 
     def _rotation(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         positions = torch.arange(tokens.shape[1], device=tokens.device).float()
@@ -78,5 +88,6 @@ class PlainModel(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # autocast leaves them in fp32, and x with them
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -12,8 +12,12 @@ LIBRARIES = ("torch", "deepspeed", "megatron-core")
 
 def machine_line(device: str = "cpu", libraries: Sequence[str] = LIBRARIES) -> str:
     """Hardware, versions and date of what is measured now, in one sentence."""
-    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-    return f"{hardware(device)}; {versions}; {date.today().isoformat()}."
+    return f"{hardware(device)}; {versions(libraries)}; {date.today().isoformat()}."
+
+
+def versions(libraries: Sequence[str] = LIBRARIES) -> str:
+    """Of libraries, by name."""
+    return ", ".join(f"{name} {version(name)}" for name in libraries)
 
 
 def hardware(device: str) -> str:
@@ -39,4 +43,6 @@ def replace_section(readme: Path, name: str, section: str) -> None:
     _, found_end, after = rest.partition(end)
     assert found_begin, f"{readme} has no line {begin}"
     assert found_end, f"{readme} has no line {end}"
-    readme.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
+    partial = readme.with_name(f"{readme.name}.partial")  # a full disk leaves what was there
+    partial.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
+    partial.replace(readme)

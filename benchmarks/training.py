@@ -1,23 +1,28 @@
 """Tokens a second and memory of training, beside plain PyTorch and `transformers.Trainer`.
 
 `python benchmarks/training.py [--tiny] [--device cpu|cuda] [--turns N] [--output DIR]` builds every
-arm in a process of its own and lets them train in turns, so that they meet the same machine; the
-medians of their turns are compared. With --output the table goes to README.md there.
+arm in a process of its own; the medians of their turns are compared. On a CPU, which other work may
+share, they train in turns, so that they meet the same machine. On a GPU, whose memory has room for
+one, an arm ends before the next begins. With --output the table goes to README.md there.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
     # Run by path, Python puts this folder first; the packages are found from its parent.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.gpu_processes import die_with_parent
 from benchmarks.tables import machine_line, replace_section
 from benchmarks.training_arms import Arm, Turn, Workload, run_arm
 
@@ -38,7 +43,18 @@ ARMS = {
     "Headway, n = 1, ZeRO-1": Arm("headway", 1),
     "transformers.Trainer, n = 1, ZeRO-1": Arm("trainer", 1),
 }
+COMPILED = {
+    "plain PyTorch, n = 4, torch.compile": Arm("plain", 4, is_compiled=True),
+    "plain PyTorch, n = 1, torch.compile": Arm("plain", 1, is_compiled=True),
+}
+OPTIONAL = {"transformers.Trainer, n = 1, ZeRO-1"}  # not installed everywhere
+TOO_LONG = "took too long"
 MIB = 2**20
+
+
+def arms(device: str) -> dict[str, Arm]:
+    """What is compared on a device, by name."""
+    return ARMS | COMPILED if device == "cuda" else ARMS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,64 +66,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where README.md is")
     options = parser.parse_args(arguments)
     workload = TINY if options.tiny else WORKLOADS[options.device]
-    results, failures = measure(workload, options.device, options.turns)
-    section = _section(results, failures, workload, options.device)
-    print(section)
+    results: dict[str, list[Turn]] = {}
+    failures: dict[str, str] = {}
+    names = list(arms(options.device))
+    for together in [names] if options.device == "cpu" else [[name] for name in names]:
+        measured, went_wrong = measure(workload, options.device, options.turns, together)
+        results |= measured
+        failures |= went_wrong
+    text = section(results, failures, workload, options.device)
+    print(text)
     if options.output is not None:
-        replace_section(options.output / "README.md", f"training {options.device}", section)
+        replace_section(options.output / "README.md", f"training {options.device}", text)
         raw = options.output / "results" / f"training-{options.device}.json"
         raw.write_text(json.dumps(results | failures, indent=1) + "\n", encoding="utf-8")
-    return 1 if failures.keys() - {"transformers.Trainer, n = 1, ZeRO-1"} else 0
+    return 1 if failures.keys() - OPTIONAL else 0
 
 
 def measure(
-    workload: Workload, device: str, turns: int
+    workload: Workload, device: str, turns: int, names: Sequence[str], limit_s: float | None = None
 ) -> tuple[dict[str, list[Turn]], dict[str, str]]:
-    """Every arm's turns, taken one arm after the other, round after round.
+    """Turns of some arms, taken one arm after the other, round after round.
+
+    Args:
+        workload: what they train.
+        device: where.
+        turns: of each arm, after one that warms it up.
+        names: of the arms.
+        limit_s: for all of it; an arm that has not answered by then has failed, `TOO_LONG`.
 
     Returns:
-        Turns by arm, without each arm's first, which warms it up; and what went wrong by arm.
+        Turns by arm; and what went wrong by arm.
     """
     context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes = []
-    results: dict[str, list[Turn]] = {name: [] for name in ARMS}
+    end = math.inf if limit_s is None else time.monotonic() + limit_s
+    children: dict[str, tuple[Connection, BaseProcess]] = {}
+    results: dict[str, list[Turn]] = {name: [] for name in names}
     failures: dict[str, str] = {}
-    for name, arm in ARMS.items():
-        pipes[name], theirs = context.Pipe()
-        process = context.Process(target=_child, args=(theirs, arm, workload, device), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        _ask(name, pipes, failures)  # builds, and takes the first turn
-    for number in range(turns):
-        for name in ARMS:
-            if name not in failures and (turn := _ask(name, pipes, failures)) is not None:
-                results[name].append(turn)
-                print(f"{number} {name}: {turn[0]:.3f} s", file=sys.stderr, flush=True)
-    for process in processes:
-        process.kill()
+    try:
+        for name in names:
+            ours, theirs = context.Pipe()
+            told = (theirs, arms(device)[name], workload, device)
+            process = context.Process(target=_child, args=told, daemon=True)
+            process.start()
+            theirs.close()
+            children[name] = (ours, process)
+            _ask(name, ours, failures, end)  # builds, and takes the first turn
+        for number in range(turns):
+            for name, (ours, _) in children.items():
+                if name not in failures and (turn := _ask(name, ours, failures, end)) is not None:
+                    results[name].append(turn)
+                    print(f"{number} {name}: {turn[0]:.3f} s", file=sys.stderr, flush=True)
+    finally:
+        for _, child in children.values():
+            child.kill()
+            child.join(5)
     return {name: found for name, found in results.items() if found}, failures
 
 
-def _ask(name: str, pipes: dict[str, Connection], failures: dict[str, str]) -> Turn | None:
+def _ask(name: str, pipe: Connection, failures: dict[str, str], end: float) -> Turn | None:
+    answer: Turn | str = TOO_LONG
     try:
-        pipes[name].send("go")
-        answer = pipes[name].recv()
+        pipe.send("go")
+        if pipe.poll(None if end == math.inf else max(end - time.monotonic(), 0)):
+            answer = pipe.recv()
     except (EOFError, OSError):
         answer = "its process ended"
     if isinstance(answer, str):
         failures[name] = answer
         print(f"{name}: {answer}", file=sys.stderr, flush=True)
         return None
-    turn: Turn = answer
-    return turn
+    return answer
 
 
 def _child(pipe: Connection, arm: Arm, workload: Workload, device: str) -> None:
     import logging
     import warnings
 
+    die_with_parent()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
@@ -121,22 +156,24 @@ def _child(pipe: Connection, arm: Arm, workload: Workload, device: str) -> None:
         pipe.send(f"{type(error).__name__}: {first_line}")
 
 
-def _section(
+def section(
     results: dict[str, list[Turn]], failures: dict[str, str], workload: Workload, device: str
 ) -> str:
+    """The table, as Markdown."""
     seconds = {name: statistics.median(t for t, _ in turns) for name, turns in results.items()}
     peaks = {name: max(peak for _, peak in turns) for name, turns in results.items()}
     lines = [
         f"{machine_line(device)} {workload.layers} layers in all, hidden size {workload.hidden}, "
         f"vocabulary {workload.vocabulary}, {workload.accumulation} micro-batches of "
         f"{workload.batch} x {workload.sequence} tokens, {'bf16' if device == 'cuda' else 'fp32'}; "
-        "median of turns, [least, most].",
+        + ("one arm after the other, " if device == "cuda" else "")
+        + "median of turns, [least, most].",
         "",
         "| | tokens/s | against plain PyTorch of that n | peak memory, MiB |",
         "|---|---|---|---|",
     ]
     for name, turns in results.items():
-        baseline = f"plain PyTorch, n = {ARMS[name].heads}"
+        baseline = f"plain PyTorch, n = {arms(device)[name].heads}"
         rates = sorted(workload.tokens / t for t, _ in turns)
         spread = f"[{rates[0]:,.0f}, {rates[-1]:,.0f}]"
         ratio = f"{seconds[baseline] / seconds[name]:.2f}" if baseline in seconds else "-"

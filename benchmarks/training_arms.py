@@ -60,12 +60,14 @@ class Arm(NamedTuple):
         heads: n.
         zero: ZeRO level, for those that have one.
         backward: of this project's engine.
+        is_compiled: plain PyTorch with torch.compile, of each layer and of the loss.
     """
 
     kind: str
     heads: int
     zero: int = 1
     backward: str = "sequential"
+    is_compiled: bool = False
 
 
 def run_arm(arm: Arm, workload: Workload, device_type: str) -> Iterator[Turn]:
@@ -172,6 +174,8 @@ def _plain(arm: Arm, workload: Workload, device: torch.device) -> Iterator[Turn]
         ffn=workload.ffn,
         vocabulary=workload.vocabulary,
     ).to(device)
+    if arm.is_compiled:
+        model.compile_parts()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
     batches = _batches(workload, arm.heads, device)
 
@@ -245,6 +249,7 @@ def _make_trainer(arm: Arm, workload: Workload, device: torch.device, turns: Any
         num_attention_heads=workload.hidden // 64,
         max_position_embeddings=workload.sequence,
         tie_word_embeddings=False,
+        use_cache=False,
     )
     model = transformers.LlamaForCausalLM(config)
     rows = [row for tokens, _ in _batches(workload, 1, torch.device("cpu")) for row in tokens]

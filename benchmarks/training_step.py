@@ -36,6 +36,8 @@ def measure(workload: Workload, point: Point, device_type: str, timed_steps: int
     seconds = []
     for _ in range(timed_steps):
         model.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was launched before is not this step's
         started = time.perf_counter()
         _step(model, tokens, labels, workload, point.mode)
         if device.type == "cuda":

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.gpu import PIECES, main, points
+from benchmarks import gpu_pieces
+from benchmarks.gpu import main
+from benchmarks.gpu_pieces import Budget, outcomes_of_tests, points
 from benchmarks.gpu_points import Point
+from benchmarks.gpu_processes import Waiting
+from benchmarks.gpu_tables import planned_gib
 from pipeline.config.run_config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +44,20 @@ def test_the_sizes_are_what_they_are_called() -> None:
         assert least < counts.pop() < most
 
 
+def test_every_point_fits_into_80_gb() -> None:
+    """By the plan, beside what CUDA, its libraries and holes take; so does the largest size."""
+    for piece in ("heads", "joint", "memory", "zero", "checkpointing", "chunk", "documents"):
+        for point in points(piece, "1b"):
+            assert planned_gib(point) < 72, point
+
+
+def test_a_run_that_was_cut_off_is_neither_complete_nor_a_failure() -> None:
+    """The next call runs it again."""
+    kept: list[dict[str, object]] = []
+    gpu_pieces._run_a_run("cpu", "tiny", Budget(0), {}, kept.append)
+    assert kept == [{"failures": [], "complete": False}]
+
+
 @pytest.mark.stress
 def test_a_call_goes_on_where_the_last_one_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -48,10 +65,10 @@ def test_a_call_goes_on_where_the_last_one_was_cut_off(
     """Two points of which one was measured; a failing one is reported, and nothing is lost."""
     two = [Point("tiny", micro=1, accumulation=1, sequence=32, vocabulary=64, steps=1)]
     two.append(Point("tiny", heads=99, micro=1))  # more heads than layers: refused
-    monkeypatch.setattr(gpu, "points", lambda *_: two)
+    monkeypatch.setattr(gpu_pieces, "points", lambda *_: two)
     arguments = ["--device", "cpu", "--tiny", "--only", "zero", "--output", str(tmp_path)]
     assert main([*arguments, "--minutes", "5"]) == 1
-    path = tmp_path / "results" / "gpu-cpu" / "zero.json"
+    path = tmp_path / "results" / "gpu-cpu-tiny" / "zero.json"
     found = json.loads(path.read_text())
     assert found["complete"]
     assert len(found["failures"]) == 1
@@ -60,37 +77,10 @@ def test_a_call_goes_on_where_the_last_one_was_cut_off(
     assert row["peak_gib"] > 0
     assert "| tiny | 4 | 1 | 1 x 32 |" in capsys.readouterr().out
     before = path.stat().st_mtime_ns
-    assert gpu.Waiting("cpu").measure(two[0], False, left_s=0.1) is None  # not measured, no failure
+    assert Waiting("cpu").measure(two[0], False, left_s=0.1) is None  # not measured, no failure
     assert main([*arguments, "--minutes", "0"]) == 1
     assert path.stat().st_mtime_ns == before
-    assert "measured before on this commit" in capsys.readouterr().out
-
-
-def test_the_script_is_bash_and_knows_its_pieces() -> None:
-    """It parses, and its help names every piece."""
-    script = ROOT / "benchmarks" / "gpu.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    assert script.stat().st_mode & 0o111
-    assert {"tests", "heads", "memory", "training", "run"} <= PIECES.keys()
-
-
-def test_an_interpreter_without_torch_is_named(tmp_path: Path) -> None:
-    """Before anything is installed."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    done = subprocess.run(
-        ["benchmarks/gpu.sh", "--device", "cpu"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHON": str(python)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"gpu.sh: {python} has no torch; install the build")
-    assert not done.stdout
+    assert "measured before, and failed; --again measures that again" in capsys.readouterr().out
 
 
 @pytest.mark.stress
@@ -130,6 +120,6 @@ def test_outcomes_of_tests_are_read_whether_they_ended_or_not(
         "tests/test_some.py::test_bad": "FAILED",
         "tests/test_some.py::test_left_out": "SKIPPED",
     }
-    assert gpu.outcomes_of_tests(done.stdout) == wanted
+    assert outcomes_of_tests(done.stdout) == wanted
     cut_off = done.stdout[: done.stdout.index("test_bad")]
-    assert gpu.outcomes_of_tests(cut_off).items() <= wanted.items()
+    assert outcomes_of_tests(cut_off).items() <= wanted.items()

@@ -47,10 +47,33 @@ def test_the_plain_loop_trains() -> None:
     assert peak >= 0
 
 
+def test_an_arm_that_does_not_answer_is_ended() -> None:
+    """In time, and it is said."""
+    name = "plain PyTorch, n = 1"
+    assert measure(TINY, "cpu", 1, [name], limit_s=0.01) == ({}, {name: training.TOO_LONG})
+
+
+@pytest.mark.stress
+def test_the_compiled_baseline_is_the_same_model() -> None:
+    """Its loss and gradients, up to the roundings of other kernels."""
+    torch.manual_seed(0)
+    model = _plain(Arm("plain", 4))
+    tokens = torch.randint(0, TINY.vocabulary, (2, TINY.sequence))
+    labels = torch.randint(0, TINY.vocabulary, (4, 2, TINY.sequence))
+    found = []
+    for _ in range(2):
+        loss = model(tokens, labels)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append((loss, *gradients))
+        model.compile_parts()
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.stress
 def test_every_arm_runs() -> None:
     """In turns, each in a process of its own."""
-    results, failures = measure(TINY, "cpu", 1)
+    results, failures = measure(TINY, "cpu", 1, list(ARMS))
     assert failures.keys() <= {"transformers.Trainer, n = 1, ZeRO-1"}, failures
     assert results.keys() | failures.keys() == ARMS.keys()
-    assert "| Headway, n = 4, ZeRO-1 |" in training._section(results, failures, TINY, "cpu")
+    assert "| Headway, n = 4, ZeRO-1 |" in training.section(results, failures, TINY, "cpu")
