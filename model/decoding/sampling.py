@@ -189,14 +189,14 @@ class RowUniforms:
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._device = device
-        self._ahead = torch.empty(len(seeds), 0, dtype=torch.float64)
+        self._ahead = torch.empty(len(seeds), 0, dtype=torch.float64, device=device)
 
     def next(self, count: int) -> Tensor:
         """The next `[B, count]` numbers."""
         if self._ahead.shape[1] < count:
             self._make(max(count, _AHEAD))
         numbers, self._ahead = self._ahead[:, :count], self._ahead[:, count:]
-        return numbers.to(self._device, non_blocking=True)
+        return numbers
 
     def join(self, other: "RowUniforms") -> None:
         """Add the rows of another one; each goes on with its own numbers."""
@@ -213,7 +213,8 @@ class RowUniforms:
             torch.rand(count, generator=generator, dtype=torch.float64)
             for generator in self._generators
         ]
-        self._ahead = torch.cat([self._ahead, torch.stack(fresh)], dim=1)
+        # A copy to a GPU waits for all that it has been told to compute.
+        self._ahead = torch.cat([self._ahead, torch.stack(fresh).to(self._device)], dim=1)
 
     def keep(self, order: Sequence[int]) -> None:
         """Row `order[i]` becomes row i; the others are gone."""

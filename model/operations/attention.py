@@ -18,7 +18,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from model.operations.attention_backend import AttentionBackend
+from model.operations.attention_backend import KERNELS_WITH_BIAS, AttentionBackend
 from model.operations.documents import AttentionMask
 
 
@@ -83,18 +83,23 @@ def attend(
 ) -> Tensor:
     """Attention; arguments and result as in `CoreAttention.forward`.
 
-    The backend was chosen for causal attention; one kernel takes masks in blocks, and a bias goes
-    where torch finds it a kernel.
+    The backend was chosen for causal attention. One kernel takes masks in blocks; on a GPU one
+    takes a bias, which has no groups of queries.
     """
     if isinstance(mask, BlockMask):
         return attend_blocks(query, key, value, mask, compiled=query.is_cuda)
-    if mask is not None or backend is None:
-        return _attend_dense(query, key, value, mask)
-    if backend.repeats:
-        per_group = query.shape[2] // key.shape[2]
+    repeats = query.is_cuda if mask is not None else backend is not None and backend.repeats
+    per_group = query.shape[2] // key.shape[2]
+    if repeats and per_group > 1:
         key, value = (part.repeat_interleave(per_group, dim=2) for part in (key, value))
-    with sdpa_kernel(backend.order, set_priority=True):
-        return _attend_dense(query, key, value, None)
+    if mask is not None:
+        kernels = KERNELS_WITH_BIAS if query.is_cuda else []
+    else:
+        kernels = [] if backend is None else backend.kernels(query.shape[0])
+    if not kernels:
+        return _attend_dense(query, key, value, mask)
+    with sdpa_kernel(kernels, set_priority=True):
+        return _attend_dense(query, key, value, mask)
 
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -38,6 +38,11 @@ _CAN_USE: dict[str, Callable[[SDPAParams], bool]] = {
     "math": lambda _: True,
 }
 _PROBED_LENGTH = 128
+# Older versions of cuDNN read past the ends of sequences that are no multiple of 128: illegal
+# accesses, or gradients that are no numbers (pytorch's issue 169849).
+_CUDNN_OF_ANY_LENGTH = 91501
+# With a bias, gradients of cuDNN up to 9.25 may be no numbers, either (pytorch's issue 196678).
+KERNELS_WITH_BIAS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class AttentionShape(NamedTuple):
@@ -68,6 +73,13 @@ class AttentionBackend(NamedTuple):
     name: str
     order: list[SDPBackend]
     repeats: bool
+
+    def kernels(self, length: int) -> list[SDPBackend]:
+        """The order for sequences of this length; without cuDNN where its version has not it."""
+        version = torch.backends.cudnn.version() or _CUDNN_OF_ANY_LENGTH
+        if length % 128 == 0 or version >= _CUDNN_OF_ANY_LENGTH or len(self.order) == 1:
+            return self.order
+        return [kernel for kernel in self.order if kernel != SDPBackend.CUDNN_ATTENTION]
 
     def __str__(self) -> str:
         return self.name + (", keys and values repeated for each query" if self.repeats else "")

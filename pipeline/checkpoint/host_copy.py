@@ -4,7 +4,9 @@ The memory is kept from one save to the next: pages that the system has to find 
 copy several times slower, and memory that is taken once is known to suffice.
 """
 
+import contextlib
 import logging
+import weakref
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._unlock: weakref.finalize[..., HostCopy] | None = None
 
     def take(self, snapshot: Snapshot) -> Snapshot:
         """Copy a snapshot; the copy holds until the next call.
@@ -43,25 +46,32 @@ class HostCopy:
             places[key] = slice(end, end + run.nbytes)
             end += -(-run.nbytes // _ALIGNMENT) * _ALIGNMENT
         if self._buffer.numel() < end:
-            if pinned and self._buffer.numel():
-                torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+            if self._unlock is not None:
+                self._unlock()
             self._buffer = torch.empty(end, dtype=torch.uint8)
-            if pinned:
-                _pin(self._buffer)
+            self._unlock = self._locked() if pinned else None
         return {
             key: self._buffer[places[key]].view(run.dtype).view(run.shape)
             for key, run in runs.items()
         }
 
+    def _locked(self) -> "weakref.finalize[..., HostCopy] | None":
+        """Lock the buffer's pages, for the GPU to write into; what unlocks them again.
 
-def _pin(buffer: Tensor) -> None:
-    """Lock the buffer's pages, for the GPU to write into.
-
-    Not by torch's pinned tensors, which take a power of two: up to twice the memory.
-    """
-    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)):
+        Not by torch's pinned tensors, which take a power of two: up to twice the memory.
+        """
+        cudart, address, size = torch.cuda.cudart(), self._buffer.data_ptr(), self._buffer.numel()
+        if not int(cudart.cudaHostRegister(address, size, 0)):
+            # At the latest with this object, before its memory is given back: to CUDA the address
+            # would stay these pages, and copies to memory that comes to lie there would miss it.
+            unlock = weakref.finalize(self, cudart.cudaHostUnregister, address)
+            unlock.atexit = False
+            return unlock
         logger.warning(
             "%.1f GB of host memory could not be locked for copies from the GPU (ulimit -l); saves "
             "hold training up longer",
-            buffer.numel() / 1e9,
+            size / 1e9,
         )
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")  # CUDA tells the failure to the next launch: to this one
+        return None

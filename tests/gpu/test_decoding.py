@@ -9,6 +9,7 @@ import torch
 from model.decoding.acceptance import accept_greedy
 from model.decoding.batch import Decoder
 from model.decoding.chain import ChainDecoder
+from model.decoding.choosing import Chooser
 from model.decoding.generation import collect, generate, stream
 from model.decoding.sampling import Sampling
 from model.decoding.tree import TreeDecoder
@@ -105,3 +106,15 @@ def test_no_forward_waits_for_the_host(device: torch.device) -> None:
             at = trunk_output[network.numbers(2) * 4 + kept]
             drafts = network.logits(network.heads(at, 2, 4, cache, block.at(kept)))
     assert drafts.shape == (3, 2, 20)
+
+
+def test_no_draw_waits_for_the_host(device: torch.device) -> None:
+    """Sampled rows, whose random numbers come from the host, many at a time."""
+    sampling = Sampling(temperature=0.8, top_k=12, top_p=0.95, repetition_penalty=1.2)
+    chooser = Chooser([sampling] * 2, [1, 2], 20, device)
+    drafts = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(1)).to(device)
+    logits = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(2)).to(device)
+    for guarded in (False, True):
+        with torch.no_grad(), waits_are_errors(torch.device("cpu") if not guarded else device):
+            verdict = chooser.verify(logits, chooser.draft(drafts))
+    assert verdict.kept.shape == verdict.following.shape == (2,)

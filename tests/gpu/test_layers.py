@@ -16,6 +16,7 @@ from model.operations.attention_backend import (
     choose_backend,
 )
 from model.operations.compiled import compiled
+from model.operations.documents import bias_within
 from model.operations.rms_norm import plain_rms_norm, rms_norm
 from model.operations.rotary import RotaryTable
 from model.operations.self_attention import split_and_rotate
@@ -128,6 +129,36 @@ def test_every_kernel_of_attention_agrees(
     expected = run(torch.device("cpu"), torch.float64, ours=False)
     for found, wanted in zip(run(device, torch.bfloat16, ours=True), expected, strict=True):
         assert_same(found, wanted, 2e-2)
+
+
+@pytest.mark.parametrize("length", [192, 261])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_attention_of_any_length(device: torch.device, length: int, has_bias: bool) -> None:
+    """Sequences that are no multiple of 128, grouped queries, and scores far below 0.
+
+    There versions of cuDNN's kernel had gradients that are no numbers.
+    """
+    shape = AttentionShape(8, 2, WIDTH, torch.bfloat16)
+    backend = choose_backend("auto", shape, can_use_on(device))
+    documents = torch.arange(length).expand(BATCH, -1) // 100
+    heads = [
+        made(length, BATCH, count, WIDTH, dtype=torch.bfloat16, seed=count + place)
+        for place, count in enumerate((8, 2, 2))
+    ]
+    heads[0][..., 0], heads[1][..., 0] = 8.0, -120.0
+    upstream = made(length, BATCH, 8 * WIDTH, dtype=torch.bfloat16, seed=9)
+
+    def run(where: torch.device, kind: torch.dtype, ours: bool) -> list[Tensor]:
+        inputs = [part.to(where, kind).requires_grad_() for part in heads]
+        bias = bias_within(documents.to(where), kind) if has_bias else None
+        output = attend(inputs[0], inputs[1], inputs[2], bias, backend if ours else None)
+        return [output, *torch.autograd.grad(output, inputs, upstream.to(where, kind))]
+
+    expected = run(torch.device("cpu"), torch.float64, ours=False)
+    for found, wanted in zip(run(device, torch.bfloat16, ours=True), expected, strict=True):
+        assert bool(found.isfinite().all())
+        # Roundings of the scores' gradient meet keys of -120.
+        assert_same(found, wanted, 0.1)
 
 
 def test_product_adds_in_float32(device: torch.device) -> None:

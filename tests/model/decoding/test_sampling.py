@@ -155,3 +155,11 @@ def test_a_penalty_counts_what_is_drafted_before(heads: int) -> None:
             seen[text] = True
             assert int(penalize(logits, seen, penalty).argmax()) == token
             text.append(token)
+
+
+def test_numbers_are_copied_to_the_device_many_at_a_time() -> None:
+    """On a GPU each copy would make a decoding step wait for the device."""
+    uniforms = RowUniforms([1, 2], torch.device("meta"))
+    copied = [uniforms.next(4)._base for _ in range(20)]
+    assert copied[0] is not None
+    assert all(each is copied[0] for each in copied)

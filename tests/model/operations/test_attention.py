@@ -1,13 +1,15 @@
 """Core attention against softmax written out."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.operations.attention import CoreAttention
+from model.operations.attention import CoreAttention, attend
+from model.operations.documents import bias_within
 
 SEQUENCE, BATCH, HEADS, WIDTH = 9, 2, 4, 8
 TOLERANCE = 1e-12  # float64; the largest difference seen is 1e-15
@@ -95,3 +97,23 @@ def test_query_groups_read_their_own_keys() -> None:
     after = attention()(inputs.query, key, inputs.value).view(shape)
     assert torch.equal(before[:, :, :2], after[:, :, :2])
     assert not torch.equal(before[:, :, 2:], after[:, :, 2:])
+
+
+def test_a_bias_on_a_gpu_goes_to_a_kernel_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to cuDNN's, which may give gradients that are no numbers; without groups of queries."""
+    inputs = make_inputs(groups=2)
+    bias = bias_within(torch.arange(SEQUENCE).expand(BATCH, -1) // 4, torch.float64)
+    expected = attend(*inputs, bias)
+    calls: list[tuple[int, bool, bool, bool]] = []
+    real = F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        allowed = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+        calls.append((key.shape[1], options["enable_gqa"], *allowed))
+        return real(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    found = attend(*inputs, bias)
+    assert calls == [(HEADS, False, False, False)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)

@@ -9,6 +9,7 @@ from model.operations.attention import attend
 from model.operations.attention_backend import (
     AttentionBackend,
     AttentionShape,
+    BackendChoice,
     can_use_on,
     choose_backend,
 )
@@ -18,6 +19,7 @@ from tests.support.tiny_model import training_model
 GROUPED = AttentionShape(heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
 ALIKE = GROUPED._replace(kv_heads=8)
 CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+CHOICES: tuple[BackendChoice, ...] = ("auto", "cudnn")
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 
 
@@ -50,6 +52,17 @@ def test_keys_are_repeated_rather_than_leaving_the_kernel() -> None:
     found = choose_backend("auto", GROUPED, Gpu("cudnn", "flash", grouped=("flash",)).can_use)
     assert found == AttentionBackend("cudnn", [CUDNN, FLASH, EFFICIENT, MATH], repeats=True)
     assert str(found) == "cudnn, keys and values repeated for each query"
+
+
+def test_an_old_cudnn_is_left_out_where_it_reads_past_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For sequences that are no multiple of 128; unless it was asked for by name."""
+    chosen = [choose_backend(name, ALIKE, Gpu("cudnn", "flash").can_use) for name in CHOICES]
+    for version, is_old in ((91002, True), (91500, True), (91501, False), (None, False)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda found=version: found)
+        found = [backend.kernels(length)[0] for backend in chosen for length in (256, 261)]
+        assert found == [CUDNN, FLASH if is_old else CUDNN, CUDNN, CUDNN]
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])

@@ -15,7 +15,6 @@ from model.errors import CheckpointError
 from model.structure.parameter_shapes import parameter_shapes
 from model.structure.sharding import placement_of, take_slice
 from pipeline.checkpoint.coverage import KINDS
-from pipeline.checkpoint.host_copy import HostCopy
 from pipeline.checkpoint.sharded_tensors import Snapshot, StateFiles, read_weights, run_key
 from tests.support.hostile import check_message
 
@@ -131,34 +130,6 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     Snapshot(0, 0, 1, 0, {"weight": torch.zeros(2)}).write(tmp_path)
     with pytest.raises(CheckpointError, match="is not a file of this project's checkpoints"):
         StateFiles(tmp_path, MODEL)
-
-
-def test_a_snapshot_on_the_host_does_not_change() -> None:
-    """What is trained after the copy was made is not in it; the next copy uses its memory."""
-    live = torch.zeros(3)
-    key = run_key("weight", "x", 0)
-    snapshot, memory = Snapshot(0, 0, 1, 0, {key: live}), HostCopy()
-    copy = memory.take(snapshot)
-    live += 1
-    assert copy.runs[key].tolist() == [0, 0, 0]
-    second = memory.take(snapshot)
-    assert second.runs[key].tolist() == [1, 1, 1]
-    assert second.runs[key].data_ptr() == copy.runs[key].data_ptr()
-    larger = memory.take(snapshot._replace(runs={key: torch.ones(5)}))
-    assert larger.runs[key].tolist() == [1] * 5
-
-
-def test_a_copy_on_the_host_is_one_buffer() -> None:
-    """Runs of any type and length lie in it one behind the other, and none overlaps another."""
-    runs = {
-        run_key("weight", "a", 0): torch.arange(7, dtype=torch.float32),
-        run_key("weight", "b", 0): torch.arange(5, dtype=torch.bfloat16),
-        run_key("exp_avg", "a", 3): torch.arange(3, dtype=torch.float64),
-    }
-    copy = HostCopy().take(Snapshot(0, 0, 1, 0, runs))
-    assert all(torch.equal(copy.runs[key], run) for key, run in runs.items())
-    assert all(copy.runs[key].dtype == run.dtype for key, run in runs.items())
-    assert len({run.untyped_storage().data_ptr() for run in copy.runs.values()}) == 1
 
 
 def test_files_of_a_larger_model_are_refused(folders: dict[tuple[int, int], Path]) -> None:
