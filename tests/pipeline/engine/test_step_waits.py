@@ -132,7 +132,7 @@ def _who_reads(case: Case) -> tuple[list[str], list[str], list[str]]:
         inside.extend(by)
         return sums
 
-    engine.execution.run = watched  # type: ignore[method-assign]
+    engine.execution.run = watched  # type: ignore[method-assign, assignment]
     with _reads() as whole:
         step(5)
     with _reads() as evaluation:
