@@ -3,6 +3,9 @@
 Transfers do not block: a send goes on in the background while the stage computes, and the next
 receive is posted before it is needed. A stage therefore waits only for what is not there yet, and
 that time is its idle time.
+
+A posted receive keeps a GPU busy until the other stage sends. Whoever waits for the whole GPU then
+waits for that stage, which may be waiting for this one: see `StageRunner`.
 """
 
 import time
@@ -173,26 +176,43 @@ class Receiver:
         self._dtype, self._device = dtype, device
         self._shapes: deque[tuple[int, ...]] = deque()
         self._posted: tuple[Any, Tensor] | None = None
+        self._ahead = True
         self._count = 0
 
-    def expect(self, shapes: Iterable[tuple[int, ...]]) -> None:
-        """Announce what will come, in order; the first receive is posted at once."""
+    def expect(self, shapes: Iterable[tuple[int, ...]], *, ahead: bool = True) -> None:
+        """Announce what will come, in order.
+
+        Args:
+            shapes: of the tensors.
+            ahead: post the first receive at once, and each other one as soon as the one before it
+                has ended; else only when it is asked for, until `look_ahead`.
+        """
         assert self._posted is None, f"{len(self._shapes) + 1} tensors of the last step are missing"
         self._shapes.extend(shapes)
         self._count = 0
+        self._ahead = False
+        if ahead:
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Post what comes next, now and from now on."""
+        self._ahead = True
         self._post_next()
 
     def receive(self) -> Tensor:
         """The next tensor, once it is here."""
+        if not self._ahead:
+            self._post_next()
         assert self._posted is not None, "more was asked for than announced"
         work, tensor = self._posted
+        self._posted = None
         self._clock.wait(work, f"the {self._what}, micro-batch {self._count}")
         self._count += 1
-        self._post_next()
+        if self._ahead:
+            self._post_next()
         return tensor
 
     def _post_next(self) -> None:
-        self._posted = None
         if self._shapes:
             tensor = torch.empty(self._shapes.popleft(), dtype=self._dtype, device=self._device)
             self._posted = (dist.irecv(tensor, self._peer, group=self._group), tensor)

@@ -33,7 +33,7 @@ from model.backward import (
 from model.language_model import MultiTokenModel
 from model.lm_head import LMHeadWeights
 from pipeline.distributed.topology import Topology
-from pipeline.stages.links import StageLinks
+from pipeline.stages.links import Receiver, StageLinks
 
 # (is forward, micro-batch) in the order in which a stage does them, for so many micro-batches.
 Order = Callable[[int], Iterable[tuple[bool, int]]]
@@ -105,6 +105,7 @@ class StageRunner:
         self._order = order
         self._chunk_tokens = chunk_tokens
         self._sparse_first_gradient = sparse_first_gradient
+        self._has_run = False
         self.own_s = 0.0
 
     def run(
@@ -135,11 +136,12 @@ class StageRunner:
         self, batches: Sequence[Batch], scales: Tensor, sequence_losses: Tensor | None
     ) -> Tensor:
         """This stage's part of `run`: the losses of its own heads."""
-        self._expect(batches)
+        is_first_step, self._has_run = not self._has_run, True
+        self._expect(batches, ahead=not is_first_step)
         sums = torch.zeros_like(scales)
         gradients: LMHeadGradients | None = None
         in_flight: dict[int, _InFlight] = {}
-        for is_forward, micro in self._order(len(batches)):
+        for is_forward, micro in self._turns(len(batches), first_alone=is_first_step):
             if is_forward:
                 in_flight[micro] = self._forward(batches[micro])
                 continue
@@ -147,7 +149,21 @@ class StageRunner:
             gradients = self._backward(
                 in_flight.pop(micro), batches, micro, scales, sums, gradients, losses
             )
+            if is_first_step and micro == 0:
+                for receiver in self._receivers():
+                    receiver.look_ahead()
         return sums
+
+    def _turns(self, micro_batches: int, *, first_alone: bool) -> list[tuple[bool, int]]:
+        """The order of a step; in a run's first one the first micro-batch passes alone.
+
+        What a kernel needs at its first launch (being loaded, or made by cuDNN or torch.compile)
+        may wait for the whole GPU, so no receive may be posted ahead until all have been launched.
+        """
+        if not first_alone:
+            return list(self._order(micro_batches))
+        others = self._order(micro_batches - 1)
+        return [(True, 0), (False, 0), *((forward, micro + 1) for forward, micro in others)]
 
     def idle_fractions(self) -> list[float]:
         """Share of the steps since the last call that each stage waited; a collective."""
@@ -160,11 +176,14 @@ class StageRunner:
         idle, elapsed = seconds
         return (idle / elapsed.clamp(min=1e-9)).tolist()
 
-    def _expect(self, batches: Sequence[Batch]) -> None:
+    def _expect(self, batches: Sequence[Batch], *, ahead: bool) -> None:
         shapes = [activation_shape(batch, self._model) for batch in batches]
-        for receiver in (self._links.activations_in, self._links.gradients_in):
-            if receiver is not None:
-                receiver.expect(shapes)
+        for receiver in self._receivers():
+            receiver.expect(shapes, ahead=ahead)
+
+    def _receivers(self) -> list[Receiver]:
+        both = (self._links.activations_in, self._links.gradients_in)
+        return [receiver for receiver in both if receiver is not None]
 
     def _forward(self, batch: Batch) -> _InFlight:
         received = None

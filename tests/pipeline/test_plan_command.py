@@ -1,6 +1,7 @@
 """`pipeline.plan` from outside: what it says, its exit status, what it needs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,30 @@ def test_json_has_the_same_in_bytes_and_seconds(capsys: pytest.CaptureFixture[st
     assert record["remedy"]["fits"] is True
     assert record["remedy"]["set"] == {"parallel.zero": 3}
     assert all(found["fits"] for found in record["search"])
+
+
+@pytest.mark.parametrize("name", ["300m", "1b", "7b", "7b_staged", "13b"])
+def test_a_configuration_predicts_what_the_plan_says(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory, speed and days in its comment are the command's, rounded as they are written."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
+    ranks = re.search(r"world size (\d+)", comment)
+    said = re.search(
+        r"Predicted by pipeline\.plan for H100s, not measured: (\d+) GB on a GPU, ([\d,]+) tokens "
+        r"a second and GPU, ([\d.]+) days",
+        comment,
+    )
+    assert ranks is not None
+    assert said is not None
+    assert main([str(path), "--world-size", ranks[1], "--gpu", "h100-80g", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert round(plan["peak_bytes"] / 1e9) == int(said[1])
+    tokens_per_s = plan["time"]["tokens_per_s"] / plan["ranks"]
+    assert tokens_per_s == pytest.approx(float(said[2].replace(",", "")), rel=0.02)
+    assert round(plan["time"]["days"], 1) == float(said[3])
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_configuration_passes_a_dry_run(path: Path, tmp_path: Path) -> None:
     assert named is not None, "the comment says for how many ranks it is"
     outcome = run_job(tmp_path, [str(path), "--dry-run", "--world-size", named[1]])
     assert outcome.codes == [0], outcome.output
-    for word in ("parameters", "layout", "tokens", "FLOPs per token", "zero_optimization"):
+    words = ("parameters", "layout", "tokens", "FLOPs per token", "zero_optimization")
+    for word in (*words, "activations   ", "GiB of logits and gradients"):
         assert word in outcome.output[0]
     for share in re.findall(r"predicted idle ([\d.]+)%", outcome.output[0]):
         assert float(share) < 10, "a shipped plan of stages keeps them busy"

@@ -31,7 +31,7 @@ from pipeline.stages.plan import depths, num_depths
 from pipeline.stages.runner import MicroBatchEngine, StageRunner
 
 HIDDEN, HEADS = 2, 4
-SyncAt = Literal["never", "forward", "backward"]
+SyncAt = Literal["never", "forward", "backward", "first launch"]
 
 
 class Event(NamedTuple):
@@ -89,6 +89,7 @@ def record(
     sync_at: SyncAt = "never",
     one_queue: bool = False,
     chain: bool = False,
+    first_alone: bool = True,
 ) -> list[Event]:
     """What a stage's process does in some steps.
 
@@ -97,9 +98,11 @@ def record(
         stage: which one.
         micro_batches: of a step.
         steps: how many.
-        sync_at: where the engine waits for its whole device, if anywhere.
+        sync_at: where the stage waits for its whole device, if anywhere; `first launch` = in the
+            first computation of each kind.
         one_queue: all transfers of a group on one communicator, as with a `device_id`.
         chain: whether heads read one another.
+        first_alone: a run's first micro-batch passes before any other begins.
     """
     network = _Network(stage, plan, one_queue)
     model = _stub_model(plan[stage], chain)
@@ -112,27 +115,30 @@ def record(
         lm_head_owner=0,
     )
 
-    def compute(sync: bool) -> None:
+    launched: set[str] = set()
+
+    def compute(kind: str) -> None:
         network.events.append(Event("compute"))
-        if sync:
+        if sync_at == kind or (sync_at == "first launch" and kind not in launched):
             network.events.append(Event("sync"))
+        launched.add(kind)
 
     def forward(inputs: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-        compute(sync_at == "forward")
+        compute("forward")
         shape = (1, 1, HIDDEN)
         first = inputs if inputs.requires_grad else torch.zeros(shape, requires_grad=True)
         return (first * 1.0 if model.part.trunk_layers else inputs), None
 
     def backward(loss: Tensor) -> None:
         loss.backward()
-        compute(sync_at == "backward")
+        compute("backward")
 
     def heads(_: Any, output: Tensor, *__: Any, **___: Any) -> HeadsResult:
-        network.events.append(Event("compute"))
+        compute("heads")
         return HeadsResult(torch.zeros(len(model.heads.numbers)), torch.zeros_like(output))
 
     def heads_forward(_: Any, output: Tensor, *__: Any) -> ChainInputs:
-        network.events.append(Event("compute"))
+        compute("heads' forward")
         return ChainInputs([output], output.detach())
 
     with (
@@ -151,6 +157,7 @@ def record(
             chunk_tokens=1,
             sparse_first_gradient=False,
         )
+        runner._has_run = not first_alone
         tokens = torch.zeros(1, 1, dtype=torch.int64)
         batches = [Batch(tokens, torch.zeros(HEADS, 1, 1, dtype=torch.int64))] * micro_batches
         for _ in range(steps):

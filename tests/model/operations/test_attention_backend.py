@@ -1,5 +1,8 @@
 """The choice of a kernel for attention, and attention through it."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -123,3 +126,12 @@ def test_the_choice_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         choose_kernels(training_model(), "flash", torch.device("cpu"))
     assert caplog.messages == ["attention     by torch's own choice, as on every CPU"]
+
+
+def test_the_kernel_that_a_gpu_has_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """By its name, and what was asked for."""
+    flash = AttentionBackend("flash", [FLASH], repeats=False)
+    on_gpu: Any = SimpleNamespace(dtype=torch.float32, choose_attention=lambda *_: flash)
+    with caplog.at_level("INFO"):
+        choose_kernels(on_gpu, "auto", torch.device("cuda", 0))
+    assert caplog.messages == ["attention     by flash (train.attention=auto)"]

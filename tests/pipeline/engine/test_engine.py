@@ -30,7 +30,6 @@ from tests.support.engine_cases import (
 )
 from tests.support.flex_on_cpu import blocks_on_cpu
 from tests.support.harness import run_ranks
-from tests.support.long_forms import part_of
 
 
 def _evaluate(case: Case) -> tuple[EvalResult, EvalResult]:
@@ -110,39 +109,3 @@ def test_one_exchange_per_step_carries_every_flag() -> None:
     for sizes, agreed in run_ranks(2, _exchanges, Case(world=2, zero=1)):
         assert sizes == [3, 3]
         assert agreed == [(True, None, True), (True, "SIGUSR1", False)]
-
-
-def _count_device_waits(case: Case) -> int:
-    """How often three steps wait for the whole device, from the fourth step on."""
-    from deepspeed.accelerator import get_accelerator
-
-    topology = build_topology(case)
-    engine = build_engine(engine_config(case), topology, case.precision)
-    waits: list[str] = []
-    accelerator = get_accelerator()
-    accelerator.synchronize = lambda *_: waits.append("device")
-    for step in range(6):
-        engine.train_step(local_batches(step, case, topology.data_rank), learning_rate=1e-3)
-    return len(waits)
-
-
-@pytest.mark.parametrize(
-    "case",
-    part_of(
-        [
-            Case(world=2, zero=zero, accumulation=4, stages=stages, precision="bf16")
-            for stages in ("1", "trunk 0-2|heads 1-3")
-            for zero in (0, 1, 2, 3)
-        ],
-        # Both optimizers of DeepSpeed, with and without stages.
-        lambda _, case: (case.stages, case.zero) in (("1", 3), ("trunk 0-2|heads 1-3", 1)),
-    ),
-    ids=lambda case: f"{case.stages}-{case.zero}",
-)
-def test_a_step_never_waits_for_the_whole_device(case: Case) -> None:
-    """DeepSpeed's throughput timer did from the third step on, in every forward.
-
-    A stage would wait for a receive that it has posted ahead, whose sender waits for this stage
-    (`tests/pipeline/stages/test_stream_waits.py` plays that through).
-    """
-    assert run_ranks(2, _count_device_waits, case) == [0, 0]

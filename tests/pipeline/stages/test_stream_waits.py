@@ -5,6 +5,7 @@ Each mend is undone in turn: the simulation must then hang, or it would prove no
 
 from collections.abc import Sequence
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 
@@ -36,16 +37,14 @@ def _hanging(
     sync_at: SyncAt = "never",
     one_queue: bool = False,
     chain: bool = False,
+    first_alone: bool = True,
 ) -> tuple[int, int]:
     """How many of all plans and micro-batch counts hang, and how many there are."""
     cases = list(product(_plans(), micro_batches))
+    options: Any = {"sync_at": sync_at, "one_queue": one_queue, "chain": chain}
+    options["first_alone"] = first_alone
     hanging = [
-        hangs(
-            [
-                record(plan, stage, count, sync_at=sync_at, one_queue=one_queue, chain=chain)
-                for stage in range(len(plan))
-            ]
-        )
+        hangs([record(plan, stage, count, **options) for stage in range(len(plan))])
         for plan, count in cases
     ]
     return sum(hanging), len(cases)
@@ -55,6 +54,14 @@ def _hanging(
 def test_no_plan_hangs(chain: bool) -> None:
     """From one micro-batch to more than fill the longest chain, whatever heads read."""
     assert _hanging((1, 2, 3, 4, 6, 9), chain=chain)[0] == 0
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_first_launches_may_wait_for_the_device(chain: bool) -> None:
+    """Of kernels that are loaded or made then: the first micro-batch passes alone."""
+    assert _hanging((1, 2, 3, 4, 6, 9), sync_at="first launch", chain=chain)[0] == 0
+    hanging, cases = _hanging((2, 4), sync_at="first launch", chain=chain, first_alone=False)
+    assert hanging > cases // 2
 
 
 @pytest.mark.parametrize("sync_at", ["forward", "backward"])
