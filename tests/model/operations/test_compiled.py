@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.errors import ConfigError
 from model.loss import IGNORED, VocabularyShard, loss_and_gradients, plain_rows
-from model.operations.compiled import can_compile, check_compiler, compiled
+from model.operations.compiled import can_compile, check_compiler, compiled, plain_add_
 from model.operations.rms_norm import plain_rms_norm, rms_norm
 from model.operations.rotary import RotaryTable
 from model.operations.self_attention import split_and_rotate
@@ -124,6 +124,17 @@ def test_a_row_in_parts_is_the_same_row() -> None:
     )
     for mine, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_compiled_sums_are_the_same() -> None:
+    """To the bit, of tensors of one length and then of others."""
+    generator = torch.Generator().manual_seed(8)
+    for length in (96, 7, 1000):
+        total = torch.randn(length, generator=generator)
+        addend = torch.randn(length, generator=generator).bfloat16()
+        wanted = total + addend.float()
+        compiled(plain_add_)(total, addend)
+        assert torch.equal(total, wanted)
 
 
 @pytest.fixture
