@@ -304,7 +304,7 @@ class _Turns:
             weight_gradient=weight_gradient,
             chunk_tokens=chunk_tokens,
             token_losses=token_losses,
-            is_compiled=self._model.compiles_loss,
+            is_compiled=self._model.compiles_kernels,
         )
         if wanted is not None and token_losses is not None:
             add_sequence_losses(wanted, token_losses)
@@ -343,7 +343,7 @@ def joint_loss(
             _sequence_first(labels[head - 1]),
             shard=model.shard,
             chunk_tokens=chunk_tokens,
-            is_compiled=model.compiles_loss,
+            is_compiled=model.compiles_kernels,
         )
     sums = torch.stack([losses[head] for head in model.heads.numbers])
     return MicroBatchResult(sums.detach(), (sums * scales).sum())

@@ -59,10 +59,10 @@ class MultiTokenModel(nn.Module):
         part: what to hold of the model, in a run with pipeline stages; None = all of it.
 
     Attributes:
-        compiles_loss: whether torch.compile makes the kernels of the loss.
+        compiles_kernels: whether torch.compile makes kernels for layers, loss and gradient sums.
     """
 
-    compiles_loss = False
+    compiles_kernels = False
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class MultiTokenModel(nn.Module):
 
     def compile_kernels(self) -> None:
         """Let torch.compile make the kernels of norms, rotation, activation and loss."""
-        self.compiles_loss = True
+        self.compiles_kernels = True
         for module in self.modules():
             if isinstance(module, RMSNorm | SwiGLU | SelfAttention):
                 module.compile_kernel()

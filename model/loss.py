@@ -182,18 +182,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
         (grad_output,) = grad_outputs
-        return (
-            hidden_gradient * grad_output.to(hidden_gradient.dtype),
-            None
-            if weight_gradient is None
-            else weight_gradient * grad_output.to(weight_gradient.dtype),
-            None,
-            None,
-            None,
-            None,
+        of_hidden, of_weight = (
+            None if gradient is None else gradient * grad_output.to(gradient.dtype)
+            for gradient in ctx.saved_tensors
         )
+        return of_hidden, of_weight, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -272,7 +266,7 @@ def _chunk(
     logits = hidden @ weight.t()
     softmax = _softmax(logits, logits.amax(dim=-1), labels, shard)
     del logits
-    owned, local = _owned(labels, shard)
+    owned, local = _owned(labels, shard.start, shard.size)
     # The target's share is taken off before rounding to bf16, where p - 1 would lose its digits.
     gradient = softmax.exponentials
     gradient.scatter_add_(1, local.unsqueeze(1), -(softmax.total * owned).unsqueeze(1))
@@ -291,7 +285,7 @@ def _softmax(logits: Tensor, largest: Tensor, labels: Tensor, shard: VocabularyS
     dtype = _softmax_dtype(logits)
     largest = shard.reduce(largest.to(dtype, copy=True), dist.ReduceOp.MAX).unsqueeze(1)
     shifted = logits.sub_(largest) if logits.dtype == dtype else logits - largest
-    owned, local = _owned(labels, shard)
+    owned, local = _owned(labels, shard.start, shard.size)
     target = shifted.gather(1, local.unsqueeze(1)).squeeze(1) * owned
     exponentials = shifted.exp_()
     # One reduction carries both: the softmax's denominator and the target's logit.
@@ -303,36 +297,71 @@ def _softmax(logits: Tensor, largest: Tensor, labels: Tensor, shard: VocabularyS
 def _compiled_chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """`_chunk` by two compiled kernels: the logits are read in each and written once."""
+    """`_chunk` by compiled kernels: logits come from memory twice and are written once."""
     logits = hidden @ weight.t()
-    owned, local = _owned(labels, shard)
-    mine, total, target = compiled(plain_softmax_sums)(logits, local)
-    largest = shard.reduce(mine.clone(), dist.ReduceOp.MAX)
-    total, target = shard.reduce(
-        torch.stack((total * (mine - largest).exp(), (target - largest) * owned))
-    ).unbind()
-    valid = labels != IGNORED
-    losses = (total.log() - target).where(valid, total.new_zeros(()))
-    taken = scale * valid.to(total.dtype)
-    compiled(plain_logit_gradient_)(logits, largest, taken / total, taken * owned, local)
+    # A softmax takes two passes. Over a part of a row the second one finds it in the cache.
+    parts = logits.unflatten(1, (-1, _part_size(logits.shape[1])))
+    if shard.group is None:
+        losses, *rows = compiled(plain_rows)(parts, labels, shard.start, scale)
+    else:
+        owned, local = _owned(labels, shard.start, shard.size)
+        mine, total, target = compiled(plain_softmax_sums)(parts, local)
+        largest = shard.reduce(mine.clone(), dist.ReduceOp.MAX)
+        total, target = shard.reduce(
+            torch.stack((total * (mine - largest).exp(), (target - largest) * owned))
+        ).unbind()
+        losses, factor, taken = _losses_and_factors(total, target, labels, scale)
+        rows = [largest, factor, taken * owned, local]
+    compiled(plain_logit_gradient_)(logits, *rows)
     return losses, logits
 
 
-def plain_softmax_sums(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@functools.cache
+def _part_size(size: int) -> int:
+    """The largest divisor up to 8192 that keeps parts of a row at multiples of 16 bytes, or all."""
+    return max((n for n in range(1024, 8193, 8) if size % n == 0), default=size)
+
+
+def _losses_and_factors(
+    total: Tensor, target: Tensor, labels: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token losses, and `scale` over the total and as it is, 0 where a label is ignored."""
+    valid = labels != IGNORED
+    losses = (total.log() - target).where(valid, total.new_zeros(()))
+    taken = scale * valid.to(total.dtype)
+    return losses, taken / total, taken
+
+
+def plain_rows(
+    parts: Tensor, labels: Tensor, start: int, scale: Tensor | float
+) -> tuple[Tensor, ...]:
+    """Token losses, and what `plain_logit_gradient_` takes, of a whole vocabulary; to be compiled.
+
+    Arguments are those of `_chunk` and `plain_softmax_sums`; `start` is the shard's.
+    """
+    owned, local = _owned(labels, start, parts.shape[1] * parts.shape[2])
+    largest, total, target = plain_softmax_sums(parts, local)
+    losses, factor, taken = _losses_and_factors(total, target - largest, labels, scale)
+    return losses, largest, factor, taken * owned, local
+
+
+def plain_softmax_sums(parts: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What this shard adds to a softmax, to be compiled.
 
     Args:
-        logits: `[t, V']`.
+        parts: `[t, parts, V' / parts]` logits.
         local: `[t]` the row of each label.
 
     Returns:
         `[t]` each: the largest logit, the sum of the exponentials of logits less that one, and the
         label's logit; at least float32.
     """
-    wide = logits.to(_softmax_dtype(logits))
-    largest = wide.amax(dim=-1)
-    total = (wide - largest.unsqueeze(1)).exp().sum(dim=-1)
-    return largest, total, wide.gather(1, local.unsqueeze(1)).squeeze(1)
+    wide = parts.to(_softmax_dtype(parts))
+    most = wide.amax(dim=-1)
+    sums = (wide - most.unsqueeze(-1)).exp().sum(dim=-1)
+    largest = most.amax(dim=-1)
+    total = (sums * (most - largest.unsqueeze(-1)).exp()).sum(dim=-1)
+    return largest, total, wide.flatten(1).gather(1, local.unsqueeze(1)).squeeze(1)
 
 
 def plain_logit_gradient_(
@@ -353,10 +382,10 @@ def plain_logit_gradient_(
     logits.copy_(torch.where(is_label, gradient - taken.unsqueeze(1), gradient))
 
 
-def _owned(labels: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """Which labels are rows of this shard, and their row there (0 where they are not)."""
-    local = labels - shard.start
-    owned = (local >= 0) & (local < shard.size)
+def _owned(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Which labels are rows of a shard, and their row there (0 where they are not)."""
+    local = labels - start
+    owned = (local >= 0) & (local < size)
     return owned, local.where(owned, local.new_zeros(()))
 
 

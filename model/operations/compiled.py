@@ -24,6 +24,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, options={"compile_threads": 1})
 
 
+def plain_add_(total: Tensor, addend: Tensor) -> None:
+    """Add one tensor to another of more digits, in place; to be compiled.
+
+    On a GPU torch's own addition of two dtypes converts number by number as it goes, which takes
+    longer than memory does.
+
+    Args:
+        total: `[numbers]`.
+        addend: `[numbers]`.
+    """
+    total.add_(addend)
+
+
 def check_compiler(device: torch.device) -> None:
     """See that something can be compiled for this device.
 

@@ -84,7 +84,10 @@ def plain_split_and_rotate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`split_and_rotate` as it is defined, to be compiled; arguments and results as there."""
     parts = mixed.unflatten(-1, (groups, -1, 2 * cos.shape[-1]))  # [S, B, G, R + 2, D]
-    query, key = (_turned(part, cos, sin) for part in (parts[..., :-2, :], parts[..., -2:-1, :]))
+    query, key = (
+        _turned(*_halves(part), cos, sin).flatten(-2)
+        for part in (parts[..., :-2, :], parts[..., -2:-1, :])
+    )
     value = parts[..., -1, :].clone(memory_format=torch.contiguous_format)
     return query.flatten(2, 3), key.squeeze(3), value
 
@@ -106,21 +109,50 @@ def plain_turn_back_and_join(
     """
     per_group = query.shape[2] // key.shape[2]
     # Padded and added rather than concatenated: one kernel, which writes nothing in between.
-    joined = (
-        F.pad(query.unflatten(2, (-1, per_group)), (0, 0, 0, 2))
-        + F.pad(key.unsqueeze(3), (0, 0, per_group, 1))
-        + F.pad(value.unsqueeze(3), (0, 0, per_group + 1, 0))
+    first, second = (
+        F.pad(of_query, (0, 0, 0, 0, 0, 2))
+        + F.pad(of_key, (0, 0, 0, 0, per_group, 1))
+        + F.pad(of_value, (0, 0, 0, 0, per_group + 1, 0))
+        for of_query, of_key, of_value in zip(
+            _halves(query.unflatten(2, (-1, per_group))),
+            _halves(key.unsqueeze(3)),
+            _halves(value.unsqueeze(3)),
+            strict=True,
+        )
     )
-    turned = _turned(joined, cos, -sin)
-    is_value = torch.arange(per_group + 2, device=key.device).unsqueeze(1) == per_group + 1
-    return torch.where(is_value, joined, turned).flatten(2)
+    is_value = torch.arange(per_group + 2, device=key.device) == per_group + 1
+    as_they_are = torch.where(_is_first(key), first, second)
+    turned = _turned(first, second, cos, -sin)
+    return torch.where(is_value[:, None, None], as_they_are, turned).flatten(2)
 
 
-def _turned(source: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (i, i + D/2) of `[S, B, G, R, D]`, turned."""
-    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    swapped = source.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return source * cos.unsqueeze(3) + swapped * sin.unsqueeze(3)
+def _turned(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The pairs (i, i + D/2) of `[S, B, G, R, D]`, turned: `[S, B, G, R, 2, D/2]`.
+
+    Args:
+        first: what `_halves` gave.
+        second: likewise.
+        cos: `[S, 1 or B, 1, D / 2]`.
+        sin: likewise.
+    """
+    cos, sin = cos[:, :, :, None, None, :], sin[:, :, :, None, None, :]
+    return torch.where(_is_first(first), first * cos - second * sin, second * cos + first * sin)
+
+
+def _halves(source: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each pair the first, and the second, at both places: `[S, B, G, R, 2, D/2]` each.
+
+    So numbers are read in runs, as they lie. Flipped halves would be read one by one: the compiler
+    sees no runs in them.
+    """
+    halves = source.unflatten(-1, (2, -1))
+    first, second = halves.split(1, dim=-2)
+    return first.expand_as(halves), second.expand_as(halves)
+
+
+def _is_first(like: Tensor) -> Tensor:
+    """`[2, 1]`, on the device of a tensor."""
+    return torch.arange(2, device=like.device).unsqueeze(1) == 0
 
 
 class _SplitAndRotate(torch.autograd.Function):

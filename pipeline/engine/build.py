@@ -77,7 +77,7 @@ def build_engine(
             config=settings,
             dist_init_required=False,
         )
-    add_gradients_in_one_pass(wrapped)
+    add_gradients_in_one_pass(wrapped, is_compiled=model.compiles_kernels)
     share = share_of(
         wrapped,
         level=optimizer_level(config.parallel.zero, precision),

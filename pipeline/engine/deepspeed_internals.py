@@ -31,6 +31,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from model.errors import ConfigError
+from model.operations.compiled import compiled, plain_add_
 from pipeline.engine.optimizer_share import MOMENTS, Fragment, OptimizerShare
 
 TESTED_VERSIONS = ">=0.19.8,<=0.19.8"
@@ -264,10 +265,14 @@ def fp32_sums_at_level_1() -> Iterator[None]:
         deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
-def add_gradients_in_one_pass(engine: Any) -> None:
+def add_gradients_in_one_pass(engine: Any, is_compiled: bool) -> None:
     """Let bf16 gradients be added as they are to the fp32 sums of levels that keep such.
 
     DeepSpeed makes an fp32 copy of each first: the same bits, and twice the traffic of memory.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        is_compiled: by a kernel that torch.compile makes.
     """
     if not getattr(engine.optimizer, "use_grad_accum_attribute", False):
         return
@@ -279,6 +284,9 @@ def add_gradients_in_one_pass(engine: Any) -> None:
         if total is None:
             dtype = _private(engine.optimizer, "gradient_accumulation_dtype")
             parameter.grad_accum = gradient.to(dtype)  # type: ignore[attr-defined]
+        elif is_compiled and total.is_contiguous() and gradient.is_contiguous():
+            # As one row, all parameters have one kernel.
+            compiled(plain_add_)(total.view(-1), gradient.view(-1))
         else:
             total.add_(gradient.view(total.shape))
         parameter.grad = None

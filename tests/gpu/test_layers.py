@@ -20,7 +20,7 @@ from model.operations.documents import bias_within
 from model.operations.rms_norm import plain_rms_norm, rms_norm
 from model.operations.rotary import RotaryTable
 from model.operations.self_attention import split_and_rotate
-from model.operations.swiglu import plain_swiglu, swiglu
+from model.operations.swiglu import swiglu
 from pipeline.data.batch_order import BatchPosition, StepBatches
 from pipeline.data.device_copies import batches_on
 from tests.support.parity_runs import relative_difference
@@ -55,12 +55,10 @@ def test_swiglu_and_norm_follow_float64(
     def run(where: torch.device, kind: torch.dtype, ours: bool) -> list[Tensor]:
         inputs = [t.to(where, kind).requires_grad_() for t in (gate_and_up, hidden, weight)]
         gate, up = inputs[0].chunk(2, dim=-1)
-        activate, norm = swiglu, rms_norm
+        norm = rms_norm if ours else plain_rms_norm
         if ours and is_compiled:
-            activate, norm = compiled(plain_swiglu), compiled(plain_rms_norm)
-        elif not ours:
-            norm = plain_rms_norm
-        activated = activate(inputs[0]) if ours else F.silu(gate) * up
+            norm = compiled(plain_rms_norm)
+        activated = swiglu(inputs[0], is_compiled) if ours else F.silu(gate) * up
         normed = norm(inputs[1], inputs[2], 1e-5)
         torch.autograd.backward([activated, normed], [upstream.to(where, kind)] * 2)
         gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]

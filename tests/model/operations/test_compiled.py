@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from model.errors import ConfigError
-from model.loss import IGNORED, VocabularyShard, loss_and_gradients
-from model.operations.compiled import can_compile, check_compiler, compiled
+from model.loss import IGNORED, VocabularyShard, loss_and_gradients, plain_rows
+from model.operations.compiled import can_compile, check_compiler, compiled, plain_add_
 from model.operations.rms_norm import plain_rms_norm, rms_norm
 from model.operations.rotary import RotaryTable
 from model.operations.self_attention import split_and_rotate
-from model.operations.swiglu import plain_swiglu, swiglu
+from model.operations.swiglu import swiglu
 
 CPU = torch.device("cpu")
 # A rounding or two of the result; in bf16 the eager functions round between operations as well.
@@ -42,7 +42,7 @@ def test_a_compiled_kernel_computes_the_same(kind: str, dtype: torch.dtype) -> N
         found = _results(compiled(plain_rms_norm), [hidden, weight], 1e-5)
         wanted = _results(rms_norm, [hidden, weight], 1e-5)
     else:
-        found = _results(compiled(plain_swiglu), [hidden])
+        found = _results(swiglu, [hidden], True)
         wanted = _results(swiglu, [hidden])
     assert len(found) == len(wanted)
     for mine, theirs in zip(found, wanted, strict=True):
@@ -83,21 +83,22 @@ def test_compiled_rotation_is_the_same(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_loss_is_the_same(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("vocabulary", [50, 3 * 1024])
+def test_compiled_loss_is_the_same(dtype: torch.dtype, vocabulary: int) -> None:
     """Losses and both gradients, with ignored labels, a last chunk, large logits."""
     generator = torch.Generator().manual_seed(6)
     hidden = torch.randn(21, 16, generator=generator).to(dtype)
-    weight = torch.randn(50, 16, generator=generator).mul(8).to(dtype)
-    labels = torch.randint(50, (21,), generator=generator)
+    weight = torch.randn(vocabulary, 16, generator=generator).mul(8).to(dtype)
+    labels = torch.randint(vocabulary, (21,), generator=generator)
     labels[[0, 9, 20]] = IGNORED
     results = []
     for is_compiled in (True, False):
-        total, losses = torch.zeros(50, 16), torch.empty(21)
+        total, losses = torch.zeros(vocabulary, 16), torch.empty(21)
         found = loss_and_gradients(
             hidden,
             weight,
             labels,
-            shard=VocabularyShard(0, 50, None),
+            shard=VocabularyShard(0, vocabulary, None),
             scale=torch.tensor(0.125),
             weight_gradient=total,
             chunk_tokens=8,
@@ -110,6 +111,30 @@ def test_compiled_loss_is_the_same(dtype: torch.dtype) -> None:
         error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
         assert error < 4 * TOLERANCE[dtype]
     assert results[0][3][9] == 0
+
+
+def test_a_row_in_parts_is_the_same_row() -> None:
+    """Its softmax, wherever its largest logit and its label lie."""
+    generator = torch.Generator().manual_seed(7)
+    logits = 30 * torch.randn(9, 24, generator=generator)
+    labels = torch.randint(24, (9,), generator=generator)
+    labels[4] = IGNORED
+    whole, parts = (
+        plain_rows(logits.unflatten(1, (-1, width)), labels, 0, 0.5) for width in (24, 3)
+    )
+    for mine, theirs in zip(parts, whole, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_compiled_sums_are_the_same() -> None:
+    """To the bit, of tensors of one length and then of others."""
+    generator = torch.Generator().manual_seed(8)
+    for length in (96, 7, 1000):
+        total = torch.randn(length, generator=generator)
+        addend = torch.randn(length, generator=generator).bfloat16()
+        wanted = total + addend.float()
+        compiled(plain_add_)(total, addend)
+        assert torch.equal(total, wanted)
 
 
 @pytest.fixture
