@@ -124,8 +124,9 @@ def _measure(name: str, options: argparse.Namespace, budget: Budget, store: Stor
     """Run a piece, unless it was run; give whether it could run and be written."""
     size = "tiny" if options.tiny else "1b"
     found = store.current(name)
-    if found.get("complete") and not (options.again and found.get("failures")):
-        failed = ", and failed; --again measures that again" if found.get("failures") else ""
+    has_failed = bool(found.get("failures") or found.get("failed"))
+    if found.get("complete") and not (options.again and has_failed):
+        failed = ", and failed; --again measures that again" if has_failed else ""
         print(f"{name}: measured before{failed}", flush=True)
         return True
     if budget.left_s() < LEAST_S:

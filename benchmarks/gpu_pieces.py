@@ -212,7 +212,9 @@ def _figures_of_a_run(folder: Path, device: str, size: str, budget: Budget) -> t
         *("benchmarks/decoding.py", str(export), "--device", device),
         *(["--quick"] if size == "tiny" else few),
     ):
-        summary += f"\n\nDecoding its export (12 steps old, so that few drafts are kept):\n\n{said}"
+        table = said[max(said.rfind("| batch |"), 0) :]  # it is printed anew after each batch
+        summary += "\n\nDecoding its export (12 steps old, so that few drafts are kept):"
+        summary += f"\n\n{table}"
     return {"summary": summary, "records": records, "failures": failures}, was_cut_off
 
 
