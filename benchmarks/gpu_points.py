@@ -140,7 +140,7 @@ def measure(point: Point, device_type: str, trace: bool = False) -> dict[str, An
     peak = peak_flops(torch.cuda.get_device_name(device)) if is_gpu else None
     found = asdict(point) | {
         "parameters": config.model.parameter_count().total,
-        "compiled_used": engine.model.compiles_loss,
+        "compiled_used": engine.model.compiles_kernels,
         "attention_used": _attention(engine.model),
         "tokens_per_s": tokens_per_s,
         "step_s": step_s,
