@@ -58,7 +58,6 @@ def test_a_run_that_was_cut_off_is_neither_complete_nor_a_failure() -> None:
     assert kept == [{"failures": [], "complete": False}]
 
 
-@pytest.mark.stress
 def test_a_call_goes_on_where_the_last_one_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
