@@ -1,31 +1,28 @@
 """A model or a draft model for whose weights there is no memory is named."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
 from model.errors import ConfigError
 from model.inference.loading import load_drafter, load_network
 from model.inference.network import Network
-from tests.support.hostile import limits
 from tests.support.tiny_export import export_tiny
 
 
-def test_no_memory_for_weights_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of either."""
+@pytest.mark.parametrize("allocate", [torch.empty, bytearray])
+def test_no_memory_for_weights_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allocate: Callable[[int], object]
+) -> None:
+    """Whoever allocates."""
     model, draft = tmp_path / "model", tmp_path / "draft"
     for directory in (model, draft):
-        export_tiny(directory, ffn_hidden_size=20_000)  # 46 MB
+        export_tiny(directory, ffn_hidden_size=20_000)
     loaded = load_network(model)
-    read = Network.read
-
-    def short_of_memory(*arguments: Any) -> Network:
-        with limits(extra_bytes=2**20):
-            return read(*arguments)
-
-    monkeypatch.setattr(Network, "read", short_of_memory)
+    monkeypatch.setattr(Network, "read", lambda *_: allocate(1 << 60))
     text = "no memory for its weights, 0.043 GiB in torch.float32; give --dtype"
     with pytest.raises(ConfigError, match=re.escape(f"{model}: {text}")):
         load_network(model)
