@@ -200,7 +200,11 @@ def _trainer(arm: Arm, workload: Workload, device: torch.device) -> Iterator[Tur
 
     import transformers
 
+    from pipeline.engine.deepspeed_internals import keep_off_shared_memory
+
     assert arm.heads == 1, "transformers trains one head"
+    if device.type == "cpu":  # an op that one rank has no use for, and would be compiled
+        keep_off_shared_memory()
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     go: Queue[None] = Queue()
