@@ -1,9 +1,9 @@
 """Memory that `pipeline.plan` predicts, against the tensors that training really holds.
 
-`python benchmarks/plan.py [--quick] [--write]` trains a small model in each layout for two steps,
+`python benchmarks/plan.py [--quick] [--write]` trains a small model in each layout for six steps,
 ranks over gloo on this CPU, and counts the bytes of all living tensors: weights, gradients,
 optimizer states, buckets, what autograd keeps, whatever else is there. What is left after the
-second step, and its most while gradients are computed and while the optimizer moves, are compared
+last step, and its most while gradients are computed and while the optimizer moves, are compared
 with the formulas of `pipeline/planning/rank_memory.py`, for the stage where the two are furthest
 apart. With --write the table goes to README.md beside this file. Exit status 1 where they are more
 than a tenth apart.
@@ -85,7 +85,7 @@ QUICK = (CASES[0], CASES[7], CASES[12])
 
 
 class Counted(NamedTuple):
-    """The most bytes that a rank held in its second step.
+    """The most bytes that a rank held in its last step.
 
     Attributes:
         computing: until all gradients were there.
@@ -236,7 +236,7 @@ def run_config(case: Case) -> RunConfig:
 
 
 def count_rank(config: RunConfig) -> Counted:
-    """Two steps of this rank, the second one counted; call in a fresh rank."""
+    """Six steps of this rank, the last one counted; call in a fresh rank."""
     import torch
 
     from benchmarks.live_tensors import LiveTensorMeter
@@ -275,7 +275,7 @@ def count_rank(config: RunConfig) -> Counted:
             meter.restart_peak()
             return RankFlags()
 
-        for step in range(2):
+        for step in range(6):  # ZeRO-3 learns the order of modules from the first ones
             batches = local_batches(workload, step, topology.data_rank, topology.data_size)
             gc.collect()
             meter.restart_peak()

@@ -211,7 +211,7 @@ def _reducing(count: RankParameters, work: Work, layout: Layout, size: int) -> f
 
 
 def _stepping(count: RankParameters, work: Work, layout: Layout, machine: Machine) -> float:
-    """Gradients of the rank's share, their flat copy, and what stays."""
+    """Gradients of the rank's share, their flat copy or before it their norm, and what stays."""
     level, size = _level(layout, machine.element_bytes), machine.element_bytes
     share = count.trained / layout.data * _FP32
     if level == 0:
@@ -220,4 +220,7 @@ def _stepping(count: RankParameters, work: Work, layout: Layout, machine: Machin
     copies = 1 if level in (1, 2) and size < _FP32 else 2
     kept = level == 3 or (copies == 1 == level and layout.data > 1)
     stays = _bucket(work, layout, size) if kept else 0.0
-    return stays + share * copies
+    # The norm is taken of one parameter after the other, each in float64.
+    largest = max(count.lm_head, count.layer / 2) / (layout.data if level == 3 else 1)
+    normed = min(largest * _FP32, share) * 2
+    return stays + max(share * copies, share + normed)
