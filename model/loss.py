@@ -297,7 +297,7 @@ def _softmax(logits: Tensor, largest: Tensor, labels: Tensor, shard: VocabularyS
 def _compiled_chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """`_chunk` by compiled kernels: logits come from memory twice and are written once."""
+    """`_chunk` by compiled kernels: one that sums, one that turns logits into their gradient."""
     logits = hidden @ weight.t()
     # A softmax takes two passes. Over a part of a row the second one finds it in the cache.
     parts = logits.unflatten(1, (-1, _part_size(logits.shape[1])))

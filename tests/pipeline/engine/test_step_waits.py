@@ -89,15 +89,10 @@ class _Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def note(self) -> None:
-        """Who: the innermost function of this project's or DeepSpeed's; torch's Adam is no one.
-
-        On a GPU it is the fused one, which reads nothing.
-        """
+        """Who: the innermost function of this project's or DeepSpeed's."""
         frame = sys._getframe(1)
         while frame is not None:
             name = frame.f_globals.get("__name__", "")
-            if name.startswith("torch.optim"):
-                return
             if name.split(".")[0] in ("deepspeed", "pipeline", "model"):
                 self.by.append(f"{name.split('.')[0]} {frame.f_code.co_name}")
                 return
